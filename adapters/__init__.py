@@ -1,0 +1,24 @@
+"""Architecture adapters: where each model family keeps its prunable projections.
+
+Installed as ``pop_mm.adapters``. ``adapter_for(model)`` looks a model up; ``@register_adapter("my_type")`` or the entry
+point group ``pop_mm.adapters`` adds one.
+"""
+
+from __future__ import annotations
+
+from .base import Adapter, FFNPaths
+from .dense import *  # noqa: F403
+from .dense import __all__ as _dense
+from .lookup import adapter_for, support_table
+from .registry import register_adapter, registered_adapters, unregister_adapter
+
+__all__ = [
+    "Adapter",
+    "FFNPaths",
+    "adapter_for",
+    "register_adapter",
+    "registered_adapters",
+    "support_table",
+    "unregister_adapter",
+    *_dense,
+]

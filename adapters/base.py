@@ -1,0 +1,181 @@
+"""What an adapter is: a table that says where a model's FFN projections are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from pop_mm.errors import AdapterError
+from pop_mm.layout import FFN, Projection, Role
+from pop_mm.ratio import LayerWeights
+
+Kind = Literal["dense", "moe", "vlm"]
+
+
+@dataclass(frozen=True)
+class FFNPaths:
+    """Where the projections of one FFN are, as paths from a decoder layer.
+
+    Attributes
+    ----------
+    holder : str
+        Path of the module that holds the projections; ``""`` if they sit on the layer itself.
+    gate, up, down : str
+        Names in the holder. ``gate=""`` is an ungated FFN; ``gate == up`` is a fused projection, gate rows first.
+    transposed : bool
+        Weights are stored ``[in, out]`` (transformers' Conv1D).
+    plain_types : tuple of str
+        Names of module classes whose forward is just ``x @ W.T + b``.
+    role : {"dense", "shared_expert"}
+    """
+
+    holder: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    transposed: bool = False
+    plain_types: tuple[str, ...] = ("Linear", "Conv1D")
+    role: Role = "dense"
+
+    @property
+    def layout(self) -> str:
+        """The layout in words."""
+        suffix = ", transposed" if self.transposed else ""
+        if not self.gate:
+            return f"{self.up}, {self.down} (ungated{suffix})"
+        if self.gate == self.up:
+            return f"{self.up} (fused{suffix}), {self.down}"
+        return f"{self.gate}, {self.up}, {self.down}{suffix}"
+
+    def build(self, layer_name: str, layer: nn.Module, index: int) -> FFN | None:
+        """The record of this FFN in one layer, or None if the layer has no such FFN."""
+        holder = find(layer, self.holder)
+        names = list(dict.fromkeys(filter(None, (self.gate, self.up))))
+        modules = [find(holder, name) for name in (*names, self.down)] if holder is not None else [None]
+        if any(module is None for module in modules):
+            return None
+        prefix = ".".join(filter(None, (layer_name, self.holder)))
+        fused = 2 if self.gate and self.gate == self.up else 1
+
+        def projection(name: str, side: Literal["out", "in"], blocks: int) -> Projection:
+            module = find(holder, name)
+            assert module is not None
+            return Projection(f"{prefix}.{name}", module, side, blocks, self.transposed, self.plain_types)
+
+        down = projection(self.down, "in", 1)
+        size = _features(down, "in")
+        inputs = tuple(projection(name, "out", fused) for name in names)
+        for p in inputs:
+            if _features(p, "out") != fused * size:
+                raise AdapterError(
+                    f"{p.name} has {_features(p, 'out')} outputs, but {down.name} takes {size} inputs"
+                    f"{' (gate and up are fused, so twice as many were expected)' if fused == 2 else ''}. The adapter's "
+                    "paths do not fit this model."
+                )
+        return FFN(prefix, index, inputs, down, size, self.role, None, self.layout)
+
+
+class Adapter:
+    """Base of all adapters. A subclass is a table; it needs code only where an architecture is unusual.
+
+    Attributes
+    ----------
+    kind : {"dense", "moe", "vlm"}
+    ffns : sequence of FFNPaths
+        Every FFN that a decoder layer can have.
+    not_weights : sequence of str
+        Names of modules in a layer that count neither as attention nor as FFN weights (routers).
+    """
+
+    kind: ClassVar[Kind] = "dense"
+    ffns: ClassVar[Sequence[FFNPaths]] = ()
+    not_weights: ClassVar[Sequence[str]] = ()
+
+    @classmethod
+    def layout(cls) -> str:
+        """The layout in words, for the support table."""
+        return "; ".join(paths.layout for paths in cls.ffns)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise :class:`~pop_mm.errors.AdapterError` if this very model cannot be pruned, saying why."""
+
+    def layers(self, model: nn.Module) -> tuple[str, nn.ModuleList]:
+        """Name and list of the decoder layers: the longest ModuleList whose items hold one of :attr:`ffns`."""
+        found = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and any(find(layer, _join(paths.holder, paths.down)) is not None for layer in module for paths in self.ffns)
+        ]
+        if not found:
+            raise AdapterError(
+                f"{type(self).__name__} found no decoder layer with {' or '.join(_join(p.holder, p.down) for p in self.ffns)} "
+                f"in {type(model).__name__}: nothing can be pruned."
+            )
+        return max(found, key=lambda item: len(item[1]))
+
+    def projections(self, model: nn.Module) -> list[FFN]:
+        """One record for each prunable FFN, in the order of execution. Finding none is an error."""
+        self.check(model)
+        name, layers = self.layers(model)
+        records = [
+            ffn
+            for index, layer in enumerate(layers)
+            for paths in self.ffns
+            if (ffn := paths.build(_join(name, str(index)), layer, index)) is not None
+        ]
+        if not records:
+            raise AdapterError(f"{type(self).__name__} found no prunable FFN in {type(model).__name__}.")
+        return records
+
+    def layer_weights(self, model: nn.Module, records: Sequence[FFN]) -> dict[int, LayerWeights]:
+        """Attention and FFN weights of every layer (of each FFN's layer, and of layers without one).
+
+        Everything two-dimensional in a layer that is neither an FFN nor named in :attr:`not_weights` counts as attention.
+        """
+        _, layers = self.layers(model)
+        result = {}
+        for index, layer in enumerate(layers):
+            ffns = [ffn for ffn in records if ffn.layer == index]
+            ours = {p.module for ffn in ffns for p in ffn.projections}
+            attention = sum(
+                _weight_count(module)
+                for name, module in layer.named_modules()
+                if module not in ours and not any(part in self.not_weights for part in name.split("."))
+            )
+            result[index] = LayerWeights(attention, sum(ffn.weight_count for ffn in ffns))
+        return result
+
+
+def find(module: nn.Module | None, path: str) -> nn.Module | None:
+    """The submodule at a dotted path, or None."""
+    for part in filter(None, path.split(".")):
+        module = getattr(module, part, None)
+        if not isinstance(module, nn.Module):
+            return None
+    return module
+
+
+def _join(*parts: str) -> str:
+    return ".".join(filter(None, parts))
+
+
+def _features(projection: Projection, side: Literal["out", "in"]) -> int:
+    """Outputs or inputs of a linear module, also where its weight is packed."""
+    declared = getattr(projection.module, f"{side}_features", None)
+    if declared is not None:
+        return int(declared)
+    return int(projection.linear_weight().shape[0 if side == "out" else 1])
+
+
+def _weight_count(module: nn.Module) -> int:
+    """Weights held by this very module, without biases, norms and embeddings."""
+    if isinstance(module, nn.Embedding):
+        return 0
+    out, inputs = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if out is not None and inputs is not None:
+        return int(out) * int(inputs)
+    return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2)

@@ -1,0 +1,66 @@
+"""Which adapter serves which ``config.model_type``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, TypeVar
+
+from pop_mm.errors import AdapterError
+
+if TYPE_CHECKING:
+    from .base import Adapter
+
+_ADAPTERS: dict[str, type[Adapter]] = {}
+_ENTRY_POINTS = "pop_mm.adapters"
+A = TypeVar("A", bound="type[Adapter]")
+
+
+def register_adapter(*model_types: str) -> Callable[[A], A]:
+    """Class decorator: serve these ``config.model_type`` values with this adapter.
+
+    Raises
+    ------
+    AdapterError
+        The class is no :class:`~pop_mm.adapters.Adapter`, or a model type is served already (``unregister_adapter`` first).
+    """
+
+    def register(cls: A) -> A:
+        from .base import Adapter
+
+        if not (isinstance(cls, type) and issubclass(cls, Adapter)):
+            raise AdapterError(f"register_adapter needs a subclass of pop_mm.adapters.Adapter; got {cls!r}.")
+        if not model_types or not all(isinstance(name, str) and name for name in model_types):
+            raise AdapterError("register_adapter needs at least one model type, e.g. @register_adapter('my_model').")
+        for name in model_types:
+            if name in _ADAPTERS and _ADAPTERS[name] is not cls:
+                raise AdapterError(
+                    f"The model type {name!r} is served by {_ADAPTERS[name].__name__} already; call "
+                    f"unregister_adapter({name!r}) first to replace it."
+                )
+        for name in model_types:
+            _ADAPTERS[name] = cls
+        return cls
+
+    return register
+
+
+def unregister_adapter(model_type: str) -> None:
+    """Forget the adapter of one model type. An unknown one is an error."""
+    if _ADAPTERS.pop(model_type, None) is None:
+        raise AdapterError(f"No adapter is registered for the model type {model_type!r}.")
+
+
+def registered_adapters() -> dict[str, type[Adapter]]:
+    """Model type -> adapter class, sorted, with those that installed packages offer as ``pop_mm.adapters`` entry points."""
+    for entry in entry_points(group=_ENTRY_POINTS):
+        if entry.name not in _ADAPTERS:
+            register_adapter(entry.name)(entry.load())
+    return dict(sorted(_ADAPTERS.items()))
+
+
+def suggestion(model_type: str) -> str:
+    """A " Did you mean ...?" for a misspelt model type, or nothing."""
+    close = get_close_matches(model_type, _ADAPTERS, 1, cutoff=0.8)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,155 @@
+"""PopConfig: every setting of a session, validated when it is made."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from .errors import ConfigError
+from .scoring import Scorer, get_scorer
+
+_CHOICES = {
+    "scope": ("overall", "ffn"),
+    "prefill": ("dense", "partition"),
+    "batch": ("shared", "per_sequence"),
+    "backend": ("auto", "masked", "inplace"),
+}
+
+
+@dataclass(frozen=True)
+class PopConfig:
+    """Settings of one pruning session.
+
+    Parameters
+    ----------
+    ratio : float
+        Share to leave out while decoding, in [0, 1). 0 is the dense model.
+    scope : {"overall", "ffn"}
+        What ``ratio`` is a share of: the attention and FFN weights of all blocks (as the paper quotes it; the FFN ratio
+        is raised so that the total matches, since attention stays), or each FFN's channels.
+    gamma : float
+        Share of an FFN's channels that are candidates, in [0, 1] (paper: partition fraction). One that does not fit the
+        ratio is clamped, and the report says so.
+    prefill : {"dense", "partition"}
+        Whether the prompt runs on the whole FFN, or (as in the paper) is completed on R and C only.
+    batch : {"shared", "per_sequence"}
+        One partition and step mask for the whole batch (the paper), or one for each row.
+    backend : {"auto", "masked", "inplace"}
+        ``inplace`` is fast; ``masked`` is the reference, works on any module and saves no time; ``auto`` chooses for
+        each FFN.
+    scorer : str or Scorer
+        ``"wanda"`` (the paper's score), ``"activation"``, or an own :class:`~pop_mm.scoring.Scorer`.
+    layer_ratios : mapping of int to float
+        FFN ratio of single layers, e.g. ``{0: 0.0}`` keeps layer 0 dense. With ``scope="overall"`` the other layers make
+        up for it, so that the overall ratio still holds.
+    round_to : int
+        Rounds |R| + |C| up to a multiple of this, for kernels that need it; the active channels do not change.
+
+    Raises
+    ------
+    ConfigError
+        A value of the wrong type, out of range, or unknown.
+    """
+
+    ratio: float
+    scope: Literal["overall", "ffn"] = "overall"
+    gamma: float = 0.1
+    prefill: Literal["dense", "partition"] = "dense"
+    batch: Literal["shared", "per_sequence"] = "shared"
+    backend: Literal["auto", "masked", "inplace"] = "auto"
+    scorer: str | Scorer = "wanda"
+    layer_ratios: Mapping[int, float] = field(default_factory=dict)
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        _check_number("ratio", self.ratio, upper_open=True)
+        _check_number("gamma", self.gamma, upper_open=False)
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+        get_scorer(self.scorer)
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+            raise ConfigError(f"round_to must be a positive integer; got {self.round_to!r}.")
+        if not isinstance(self.layer_ratios, Mapping):
+            raise ConfigError(f"layer_ratios must map layer numbers to FFN ratios; got {self.layer_ratios!r}.")
+        for layer, ratio in self.layer_ratios.items():
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ConfigError(f"layer_ratios: a layer is an integer from 0; got {layer!r}.")
+            _check_number(f"layer_ratios[{layer}]", ratio, upper_open=True)
+        object.__setattr__(self, "layer_ratios", dict(self.layer_ratios))
+        if self.backend == "inplace" and self.batch == "per_sequence":
+            raise ConfigError(
+                "backend='inplace' holds one partition in the weights, so it cannot serve batch='per_sequence'. "
+                "Use backend='auto' or 'masked' (no speed-up), or batch='shared'."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as :meth:`from_dict` takes them. An own scorer appears by its name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["scorer"] = self.scorer if isinstance(self.scorer, str) else self.scorer.name
+        values["layer_ratios"] = {str(layer): ratio for layer, ratio in self.layer_ratios.items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PopConfig:
+        """A config from plain values; unknown keys are an error."""
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                close = get_close_matches(key, known, 1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(f"Unknown setting {key!r}; known: {', '.join(known)}.{hint}")
+        if "ratio" not in values:
+            raise ConfigError("A config needs 'ratio'.")
+        values = dict(values)
+        layers = values.get("layer_ratios")
+        if isinstance(layers, Mapping):
+            try:
+                values["layer_ratios"] = {int(layer): ratio for layer, ratio in layers.items()}
+            except ValueError:
+                raise ConfigError(f"layer_ratios: a layer is an integer from 0; got {layers!r}.") from None
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """JSON text of :meth:`to_dict`."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> PopConfig:
+        """The config that :meth:`to_json` wrote."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"Not a JSON config: {error}.") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"A JSON config is an object; got {type(values).__name__}.")
+        return cls.from_dict(values)
+
+
+def _check_number(name: str, value: object, *, upper_open: bool) -> None:
+    interval = "[0, 1)" if upper_open else "[0, 1]"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a number in {interval}; got {value!r}.")
+    if value < 0 or value > 1 or (upper_open and value == 1):
+        raise ConfigError(f"{name} must lie in {interval}; got {value}.")
+
+
+def as_config(config: PopConfig | float | None, settings: Mapping[str, Any]) -> PopConfig:
+    """A config from a config, from a bare ratio, or from keyword settings."""
+    if isinstance(config, PopConfig):
+        if settings:
+            raise ConfigError(f"Give a PopConfig or single settings, not both (got {', '.join(settings)}).")
+        return config
+    if config is not None:
+        if "ratio" in settings:
+            raise ConfigError("The ratio was given twice.")
+        settings = {"ratio": config, **settings}
+    return PopConfig.from_dict(settings)
+
+
+__all__ = ["PopConfig", "as_config"]

@@ -1,0 +1,138 @@
+"""The partition of an FFN's channels and the choice among its candidates: pure tensor functions (paper, sections 3.2-3.3).
+
+Every function works on the last axis, so leading axes can be rows of a batch or experts of a layer. Sizes are exact
+integers that depend on (channels, ratio, gamma) alone: no shape ever depends on the prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many channels of one FFN are in each part.
+
+    Attributes
+    ----------
+    channels : int
+        D, the intermediate size.
+    retained : int
+        |R|, active at every decode step.
+    candidates : int
+        |C|, scored again at every decode step.
+    candidates_kept : int
+        How many of the candidates a step keeps.
+    """
+
+    channels: int
+    retained: int
+    candidates: int
+    candidates_kept: int
+
+    @property
+    def pruned(self) -> int:
+        """|P|, out for the whole prompt."""
+        return self.channels - self.retained - self.candidates
+
+    @property
+    def kept(self) -> int:
+        """Active channels at every decode step."""
+        return self.retained + self.candidates_kept
+
+    @property
+    def width(self) -> int:
+        """K = |R| + |C|: the channels whose gate and up a decode step computes."""
+        return self.retained + self.candidates
+
+    @property
+    def candidates_dropped(self) -> int:
+        """Candidates that a step leaves out."""
+        return self.candidates - self.candidates_kept
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is ever left out."""
+        return self.kept == self.channels
+
+
+def partition_sizes(channels: int, ratio: float, gamma: float, round_to: int = 1) -> Sizes:
+    """Sizes of R, C and P for one FFN (paper 3.2; exact integers instead of quantile thresholds).
+
+    Parameters
+    ----------
+    channels : int
+        D, the intermediate size.
+    ratio : float
+        Share of the FFN's channels to leave out at each step, in [0, 1).
+    gamma : float
+        Wanted |C| / D, in [0, 1]; clamped to what the ratio allows (|C| / 2 fits on both sides of the cut).
+    round_to : int
+        |R| + |C| is rounded up to a multiple of this with the best channels of P; ``kept`` does not change.
+    """
+    kept = channels - int(ratio * channels + 1e-6)
+    half = min(round(gamma * channels / 2), kept, channels - kept)
+    width = min(channels, -(-(kept + half) // round_to) * round_to)
+    retained = kept - half
+    return Sizes(channels, retained, width - retained, half)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """R, C and P of one FFN (or of several, along leading axes), as ascending original channel numbers.
+
+    Attributes
+    ----------
+    retained, candidates, pruned : Tensor
+        ``[..., |R|]``, ``[..., |C|]``, ``[..., |P|]``, int64.
+    sizes : Sizes
+    """
+
+    retained: Tensor
+    candidates: Tensor
+    pruned: Tensor
+    sizes: Sizes
+
+    def front(self) -> Tensor:
+        """R and C together, ``[..., K]``: the channels that a decode step computes."""
+        return torch.cat([self.retained, self.candidates], -1)
+
+    def allowed(self) -> Tensor:
+        """Boolean ``[..., D]``: true on R and C."""
+        shape = (*self.pruned.shape[:-1], self.sizes.channels)
+        return torch.ones(shape, dtype=torch.bool, device=self.pruned.device).scatter_(-1, self.pruned, False)
+
+
+def partition(scores: Tensor, sizes: Sizes) -> Partition:
+    """Rank the channels by score and cut the ranking into R, C and P; ties go to the lower channel number.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[..., D]``, finite.
+    """
+    ranking = scores.argsort(dim=-1, descending=True, stable=True)
+    retained, candidates, pruned = ranking.split([sizes.retained, sizes.candidates, sizes.pruned], -1)
+    return Partition(
+        retained.sort(-1).values, candidates.sort(-1).values, pruned.sort(-1).values, sizes
+    )
+
+
+def dropped_candidates(scores: Tensor, sizes: Sizes) -> Tensor:
+    """Which candidates a step leaves out: the lowest scores (paper 3.3).
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[..., |C|]``, one score a candidate. A score that is not finite ranks last.
+
+    Returns
+    -------
+    Tensor
+        ``[..., |C| - candidates_kept]``, int64 indices into the candidates.
+    """
+    ranked = torch.nan_to_num(scores, nan=-1.0, posinf=-1.0)
+    return ranked.topk(sizes.candidates_dropped, dim=-1, largest=False, sorted=False).indices

@@ -1,0 +1,69 @@
+"""From the overall ratio that the paper quotes to the ratio of each FFN (paper, table 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Weights that one decoder layer reads per token, without biases and norms.
+
+    Attributes
+    ----------
+    attention : int
+        Attention projections (and other token mixers).
+    ffn : int
+        FFN projections; of routed experts, the top-k that a token uses.
+    """
+
+    attention: int
+    ffn: int
+
+
+def ffn_ratios(
+    ratio: float, scope: str, layers: Mapping[int, LayerWeights], overrides: Mapping[int, float]
+) -> dict[int, float]:
+    """The FFN ratio of every layer.
+
+    With ``scope="overall"`` one ratio r solves ``sum(r_l * ffn_l) = ratio * sum(attention_l + ffn_l)``; overridden layers
+    keep their own r_l. Without overrides this is the paper's ``ratio * (P_attn + P_ffn) / P_ffn``.
+
+    Raises
+    ------
+    ConfigError
+        An override of a layer without an FFN, or an overall ratio that the FFNs alone cannot give; the message names
+        the largest ratio that they can.
+    """
+    unknown = sorted(set(overrides) - set(layers))
+    if unknown:
+        raise ConfigError(f"layer_ratios names layers {unknown}; layers with a prunable FFN: {_span(layers)}.")
+    free = [layer for layer in layers if layer not in overrides]
+    uniform = ratio
+    if scope == "overall" and free:
+        total = sum(w.attention + w.ffn for w in layers.values())
+        free_ffn = sum(layers[layer].ffn for layer in free)
+        fixed = sum(r * layers[layer].ffn for layer, r in overrides.items())
+        uniform = (ratio * total - fixed) / free_ffn
+        if uniform >= 1:
+            largest = (free_ffn + fixed) / total
+            raise ConfigError(
+                f"An overall ratio of {ratio:g} needs {uniform:.1%} of every FFN, since attention is not pruned. The ratio "
+                f"must stay below {largest:.3f} for this model; or set scope='ffn' to give the FFN's own ratio."
+            )
+        if uniform < 0:
+            raise ConfigError(
+                f"layer_ratios alone leave out {fixed / total:.1%}, more than the overall ratio of {ratio:g}. Lower them, "
+                "or raise the ratio."
+            )
+    return {layer: overrides.get(layer, uniform) for layer in layers}
+
+
+def _span(layers: Mapping[int, LayerWeights]) -> str:
+    numbers = sorted(layers)
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))

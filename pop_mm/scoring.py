@@ -1,0 +1,76 @@
+"""Channel scores. A scorer turns activation norms into scores with one weight a channel (paper, equation of section 3.1)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .layout import FFN
+
+
+class Scorer(ABC):
+    """How important a channel is, from the norm of its activations. Subclass it and register it, or pass an instance.
+
+    The score of channel i is ``channel_weight(ffn)[i] * ||h[..., i]||_2``: in prefill the norm runs over the prompt's
+    tokens, in a decode step over the step's tokens.
+    """
+
+    name: str
+
+    @abstractmethod
+    def channel_weight(self, ffn: FFN) -> Tensor:
+        """Weight of each channel, ``[D]``, float32 or wider, non-negative. Called once per model."""
+
+
+class WandaScorer(Scorer):
+    """``I_i = ||W_down[:, i]||_2 * ||h[..., i]||_2``: the paper's score (Wanda / Probe Pruning)."""
+
+    name = "wanda"
+
+    def channel_weight(self, ffn: FFN) -> Tensor:
+        """Column norms of the down projection, ``[D]``."""
+        return ffn.down_column_norms()
+
+
+class ActivationScorer(Scorer):
+    """``I_i = ||h[..., i]||_2``: the activation alone, as in GRIFFIN-like methods."""
+
+    name = "activation"
+
+    def channel_weight(self, ffn: FFN) -> Tensor:
+        """Ones, ``[D]``."""
+        weight = ffn.down.weight
+        return torch.ones(ffn.size, dtype=torch.promote_types(ffn.float_dtype, torch.float32), device=weight.device)
+
+
+_SCORERS: dict[str, type[Scorer]] = {}
+
+
+def register_scorer(cls: type[Scorer]) -> type[Scorer]:
+    """Class decorator: make a scorer available by its ``name``. A name that is taken is an error."""
+    if cls.name in _SCORERS:
+        raise ConfigError(f"A scorer named {cls.name!r} exists ({_SCORERS[cls.name].__name__}); choose another name.")
+    _SCORERS[cls.name] = cls
+    return cls
+
+
+register_scorer(WandaScorer)
+register_scorer(ActivationScorer)
+
+
+def get_scorer(scorer: str | Scorer) -> Scorer:
+    """The scorer of that name, or the instance itself."""
+    if isinstance(scorer, Scorer):
+        return scorer
+    if isinstance(scorer, str) and scorer in _SCORERS:
+        return _SCORERS[scorer]()
+    close = get_close_matches(str(scorer), _SCORERS, 1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(f"Unknown scorer {scorer!r}; known: {', '.join(sorted(_SCORERS))}.{hint}")
