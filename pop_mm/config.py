@@ -17,6 +17,7 @@ _CHOICES = {
     "prefill": ("dense", "partition"),
     "batch": ("shared", "per_sequence"),
     "backend": ("auto", "masked", "inplace"),
+    "variant": ("pop", "static", "full"),
 }
 
 
@@ -48,6 +49,9 @@ class PopConfig:
         up for it, so that the overall ratio still holds.
     round_to : int
         Rounds |R| + |C| up to a multiple of this, for kernels that need it; the active channels do not change.
+    variant : {"pop", "static", "full"}
+        For comparison, the paper's ablations: ``static`` keeps the prompt's best channels for every step (no candidates),
+        ``full`` chooses among all channels at every step (best quality, computes everything, saves nothing).
 
     Raises
     ------
@@ -64,6 +68,7 @@ class PopConfig:
     scorer: str | Scorer = "wanda"
     layer_ratios: Mapping[int, float] = field(default_factory=dict)
     round_to: int = 1
+    variant: Literal["pop", "static", "full"] = "pop"
 
     def __post_init__(self) -> None:
         _check_number("ratio", self.ratio, upper_open=True)

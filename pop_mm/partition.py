@@ -59,7 +59,7 @@ class Sizes:
         return self.kept == self.channels
 
 
-def partition_sizes(channels: int, ratio: float, gamma: float, round_to: int = 1) -> Sizes:
+def partition_sizes(channels: int, ratio: float, gamma: float, round_to: int = 1, variant: str = "pop") -> Sizes:
     """Sizes of R, C and P for one FFN (paper 3.2; exact integers instead of quantile thresholds).
 
     Parameters
@@ -72,9 +72,13 @@ def partition_sizes(channels: int, ratio: float, gamma: float, round_to: int = 1
         Wanted |C| / D, in [0, 1]; clamped to what the ratio allows (|C| / 2 fits on both sides of the cut).
     round_to : int
         |R| + |C| is rounded up to a multiple of this with the best channels of P; ``kept`` does not change.
+    variant : {"pop", "static", "full"}
+        The paper's ablations (table 6): ``static`` has no candidates, in ``full`` every channel is one.
     """
     kept = channels - int(ratio * channels + 1e-6)
-    half = min(round(gamma * channels / 2), kept, channels - kept)
+    if variant == "full":
+        return Sizes(channels, 0, channels, kept)
+    half = min(round(gamma * channels / 2), kept, channels - kept) if variant == "pop" else 0
     width = min(channels, -(-(kept + half) // round_to) * round_to)
     retained = kept - half
     return Sizes(channels, retained, width - retained, half)

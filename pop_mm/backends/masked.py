@@ -1,0 +1,44 @@
+"""The reference backend: zeroes what is left out in front of the down projection. Works wherever a module can be called.
+
+It saves no time: every channel is still computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import Engine
+from ..phase import PhaseTracker
+from .base import current_forward
+
+
+class MaskedBackend:
+    """One forward pre-hook on each down projection, wherever and however that stores its weights."""
+
+    name = "masked"
+
+    def __init__(self, engine: Engine, tracker: PhaseTracker) -> None:
+        self._engine = engine
+        self._tracker = tracker
+        self._undo: list[Callable[[], object]] = []
+
+    def attach(self, index: int) -> None:
+        """Hook FFN number ``index`` of the engine."""
+        ffn = self._engine.ffns[index]
+
+        @torch.compiler.disable
+        def before_down(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            forward = current_forward(self._tracker, ffn)
+            h: Tensor = self._engine.apply(index, forward, args[0], None)
+            return (h, *args[1:]), kwargs
+
+        self._undo.append(ffn.down.module.register_forward_pre_hook(before_down, with_kwargs=True).remove)
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        while self._undo:
+            self._undo.pop()()

@@ -1,0 +1,383 @@
+"""POP for one model: statistics in prefill, the partition, the choice at each decode step. Knows no architecture.
+
+State belongs to a prompt (:class:`PromptState`), always in original channel numbers. Where a backend has reordered an FFN's
+channels it passes ``positions``: the position of each original channel.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import PopConfig
+from .errors import NonFiniteError, PhaseError
+from .layout import FFN
+from .partition import Partition, Sizes, dropped_candidates, partition
+from .phase import Forward, Phase
+from .scoring import get_scorer
+from .steplog import StepLog
+
+
+class FFNState:
+    """What one prompt knows about one FFN.
+
+    Attributes
+    ----------
+    energy : Tensor or None
+        Sum of squared activations of each channel over the prompt's tokens, ``[D]`` or ``[B, D]``.
+    partition : Partition or None
+    candidate_weight : Tensor
+        The scorer's weight of each candidate, ``[..., |C|]``.
+    steps : StepLog
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.energy: Tensor | None = None
+        self.partition: Partition | None = None
+        self.candidate_weight: Tensor | None = None
+        self.steps = StepLog(sizes)
+
+
+class PromptState:
+    """What is known about one prompt, for every FFN; it lives as long as the prompt's cache.
+
+    Attributes
+    ----------
+    tokens : Tensor
+        ``[B]``: prompt tokens counted so far.
+    moved : bool
+        Whether a backend has seen the current partition.
+    """
+
+    def __init__(self, sizes: Sequence[Sizes], rows: int, cache: Any) -> None:
+        self.ffns = [FFNState(size) for size in sizes]
+        self.rows = rows
+        self.tokens: Tensor | None = None
+        self.moved = False
+        self.decode_steps = 0
+        self._cache: Any = None
+        if cache is not None:
+            self.bind(cache)
+
+    def bind(self, cache: Any) -> None:
+        """Name the cache that this state belongs to."""
+        self._cache = weakref.ref(cache)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the cache still exists."""
+        return self._cache is not None and self._cache() is not None
+
+    def copy(self, cache: Any) -> PromptState:
+        """The same knowledge for a copy of the cache. Tensors are never changed in place, so they are shared."""
+        twin = copy.copy(self)
+        twin.ffns = [copy.copy(ffn) for ffn in self.ffns]
+        for ffn in twin.ffns:
+            ffn.steps = ffn.steps.copy()
+        twin.bind(cache)
+        return twin
+
+    def invalidate(self) -> None:
+        """More of the prompt comes: the partitions so far no longer hold."""
+        self.moved = False
+        for ffn in self.ffns:
+            ffn.partition = None
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether every FFN has its partition."""
+        return all(ffn.partition is not None for ffn in self.ffns)
+
+    def reorder(self, parents: Tensor) -> None:
+        """Follow a reordering of the batch: what was accumulated after the prefill belongs to row ``parents[b]`` now."""
+        for ffn in self.ffns:
+            ffn.steps.reorder(parents)
+
+
+class Engine:
+    """The algorithm, over the FFNs of one model.
+
+    Parameters
+    ----------
+    ffns : sequence of FFN
+        FFNs that are really pruned.
+    sizes : sequence of Sizes
+        Of each.
+    config : PopConfig
+    """
+
+    def __init__(self, ffns: Sequence[FFN], sizes: Sequence[Sizes], config: PopConfig) -> None:
+        self.ffns = ffns
+        self.sizes = sizes
+        self.config = config
+        self.scorer = get_scorer(config.scorer)
+        self._weights: list[Tensor] | None = None
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether each row has its own partition and step mask."""
+        return self.config.batch == "per_sequence"
+
+    def new_state(self, rows: int, cache: Any) -> PromptState:
+        """State of a new prompt of ``rows`` sequences."""
+        return PromptState(self.sizes, rows, cache)
+
+    def channel_weights(self) -> list[Tensor]:
+        """The scorer's weight of each channel of each FFN, ``[D]``; computed once."""
+        if self._weights is None:
+            self._weights = [self.scorer.channel_weight(ffn) for ffn in self.ffns]
+        return self._weights
+
+    def forget_channel_weights(self) -> None:
+        """The model's weights have changed."""
+        self._weights = None
+
+    # prefill --------------------------------------------------------------------------------------------------------
+
+    def count_tokens(self, forward: Forward) -> None:
+        """Add this forward's prompt tokens to the state's count."""
+        prompt = self._prompt_positions(forward, torch.device("cpu") if forward.valid is None else forward.valid.device)
+        if prompt is None:
+            tokens = torch.full((forward.rows,), forward.length)
+        else:
+            tokens = prompt.sum(-1)
+        state: PromptState = forward.state
+        state.tokens = tokens if state.tokens is None else state.tokens + tokens.to(state.tokens.device)
+
+    def observe(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> None:
+        """Add the squared activations of the prompt's tokens, in float32 or wider; padding never counts.
+
+        Parameters
+        ----------
+        h : Tensor
+            ``[B, q, D]``, the input of the down projection.
+        positions : Tensor or None
+            ``[D]``: where each original channel is in ``h``; None if in its own place.
+        """
+        prompt = self._prompt_positions(forward, h.device)
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        if self.per_sequence:
+            counted = h if prompt is None else h.masked_fill(~prompt.unsqueeze(-1), 0)
+            norm = torch.linalg.vector_norm(counted, dim=1, dtype=dtype)
+        else:
+            counted = h.flatten(0, 1) if prompt is None else h[prompt]
+            norm = torch.linalg.vector_norm(counted, dim=0, dtype=dtype)
+        energy = norm.square()
+        if positions is not None:
+            energy = energy[..., positions]
+        state: FFNState = forward.state.ffns[index]
+        state.energy = energy if state.energy is None else state.energy + energy
+
+    def partition(self, index: int, state: PromptState) -> Partition:
+        """Make (or return) the partition of one FFN from the statistics so far."""
+        ffn = state.ffns[index]
+        if ffn.partition is None:
+            assert ffn.energy is not None
+            weight = self.channel_weights()[index]
+            ffn.partition = partition(weight * ffn.energy.sqrt(), self.sizes[index])
+            ffn.candidate_weight = weight[ffn.partition.candidates]
+        return ffn.partition
+
+    def partition_all(self, state: PromptState) -> None:
+        """Make every partition that is missing; before the first decode step.
+
+        Raises
+        ------
+        PhaseError
+            The prompt (or, per sequence, one of its rows) has no token to go by.
+        """
+        assert state.tokens is not None
+        short = state.tokens == 0 if self.per_sequence else state.tokens.sum().reshape(1) == 0
+        if bool(short.any()):
+            which = f"Row {int(short.nonzero()[0])} of the prompt" if self.per_sequence else "The prompt"
+            raise PhaseError(f"{which} is empty: all of its positions are padding. Give at least one token.")
+        for index in range(len(self.ffns)):
+            self.partition(index, state)
+
+    def check_finite(self, state: PromptState) -> None:
+        """Raise :class:`NonFiniteError` if the prompt's statistics are not finite; one look for all FFNs."""
+        sums = [ffn.energy.sum() for ffn in state.ffns if ffn.energy is not None]
+        if not sums:
+            return
+        finite = torch.stack([s.to(sums[0].device) for s in sums]).isfinite()
+        if not bool(finite.all()):
+            seen = [i for i, ffn in enumerate(state.ffns) if ffn.energy is not None]
+            first = self.ffns[seen[int((~finite).nonzero()[0])]]
+            raise NonFiniteError(
+                f"The activations of {first.name} are NaN or infinite in the prompt, so its channels cannot be ranked. "
+                "Check the weights and inputs, or run the model in bfloat16 or float32 if it overflows in float16."
+            )
+
+    def _prompt_positions(self, forward: Forward, device: torch.device) -> Tensor | None:
+        """``[B, q]``: which positions are tokens of the prompt; None if all are."""
+        valid = forward.valid
+        if forward.phase is not Phase.MIXED:
+            return valid
+        prompt = ~_decode_positions(forward, device)
+        return prompt if valid is None else prompt & valid.to(device)
+
+    # decode ---------------------------------------------------------------------------------------------------------
+
+    def select(self, index: int, forward: Forward, candidates: Tensor) -> Tensor | None:
+        """Which candidates each step of this forward leaves out (paper 3.3); None if there are no candidates.
+
+        Parameters
+        ----------
+        candidates : Tensor
+            ``[B, q, |C|]``: activations of the candidates, in ascending original channel order.
+
+        Returns
+        -------
+        Tensor
+            ``[q, n]`` (shared) or ``[B, q, n]`` (per sequence), indices into the candidates.
+        """
+        sizes, state = self.sizes[index], forward.state.ffns[index]
+        if sizes.candidates == 0:
+            return None
+        weight = state.candidate_weight
+        if self.per_sequence:
+            dropped = dropped_candidates(candidates.abs() * weight.unsqueeze(1), sizes)
+        elif forward.rows == 1:
+            dropped = dropped_candidates(candidates[0].abs() * weight, sizes)
+        else:
+            squared = candidates.to(weight.dtype).square()
+            if forward.valid is not None:
+                squared = squared.masked_fill(~forward.valid.unsqueeze(-1), 0)
+            dropped = dropped_candidates(squared.sum(0).sqrt() * weight, sizes)
+        state.steps.add(dropped)
+        return dropped
+
+    def apply(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
+        """The reference path: observe, partition and mask the input of the down projection, as the phase asks.
+
+        Parameters
+        ----------
+        h : Tensor
+            ``[B, q, D]`` or ``[B * q, D]``, all channels.
+        positions : Tensor or None
+            As for :meth:`observe`.
+
+        Returns
+        -------
+        Tensor
+            Like ``h``, zero on the channels that are left out.
+        """
+        shape = h.shape
+        h = h.view(forward.rows, forward.length, shape[-1])
+        if forward.phase is Phase.PREFILL:
+            self.observe(index, forward, h, positions)
+            if self.config.prefill == "partition":
+                allowed = _in_place(self.partition(index, forward.state).allowed(), positions)
+                h = h.where(allowed.unsqueeze(-2), 0)
+        elif forward.phase is Phase.DECODE:
+            h = h.where(self._active(index, forward, h, positions), 0)
+        else:
+            h = self._apply_mixed(index, forward, h, positions)
+        return h.view(shape)
+
+    def _active(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
+        """``[q, D]`` or ``[B, q, D]`` boolean: the active channels, at their places in ``h``."""
+        part = forward.state.ffns[index].partition
+        allowed = part.allowed().unsqueeze(-2)
+        places = part.candidates if positions is None else positions[part.candidates]
+        if self.per_sequence:
+            candidates = h.gather(-1, places.unsqueeze(1).expand(-1, forward.length, -1))
+        else:
+            candidates = h[..., places]
+        dropped = self.select(index, forward, candidates)
+        if dropped is None:
+            return _in_place(allowed, positions)
+        channels = part.candidates.unsqueeze(-2).expand(*dropped.shape[:-1], -1).gather(-1, dropped)
+        active = allowed.expand(*dropped.shape[:-1], -1).scatter(-1, channels, False)
+        return _in_place(active, positions)
+
+    def _apply_mixed(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
+        """Prompt and decode steps in one forward: each decode position is selected as if it had come alone."""
+        if bool(self._prompt_positions(forward, h.device).any()):
+            self.observe(index, forward, h, positions)
+        part = self.partition(index, forward.state)
+        decode = _decode_positions(forward, h.device)
+        rows, columns = decode.nonzero(as_tuple=True)
+        start = forward.decode_from if isinstance(forward.decode_from, int) else forward.decode_from.to(h.device)[rows]
+        steps = columns - start
+        steps = steps - steps.min() if len(steps) else steps
+        valid = None if forward.valid is None else forward.valid.to(h.device)[rows, columns]
+        tokens = h[rows, columns]
+        if self.per_sequence or forward.rows == 1:
+            keep = self._active_rows(index, forward.state, tokens, rows, part, positions)
+        else:
+            keep = self._active_steps(index, forward.state, tokens, steps, valid, part, positions)
+        prompt_allowed = None
+        if self.config.prefill == "partition":
+            prompt_allowed = _in_place(part.allowed(), positions).unsqueeze(-2)
+        h = h.clone() if prompt_allowed is None else h.where(prompt_allowed, 0)
+        h[rows, columns] = tokens.where(keep, 0)
+        return h
+
+    def _active_rows(
+        self, index: int, state: PromptState, tokens: Tensor, rows: Tensor, part: Partition, positions: Tensor | None
+    ) -> Tensor:
+        """``[N, D]``: active channels of N tokens, each a step of its own, of batch rows ``rows``."""
+
+        def own(t: Tensor) -> Tensor:
+            return t[rows] if self.per_sequence else t.expand(len(tokens), *t.shape)
+
+        ffn = state.ffns[index]
+        assert ffn.candidate_weight is not None
+        active, chosen = own(part.allowed()), own(part.candidates)
+        if self.sizes[index].candidates:
+            places = chosen if positions is None else positions[chosen]
+            dropped = dropped_candidates(tokens.gather(-1, places).abs() * own(ffn.candidate_weight), self.sizes[index])
+            if state.rows == 1:
+                ffn.steps.add(dropped)
+            active = active.scatter(-1, chosen.gather(-1, dropped), False)
+        return _in_place(active, positions)
+
+    def _active_steps(
+        self,
+        index: int,
+        state: PromptState,
+        tokens: Tensor,
+        steps: Tensor,
+        valid: Tensor | None,
+        part: Partition,
+        positions: Tensor | None,
+    ) -> Tensor:
+        """``[N, D]``: active channels of N tokens, where tokens of one step share their choice."""
+        active = part.allowed()
+        if not (self.sizes[index].candidates and len(tokens)):
+            return _in_place(active, positions)
+        places = part.candidates if positions is None else positions[part.candidates]
+        weight = state.ffns[index].candidate_weight
+        assert weight is not None
+        squared = tokens[:, places].to(weight.dtype).square()
+        if valid is not None:
+            squared = squared.masked_fill(~valid.unsqueeze(-1), 0)
+        sums = squared.new_zeros(int(steps.max()) + 1, squared.shape[-1]).index_add_(0, steps, squared)
+        dropped = dropped_candidates(sums.sqrt() * weight, self.sizes[index])
+        state.ffns[index].steps.add(dropped)
+        active = active.expand(len(dropped), -1).scatter(-1, part.candidates[dropped], False)
+        return _in_place(active, positions)[steps]
+
+
+def _decode_positions(forward: Forward, device: torch.device) -> Tensor:
+    """``[B, q]``: which positions of a MIXED forward are decode steps."""
+    start = forward.decode_from
+    columns = torch.arange(forward.length, device=device)
+    if isinstance(start, int):
+        return (columns >= start).expand(forward.rows, -1)
+    return columns >= start.to(device).unsqueeze(-1)
+
+
+def _in_place(channels: Tensor, positions: Tensor | None) -> Tensor:
+    """A mask over original channels, moved to where the channels are."""
+    if positions is None:
+        return channels
+    return torch.empty_like(channels, memory_format=torch.contiguous_format).scatter_(
+        -1, positions.expand_as(channels), channels
+    )

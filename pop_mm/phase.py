@@ -1,0 +1,411 @@
+"""Which part of a generation a forward belongs to. Knows ``generate()`` and caches; knows neither pruning nor models.
+
+Two instance methods are wrapped, ``generate`` (it tells where a generation begins and ends, and its stop tokens) and
+``prepare_inputs_for_generation`` (it alone tells a prefill chunk of one token from a decode step), and the model gets one
+forward pre-hook and one forward hook. Plain forwards are attributed by their cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PhaseError
+
+
+class Phase(Enum):
+    """What a forward does. MIXED: its first columns are prefill, the rest decode steps, all in one forward."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward of the model, as seen by the FFNs.
+
+    Attributes
+    ----------
+    phase : Phase
+    state : Any
+        The prompt's state, from :meth:`Handler.new_state`.
+    rows, length : int
+        B and q of this forward's input.
+    valid : Tensor or None
+        ``[B, q]`` boolean, false on padding and on rows that have finished; None if every position counts.
+    decode_from : int or Tensor
+        For MIXED: first decode column of this forward, for all rows or ``[B]``.
+    next_chunk : bool
+        A further chunk of a prompt whose prefill ``generate`` has split.
+    parents : Tensor or None
+        ``[B]``: row b continues row ``parents[b]`` of the step before (beam search).
+    fast : bool
+        Set by the backend: FFNs may compute R and C only.
+    """
+
+    phase: Phase
+    state: Any
+    rows: int
+    length: int
+    valid: Tensor | None = None
+    decode_from: int | Tensor = 0
+    next_chunk: bool = False
+    parents: Tensor | None = None
+    cache: Any = None
+    fast: bool = False
+
+
+class Handler(Protocol):
+    """What the tracker needs from its owner."""
+
+    def new_state(self, rows: int, cache: Any) -> Any:
+        """State of a new prompt."""
+
+    def begin(self, forward: Forward) -> None:
+        """Called before the model's forward."""
+
+    def end(self, forward: Forward, completed: bool) -> None:
+        """Called after the model's forward, also if it raised."""
+
+
+@dataclass
+class _Generation:
+    """One running ``generate`` call of a thread."""
+
+    stop_ids: tuple[int, ...]
+    prompt_length: int | None = None
+    prefills: int = 0
+    first_length: dict[str, int] = field(default_factory=dict)
+    last_ids: Tensor | None = None
+
+
+@dataclass
+class _Prepared:
+    """What ``prepare_inputs_for_generation`` said about the forward that follows it."""
+
+    cache: Any
+    first: bool
+    mask: Tensor | None
+    ended: Tensor | None
+    parents: Tensor | None
+
+
+class PhaseTracker:
+    """Attributes every forward of a model to a phase and a prompt.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model whose ``forward`` and ``generate`` the user calls.
+    handler : Handler
+    """
+
+    def __init__(self, model: nn.Module, handler: Handler) -> None:
+        self._model = model
+        self._handler = handler
+        self._local = threading.local()
+        self._states: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._undo: list[Callable[[], object]] = []
+        self._signature = inspect.signature(model.forward)
+
+    @property
+    def current(self) -> Forward | None:
+        """The forward that runs in this thread now."""
+        return getattr(self._local, "current", None)
+
+    def install(self) -> None:
+        """Wrap and hook the model."""
+        for name, wrap in (
+            ("generate", self._wrap_generate),
+            ("prepare_inputs_for_generation", self._wrap_prepare),
+        ):
+            original = getattr(self._model, name, None)
+            if original is not None:
+                self._undo.append(_set_instance_attribute(self._model, name, functools.wraps(original)(wrap(original))))
+        pre = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
+        post = self._model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+        self._undo += [pre.remove, post.remove]
+
+    def remove(self) -> None:
+        """Undo :meth:`install` exactly."""
+        while self._undo:
+            self._undo.pop()()
+        self._states.clear()
+
+    @contextmanager
+    def split(self, context_length: int | Tensor) -> Iterator[None]:
+        """Within: columns before ``context_length`` are prefill, the others decode steps (int, or ``[B]``)."""
+        if isinstance(context_length, bool) or not isinstance(context_length, int | Tensor):
+            raise PhaseError(f"split() takes an int or a [B] tensor; got {type(context_length).__name__}.")
+        if isinstance(context_length, Tensor) and (context_length.dim() != 1 or context_length.is_floating_point()):
+            raise PhaseError(f"split() takes an integer tensor [B]; got {context_length.dtype} {tuple(context_length.shape)}.")
+        previous = getattr(self._local, "split", None)
+        self._local.split = context_length
+        try:
+            yield
+        finally:
+            self._local.split = previous
+
+    def adopt(self, cache: Any, original: Any) -> None:
+        """Let a copy of a cache continue the prompt of the original."""
+        state = self._states.get(original)
+        if state is None:
+            raise PhaseError("adopt(): the original cache was not prefilled in this session.")
+        self._states[cache] = state.copy(cache)
+
+    # generate -------------------------------------------------------------------------------------------------------
+
+    def _wrap_generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            running = self._generations()
+            running.append(_Generation(_stop_ids(self._model, kwargs)))
+            try:
+                return original(*args, **kwargs)
+            finally:
+                running.pop()
+                self._local.prepared = None
+
+        return generate
+
+    def _wrap_prepare(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
+            inputs = original(*args, **kwargs)
+            self._local.prepared = self._read_prepared(args[0] if args else kwargs.get("input_ids"), kwargs, inputs)
+            return inputs
+
+        return prepare_inputs_for_generation
+
+    def _generations(self) -> list[_Generation]:
+        if not hasattr(self._local, "generations"):
+            self._local.generations = []
+        generations: list[_Generation] = self._local.generations
+        return generations
+
+    def _read_prepared(self, ids: Tensor | None, kwargs: dict[str, Any], inputs: dict[str, Any]) -> _Prepared:
+        first = bool(kwargs.get("is_first_iteration"))
+        mask = kwargs.get("attention_mask")
+        ended = parents = None
+        running = self._generations()
+        if not first and running and ids is not None and ids.shape[0] > 1:
+            generation = running[-1]
+            if generation.prompt_length is None:
+                generation.prompt_length = ids.shape[1] - 1
+            generated = ids[:, generation.prompt_length :]
+            if generation.stop_ids and generated.shape[1]:
+                stop = torch.tensor(generation.stop_ids, device=ids.device)
+                ended = torch.isin(generated, stop).cumsum(-1) > 0
+            parents = _parents(ids, generation.last_ids)
+            generation.last_ids = ids
+        return _Prepared(inputs.get("past_key_values"), first, mask, ended, parents)
+
+    # forwards -------------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._local.current = None
+        inputs = self._signature.bind_partial(*args, **kwargs).arguments if args else kwargs
+        extra = inputs.get("kwargs")
+        if isinstance(extra, dict):
+            inputs = {**inputs, **extra}
+        forward = self._attribute(inputs)
+        self._handler.begin(forward)
+        self._local.current = forward
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        forward, self._local.current = self.current, None
+        if forward is None:
+            return
+        if output is not None and forward.cache is None:
+            cache = getattr(output, "past_key_values", None)
+            if cache is not None:
+                forward.state.bind(cache)
+                self._states[cache] = forward.state
+        self._handler.end(forward, output is not None)
+
+    def forget(self, forward: Forward) -> None:
+        """Drop the state of a forward's prompt."""
+        if forward.cache is not None:
+            self._states.pop(forward.cache, None)
+
+    def _attribute(self, inputs: dict[str, Any]) -> Forward:
+        prepared, self._local.prepared = getattr(self._local, "prepared", None), None
+        ids = inputs.get("input_ids")
+        ids = inputs.get("inputs_embeds") if ids is None else ids
+        if not isinstance(ids, Tensor):
+            raise PhaseError("The forward has neither input_ids nor inputs_embeds.")
+        rows, length = ids.shape[:2]
+        if length == 0 or rows == 0:
+            raise PhaseError(f"The prompt is empty: the input has shape {tuple(ids.shape)}. Give at least one token.")
+        if "cu_seq_lens_q" in inputs or "cache" in inputs:
+            raise PhaseError(
+                "Continuous batching packs tokens of several requests, some in prefill and some in decode, into one row "
+                "without saying which is whose, so pop_mm cannot attribute them. Use generate() with a batch instead."
+            )
+        cache = inputs.get("past_key_values")
+        if cache is not None and not hasattr(cache, "get_seq_length"):
+            raise PhaseError(f"past_key_values must be a transformers Cache; got {type(cache).__name__}.")
+        if prepared is not None and prepared.cache is not cache:
+            prepared = None
+        valid = _valid_positions(prepared.mask if prepared else inputs.get("attention_mask"), rows, length)
+        if prepared is not None and prepared.ended is not None:
+            valid = _without_ended(valid, prepared.ended, rows, length)
+        forward = Forward(Phase.PREFILL, None, rows, length, valid, cache=cache)
+        if prepared is not None:
+            forward.parents = prepared.parents
+        split = getattr(self._local, "split", None)
+        if split is not None:
+            self._attribute_split(forward, split)
+        elif cache is None and _use_cache(self._model, inputs):
+            forward.state = self._handler.new_state(rows, None)
+        elif cache is None:
+            self._attribute_without_cache(forward, prepared)
+        else:
+            self._attribute_cached(forward, prepared, inputs)
+        return forward
+
+    def _attribute_split(self, forward: Forward, split: int | Tensor) -> None:
+        past = 0 if forward.cache is None else int(forward.cache.get_seq_length())
+        forward.state = self._state(forward, past)
+        if isinstance(split, Tensor):
+            if split.shape[0] != forward.rows:
+                raise PhaseError(f"split() was given {split.shape[0]} context lengths for a batch of {forward.rows} rows.")
+            forward.phase, forward.decode_from = Phase.MIXED, split - past
+        elif split - past >= forward.length:
+            forward.phase = Phase.PREFILL
+        else:
+            forward.phase, forward.decode_from = Phase.MIXED, max(split - past, 0)
+            if forward.decode_from == 0:
+                if past == 0:
+                    raise PhaseError(f"split({split}) leaves no column for the context, so there is no prompt to prune by.")
+                forward.phase = Phase.DECODE
+
+    def _attribute_without_cache(self, forward: Forward, prepared: _Prepared | None) -> None:
+        """use_cache=False: within generate, what lies beyond the first call's length is decode, in one forward."""
+        forward.state = self._handler.new_state(forward.rows, None)
+        running = self._generations()
+        if not running:
+            return
+        stream = "conditional" if prepared else "unconditional"  # classifier-free guidance calls the model by itself
+        first = running[-1].first_length.setdefault(stream, forward.length)
+        if forward.length > first:
+            forward.phase, forward.decode_from = Phase.MIXED, first
+
+    def _attribute_cached(self, forward: Forward, prepared: _Prepared | None, inputs: dict[str, Any]) -> None:
+        state = self._states.get(forward.cache)
+        if prepared is not None and not prepared.first and state is not None:
+            forward.state, forward.phase = state, Phase.DECODE
+            return
+        past = int(forward.cache.get_seq_length())
+        forward.state = self._state(forward, past)
+        if past and (prepared is None or not prepared.first) and forward.length == 1:
+            forward.phase = Phase.DECODE
+            return
+        if prepared is not None and prepared.first:
+            running = self._generations()
+            if running:
+                forward.next_chunk = running[-1].prefills > 0
+                running[-1].prefills += 1
+            keep = inputs.get("logits_to_keep")
+            if isinstance(keep, int) and 1 < keep <= forward.length:
+                # assisted decoding: the first forward holds the prompt and keep - 1 candidate tokens
+                forward.phase, forward.decode_from = Phase.MIXED, forward.length - (keep - 1)
+
+    def _state(self, forward: Forward, past: int) -> Any:
+        cache = forward.cache
+        state = self._states.get(cache) if cache is not None else None
+        if past == 0:
+            state = self._handler.new_state(forward.rows, cache)
+            if cache is not None:
+                self._states[cache] = state
+        elif state is None:
+            raise PhaseError(
+                f"The cache holds {past} tokens that this session has not seen, so there is no partition for them. Prefill "
+                "inside the session; for a copy of a cache that was prefilled here, call session.adopt(copy, original)."
+            )
+        return state
+
+
+def _set_instance_attribute(instance: object, name: str, value: object) -> Callable[[], None]:
+    """Set an attribute on the instance; returns what puts back exactly what was there."""
+    had = name in instance.__dict__
+    previous = instance.__dict__.get(name)
+    instance.__dict__[name] = value
+
+    def undo() -> None:
+        if had:
+            instance.__dict__[name] = previous
+        else:
+            instance.__dict__.pop(name, None)
+
+    return undo
+
+
+def _use_cache(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    use = inputs.get("use_cache")
+    return bool(getattr(model.config, "use_cache", True) if use is None else use)
+
+
+def _stop_ids(model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """End-of-sequence and padding ids of one generate call: a generated one means that its row has finished."""
+    found: list[int] = []
+    for name in ("eos_token_id", "pad_token_id"):
+        for source in (kwargs, vars(kwargs.get("generation_config") or object.__new__(_Empty)), vars(model.generation_config)):
+            value = source.get(name)
+            if value is not None:
+                found += value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, list | tuple) else [value]
+                break
+    return tuple(found)
+
+
+class _Empty:
+    pass
+
+
+def _parents(ids: Tensor, last: Tensor | None) -> Tensor | None:
+    """Which row of the step before each row continues, or None if every row continues itself.
+
+    Rows with the same tokens are interchangeable, so comparing tokens finds what ``reorder_cache`` did.
+    """
+    if last is None or last.shape != (ids.shape[0], ids.shape[1] - 1) or bool((ids[:, :-1] == last).all()):
+        return None
+    return (ids[:, None, :-1] == last[None]).all(-1).to(torch.uint8).argmax(-1)
+
+
+def _valid_positions(mask: Any, rows: int, length: int) -> Tensor | None:
+    """``[B, q]`` boolean of the positions that hold a real token, or None if all do (or nothing says otherwise)."""
+    if isinstance(mask, dict):  # one mask for each type of layer; the widest view of the keys is the full one
+        mask = next((m for m in mask.values() if m is not None), None)
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:
+        if mask.shape[0] != rows or mask.shape[1] < length:
+            return None
+        valid = mask[:, -length:].bool()
+    else:
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        valid = seen.any(1).any(-1)[:, -length:].expand(rows, -1)
+    if valid.device.type == "cpu" and bool(valid.all()):
+        return None
+    return valid
+
+
+def _without_ended(valid: Tensor | None, ended: Tensor, rows: int, length: int) -> Tensor | None:
+    """Positions of rows that had finished do not count."""
+    if ended.device.type == "cpu" and not bool(ended.any()):
+        return valid
+    count = min(length, ended.shape[1])
+    result = torch.ones(rows, length, dtype=torch.bool, device=ended.device) if valid is None else valid.clone()
+    result[:, length - count :] &= ~ended[:, ended.shape[1] - count :]
+    return result

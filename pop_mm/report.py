@@ -1,0 +1,231 @@
+"""What a session did: sizes, backends, stability of the candidates and times; as numbers, JSON, a table or a picture."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import PopConfig
+from .layout import FFN
+from .partition import Partition, Sizes
+from .phase import Forward, Phase
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from .engine import PromptState
+
+
+@dataclass(frozen=True)
+class FFNPlan:
+    """What a session does with one FFN.
+
+    Attributes
+    ----------
+    ffn : FFN
+    ratio : float
+        The FFN's own ratio.
+    sizes : Sizes
+    backend : str
+        ``"inplace"``, ``"masked"`` or ``"dense"`` (nothing to leave out).
+    reason : str
+        Why this backend.
+    """
+
+    ffn: FFN
+    ratio: float
+    sizes: Sizes
+    backend: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, one row of ``pop-mm inspect --json``."""
+        return {
+            "name": self.ffn.name,
+            "layer": self.ffn.layer,
+            "expert": self.ffn.expert,
+            "role": self.ffn.role,
+            "layout": self.ffn.layout,
+            "size": self.ffn.size,
+            "ffn_ratio": self.ratio,
+            "retained": self.sizes.retained,
+            "candidates": self.sizes.candidates,
+            "pruned": self.sizes.pruned,
+            "kept": self.sizes.kept,
+            "backend": self.backend,
+            "reason": self.reason,
+        }
+
+
+@dataclass
+class Timings:
+    """Counts and host seconds of a session's forwards (on a GPU, the host's share only).
+
+    Attributes
+    ----------
+    prefill, decode : float
+        Seconds in forwards of each phase; scoring in one forward counts as prefill.
+    partitioning, moving : float
+        Seconds spent making partitions and moving channels, part of the first decode step of each prompt.
+    masked_forwards : int
+        Decode forwards that ran masked though FFNs are in place: another prompt's order was resident.
+    """
+
+    prefill: float = 0.0
+    decode: float = 0.0
+    partitioning: float = 0.0
+    moving: float = 0.0
+    prefill_forwards: int = 0
+    decode_forwards: int = 0
+    masked_forwards: int = 0
+
+    def add(self, forward: Forward, seconds: float, masked: bool) -> None:
+        """Count one forward."""
+        if forward.phase is Phase.DECODE:
+            self.decode += seconds
+            self.decode_forwards += 1
+            self.masked_forwards += masked
+        else:
+            self.prefill += seconds
+            self.prefill_forwards += 1
+
+
+@dataclass(frozen=True)
+class FFNReport:
+    """One FFN: the plan, and what the latest prompt made of it.
+
+    Attributes
+    ----------
+    partition : Partition or None
+        Of the latest prompt; None before the first.
+    active_per_step : float or None
+        Mean active channels of its decode steps.
+    stability : float or None
+        Mean share of a step's kept candidates that the next step keeps too.
+    """
+
+    plan: FFNPlan
+    partition: Partition | None
+    active_per_step: float | None
+    stability: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            **self.plan.to_dict(),
+            "active_per_step": self.active_per_step,
+            "candidate_stability": self.stability,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a session did. ``print(report)`` shows a table, :meth:`plot` a picture."""
+
+    config: PopConfig
+    ffns: Sequence[FFNReport]
+    prompt_tokens: int
+    timings: Timings
+    moved_channels: int
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def backends(self) -> dict[str, int]:
+        """How many FFNs run on each backend."""
+        return dict(Counter(ffn.plan.backend for ffn in self.ffns))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as :meth:`to_json` writes them."""
+        return {
+            "config": self.config.to_dict(),
+            "backends": self.backends,
+            "prompt_tokens": self.prompt_tokens,
+            "forwards": {
+                "prefill": self.timings.prefill_forwards,
+                "decode": self.timings.decode_forwards,
+                "decode_masked_not_resident": self.timings.masked_forwards,
+            },
+            "seconds": {
+                "prefill": self.timings.prefill,
+                "decode": self.timings.decode,
+                "partitioning": self.timings.partitioning,
+                "moving": self.timings.moving,
+            },
+            "moved_channels": self.moved_channels,
+            "notes": list(self.notes),
+            "ffns": [ffn.to_dict() for ffn in self.ffns],
+        }
+
+    def to_json(self) -> str:
+        """JSON text of :meth:`to_dict`."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def plot(self, path: str | Path) -> Path:
+        """Save a picture: R, C and P layer by layer, and how many kept candidates stay from step to step."""
+        from .plotting import plot_report
+
+        return plot_report(self, path)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The table that ``rich.print`` shows."""
+        from .tables import report_table
+
+        yield from report_table(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def build_report(
+    config: PopConfig,
+    plans: Sequence[FFNPlan],
+    state: PromptState | None,
+    timings: Timings,
+    moved_channels: int,
+) -> Report:
+    """Put the report together from a session's plans and its latest prompt."""
+    ffns = []
+    pruned = 0
+    for plan in plans:
+        known = None
+        if plan.backend != "dense":
+            known = state.ffns[pruned] if state is not None else None
+            pruned += 1
+        steps = known.steps if known is not None else None
+        ffns.append(
+            FFNReport(
+                plan,
+                known.partition if known is not None else None,
+                steps.mean_active() if steps is not None else None,
+                steps.stability() if steps is not None else None,
+            )
+        )
+    tokens = int(state.tokens.sum()) if state is not None and state.tokens is not None else 0
+    return Report(config, ffns, tokens, timings, moved_channels, _notes(config, plans, timings))
+
+
+def _notes(config: PopConfig, plans: Sequence[FFNPlan], timings: Timings) -> list[str]:
+    notes = []
+    clamped = [p for p in plans if p.backend != "dense" and 2 * p.sizes.candidates_kept < config.gamma * p.ffn.size - 2]
+    if clamped and config.variant == "pop":
+        notes.append(
+            f"gamma={config.gamma:g} does not fit the ratio in {len(clamped)} FFNs and was clamped; "
+            f"{clamped[0].ffn.name} has {clamped[0].sizes.candidates / clamped[0].ffn.size:.3f}."
+        )
+    masked = [p for p in plans if p.backend == "masked"]
+    if masked:
+        notes.append(f"{len(masked)} FFNs run masked, without speed-up: {masked[0].reason} ({masked[0].ffn.name}).")
+    if timings.masked_forwards:
+        notes.append(
+            f"{timings.masked_forwards} decode forwards ran masked, without speed-up: another prompt's channels were in place."
+        )
+    return notes

@@ -1,0 +1,325 @@
+"""A pruning session: attach to a model, prune while it decodes, report, and restore the model exactly."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Adapter, adapter_for
+from .backends.inplace import InplaceBackend
+from .backends.masked import MaskedBackend
+from .config import PopConfig, as_config
+from .engine import Engine, PromptState
+from .errors import AdapterError, ConfigError, NonFiniteError, SessionError
+from .layout import FFN
+from .partition import Sizes, partition_sizes
+from .phase import Forward, Phase, PhaseTracker
+from .ratio import ffn_ratios
+from .report import FFNPlan, Report, Timings, build_report
+
+_PRUNED_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def plan_ffns(model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> list[FFNPlan]:
+    """What a session would do with every FFN of a model: sizes, backend and the reason for it. Changes nothing.
+
+    Works on the meta device too.
+
+    Raises
+    ------
+    AdapterError
+        No adapter fits, or nothing can be pruned.
+    ConfigError
+        The ratio or an override does not fit the model, or ``backend="inplace"`` cannot serve an FFN.
+    """
+    adapter = adapter_for(model) if adapter is None else adapter
+    if not isinstance(adapter, Adapter):
+        raise AdapterError(f"adapter must be an instance of pop_mm.adapters.Adapter; got {adapter!r}.")
+    records = adapter.projections(model)
+    if not records:
+        raise AdapterError(f"{type(adapter).__name__} found no prunable FFN in {type(model).__name__}.")
+    weights = {layer: w for layer, w in adapter.layer_weights(model, records).items()}
+    ratios = ffn_ratios(config.ratio, config.scope, weights, config.layer_ratios)
+    shared = _shared_storages(model)
+    plans = []
+    for ffn in records:
+        sizes = partition_sizes(ffn.size, ratios[ffn.layer], config.gamma, config.round_to, config.variant)
+        backend, reason = _choose_backend(ffn, sizes, config, shared)
+        plans.append(FFNPlan(ffn, ratios[ffn.layer], sizes, backend, reason))
+    if config.backend == "inplace":
+        refused = [plan for plan in plans if plan.backend == "masked"]
+        if refused:
+            raise ConfigError(
+                f"backend='inplace' cannot serve {len(refused)} of {len(plans)} FFNs; the first is {refused[0].ffn.name}: "
+                f"{refused[0].reason}. Use backend='auto' to mask those."
+            )
+    return plans
+
+
+def _choose_backend(ffn: FFN, sizes: Sizes, config: PopConfig, shared: Counter[int]) -> tuple[str, str]:
+    if sizes.dense:
+        return "dense", "its ratio leaves nothing out"
+    if config.backend == "masked":
+        return "masked", "asked for"
+    if config.batch == "per_sequence":
+        return "masked", "batch='per_sequence' needs a mask for each row; no speed-up"
+    reason = ffn.why_not_plain()
+    if reason is None and any(shared[_storage(p.weight)] > 1 for p in ffn.projections):
+        reason = f"{ffn.name} shares its weights with another module"
+    if reason is not None:
+        return "masked", f"{reason}, so its channels cannot be reordered; no speed-up"
+    return "inplace", "asked for" if config.backend == "inplace" else "plain weights"
+
+
+def _storage(tensor: Tensor) -> int:
+    return 0 if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
+
+
+def _shared_storages(model: nn.Module) -> Counter[int]:
+    """How many places in the model use each parameter storage."""
+    uses = Counter(_storage(p) for _, p in model.named_parameters(remove_duplicate=False))
+    uses[0] = 0
+    return uses
+
+
+class Session:
+    """Prunes one model while it decodes. Use it as a context manager, or with :meth:`attach` and :meth:`detach`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        In eval mode. Inside the session its ``generate``, its forward, and pipelines built on it are pruned.
+    config : PopConfig
+    adapter : Adapter, optional
+        Instead of the one that the model type names.
+
+    Raises
+    ------
+    AdapterError, ConfigError
+        As :func:`plan_ffns`; nothing has been changed then.
+    """
+
+    def __init__(self, model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> None:
+        self.model = model
+        self.config = config
+        self.plans = plan_ffns(model, config, adapter)
+        pruned = [plan for plan in self.plans if plan.backend != "dense"]
+        self._engine = Engine([plan.ffn for plan in pruned], [plan.sizes for plan in pruned], config)
+        self._tracker = PhaseTracker(model, self)
+        self._masked = MaskedBackend(self._engine, self._tracker)
+        self._inplace = InplaceBackend(self._engine, self._tracker)
+        self._backends = [plan.backend for plan in pruned]
+        self._undo: list[Callable[[], object]] = []
+        self._busy = threading.Lock()
+        self._owner: threading.Thread | None = None
+        self._last: PromptState | None = None
+        self._started = threading.local()
+        self.timings = Timings()
+        self.attached = False
+
+    # life -----------------------------------------------------------------------------------------------------------
+
+    def attach(self) -> Session:
+        """Start pruning. The model must be in eval mode and not in another session."""
+        if self.attached:
+            raise SessionError("This session is attached already.")
+        if self.model.training:
+            raise SessionError("The model is in training mode; pruning is for inference. Call model.eval() first.")
+        downs = [plan.ffn.down.module for plan in self.plans]
+        if any(module in _PRUNED_MODULES for module in downs):
+            raise SessionError("The model is being pruned by another session; leave that one first.")
+        if any(p.device.type == "meta" for p in self.model.parameters()) and not hasattr(self.model, "hf_device_map"):
+            raise SessionError("The model is on the meta device, without weights; load it first.")
+        for module in downs:
+            _PRUNED_MODULES.add(module)
+        self.attached = True
+        try:
+            self._engine.channel_weights()
+            self._tracker.install()
+            for index, backend in enumerate(self._backends):
+                (self._inplace if backend == "inplace" else self._masked).attach(index)
+            hook = self.model.register_load_state_dict_post_hook(lambda *_: self._engine.forget_channel_weights())
+            self._undo.append(hook.remove)
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def detach(self) -> None:
+        """Stop pruning and restore the model bit for bit. Harmless if not attached."""
+        if not self.attached:
+            return
+        try:
+            self._inplace.detach()
+        finally:
+            self._masked.detach()
+            self._tracker.remove()
+            while self._undo:
+                self._undo.pop()()
+            for plan in self.plans:
+                _PRUNED_MODULES.discard(plan.ffn.down.module)
+            self.attached = False
+
+    def __enter__(self) -> Session:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    # use ------------------------------------------------------------------------------------------------------------
+
+    def split(self, context_length: int | Tensor) -> AbstractContextManager[None]:
+        """Score a text in one forward: columns before ``context_length`` are prefill, the others decode steps.
+
+        Parameters
+        ----------
+        context_length : int or Tensor
+            Columns of the input (padding included) that are context; for all rows, or ``[B]``.
+        """
+        self._require_attached("split()")
+        return self._tracker.split(context_length)
+
+    def adopt(self, cache: Any, original: Any) -> None:
+        """Let a copy of a cache (``copy.deepcopy``) continue the prompt of the original, which was prefilled here."""
+        self._require_attached("adopt()")
+        self._tracker.adopt(cache, original)
+
+    @property
+    def report(self) -> Report:
+        """What happened so far; the partition and the steps are those of the latest prompt."""
+        state = self._last
+        if state is not None and state.tokens is not None and not state.partitioned:
+            self._engine.partition_all(state)
+        self.timings.moving = self._inplace.seconds
+        return build_report(self.config, self.plans, state, self.timings, self._inplace.moved_channels)
+
+    def _require_attached(self, what: str) -> None:
+        if not self.attached:
+            raise SessionError(f"{what} needs an attached session: use `with prune(...) as session:`.")
+
+    # what the phase tracker calls -----------------------------------------------------------------------------------
+
+    def new_state(self, rows: int, cache: Any) -> PromptState:
+        """State of a new prompt (called by the phase tracker)."""
+        return self._engine.new_state(rows, cache)
+
+    def begin(self, forward: Forward) -> None:
+        """Before a forward (called by the phase tracker)."""
+        if self.model.training:
+            raise SessionError("The model was put in training mode inside the session; call model.eval().")
+        self._check_rows(forward)
+        self._enter()
+        try:
+            self._begin(forward)
+        except BaseException:
+            self._leave()
+            raise
+        self._started.at = time.perf_counter()
+
+    def _begin(self, forward: Forward) -> None:
+        state: PromptState = forward.state
+        if forward.next_chunk and self.config.prefill == "partition":
+            raise ConfigError(
+                "prefill='partition' needs the whole prompt in one forward, since the prompt is completed on channels that the "
+                "whole prompt chooses. Leave prefill_chunk_size out, or use prefill='dense'."
+            )
+        if forward.phase is not Phase.DECODE:
+            before = state.tokens
+            self._engine.count_tokens(forward)
+            if forward.phase is Phase.PREFILL or before is None or not torch.equal(before, state.tokens):  # type: ignore[arg-type]
+                state.invalidate()
+            self._last = state
+            return
+        if not state.partitioned:
+            started = time.perf_counter()
+            self._engine.partition_all(state)
+            self.timings.partitioning += time.perf_counter() - started
+        if forward.parents is not None and self._engine.per_sequence:
+            state.reorder(forward.parents)
+        self._last = state
+        if "inplace" in self._backends:
+            forward.fast = self._inplace.place(state)
+
+    def end(self, forward: Forward, completed: bool) -> None:
+        """After a forward, also one that raised (called by the phase tracker)."""
+        self._leave()
+        elapsed = time.perf_counter() - self._started.at
+        self.timings.add(forward, elapsed, masked="inplace" in self._backends and not forward.fast)
+        if completed and forward.phase is not Phase.DECODE:
+            try:
+                self._engine.check_finite(forward.state)
+            except NonFiniteError:
+                self._tracker.forget(forward)
+                self._last = None
+                raise
+
+    def _check_rows(self, forward: Forward) -> None:
+        state: PromptState = forward.state
+        if self._engine.per_sequence and state.rows != forward.rows:
+            raise SessionError(
+                f"The cache was prefilled with {state.rows} rows and is continued with {forward.rows}; with "
+                "batch='per_sequence' every row needs its own partition. Use batch='shared', or prefill all rows."
+            )
+
+    def _enter(self) -> None:
+        """One forward at a time where weights are reordered; a lock left behind by an interrupted forward is taken over."""
+        if "inplace" not in self._backends:
+            return
+        me = threading.current_thread()
+        if not self._busy.acquire(blocking=False):
+            owner = self._owner
+            if owner is not None and owner is not me and owner.is_alive():
+                raise SessionError(
+                    "Two threads run forwards of one in-place pruned model at once, but its weights can hold one prompt's "
+                    "order at a time. Take turns, use backend='masked', or load the model twice."
+                )
+        self._owner = me
+
+    def _leave(self) -> None:
+        if self._busy.locked() and self._owner is threading.current_thread():
+            self._owner = None
+            self._busy.release()
+
+
+def prune(
+    model: nn.Module, config: PopConfig | float | None = None, *, adapter: Adapter | None = None, **settings: Any
+) -> Session:
+    """A session that prunes a model online while it decodes (POP, arXiv 2602.06822).
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    config : PopConfig or float
+        Settings, or just the ratio.
+    adapter : Adapter, optional
+    **settings
+        Fields of :class:`PopConfig`, instead of ``config``.
+
+    Returns
+    -------
+    Session
+        Not attached yet: ``with prune(model, ratio=0.4) as session: ...`` or ``session.attach()``.
+
+    Raises
+    ------
+    ConfigError, AdapterError
+        Before anything is changed.
+
+    Examples
+    --------
+    >>> with pop_mm.prune(model, ratio=0.4) as session:  # doctest: +SKIP
+    ...     output = model.generate(**inputs, max_new_tokens=128)
+    >>> print(session.report)  # doctest: +SKIP
+    """
+    return Session(model, as_config(config, settings), adapter)
+
+
+__all__: Sequence[str] = ["Session", "plan_ffns", "prune"]
