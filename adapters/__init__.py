@@ -6,7 +6,7 @@ point group ``pop_mm.adapters`` adds one.
 
 from __future__ import annotations
 
-from .base import Adapter, FFNPaths
+from .base import Adapter, FFNPaths, RefusedAdapter
 from .dense import *  # noqa: F403
 from .dense import __all__ as _dense
 from .lookup import adapter_for, support_table
@@ -15,6 +15,7 @@ from .registry import register_adapter, registered_adapters, unregister_adapter
 __all__ = [
     "Adapter",
     "FFNPaths",
+    "RefusedAdapter",
     "adapter_for",
     "register_adapter",
     "registered_adapters",

@@ -30,6 +30,8 @@ class FFNPaths:
     plain_types : tuple of str
         Names of module classes whose forward is just ``x @ W.T + b``.
     role : {"dense", "shared_expert"}
+    activation : tuple of str
+        Names under which the holder may keep its activation.
     """
 
     holder: str = "mlp"
@@ -39,6 +41,7 @@ class FFNPaths:
     transposed: bool = False
     plain_types: tuple[str, ...] = ("Linear", "Conv1D")
     role: Role = "dense"
+    activation: tuple[str, ...] = ("act_fn", "activation_fn", "act")
 
     @property
     def layout(self) -> str:
@@ -72,10 +75,12 @@ class FFNPaths:
             if _features(p, "out") != fused * size:
                 raise AdapterError(
                     f"{p.name} has {_features(p, 'out')} outputs, but {down.name} takes {size} inputs"
-                    f"{' (gate and up are fused, so twice as many were expected)' if fused == 2 else ''}. The adapter's "
-                    "paths do not fit this model."
+                    f"{' (gate and up are fused, so twice as many were expected)' if fused == 2 else ''}. The "
+                    "adapter's paths do not fit this model."
                 )
-        return FFN(prefix, index, inputs, down, size, self.role, None, self.layout)
+        module = holder if self.holder else None
+        activation = next((found for name in self.activation if (found := find(module, name)) is not None), None)
+        return FFN(prefix, index, inputs, down, size, self.role, None, self.layout, module, activation)
 
 
 class Adapter:
@@ -111,9 +116,10 @@ class Adapter:
             and any(find(layer, _join(paths.holder, paths.down)) is not None for layer in module for paths in self.ffns)
         ]
         if not found:
+            wanted = " or ".join(_join(paths.holder, paths.down) for paths in self.ffns)
             raise AdapterError(
-                f"{type(self).__name__} found no decoder layer with {' or '.join(_join(p.holder, p.down) for p in self.ffns)} "
-                f"in {type(model).__name__}: nothing can be pruned."
+                f"{type(self).__name__} found no decoder layer with {wanted} in {type(model).__name__}: nothing can be "
+                "pruned."
             )
         return max(found, key=lambda item: len(item[1]))
 
@@ -134,20 +140,36 @@ class Adapter:
     def layer_weights(self, model: nn.Module, records: Sequence[FFN]) -> dict[int, LayerWeights]:
         """Attention and FFN weights of every layer (of each FFN's layer, and of layers without one).
 
-        Everything two-dimensional in a layer that is neither an FFN nor named in :attr:`not_weights` counts as attention.
+        Every matrix in a layer that is neither an FFN's nor a norm's nor in :attr:`not_weights` counts as attention.
         """
         _, layers = self.layers(model)
         result = {}
         for index, layer in enumerate(layers):
             ffns = [ffn for ffn in records if ffn.layer == index]
-            ours = {p.module for ffn in ffns for p in ffn.projections}
-            attention = sum(
-                _weight_count(module)
-                for name, module in layer.named_modules()
-                if module not in ours and not any(part in self.not_weights for part in name.split("."))
-            )
+            attention = _weight_count(layer, {p.module for ffn in ffns for p in ffn.projections}, self.not_weights)
             result[index] = LayerWeights(attention, sum(ffn.weight_count for ffn in ffns))
         return result
+
+
+class RefusedAdapter(Adapter):
+    """Base of adapters for architectures that cannot be pruned, so that nobody falls back to their looks.
+
+    Attributes
+    ----------
+    reason : str
+        Why, as the end of the sentence "pop_mm does not prune this model type: ...".
+    """
+
+    reason: ClassVar[str]
+
+    @classmethod
+    def layout(cls) -> str:
+        """The reason instead of a layout."""
+        return f"refused: {cls.reason}"
+
+    def check(self, model: nn.Module) -> None:
+        """Always refuse."""
+        raise AdapterError(f"pop_mm does not prune {type(model).__name__}: {self.reason}.")
 
 
 def find(module: nn.Module | None, path: str) -> nn.Module | None:
@@ -171,11 +193,17 @@ def _features(projection: Projection, side: Literal["out", "in"]) -> int:
     return int(projection.linear_weight().shape[0 if side == "out" else 1])
 
 
-def _weight_count(module: nn.Module) -> int:
-    """Weights held by this very module, without biases, norms and embeddings."""
-    if isinstance(module, nn.Embedding):
+def _weight_count(module: nn.Module, counted: set[nn.Module], skipped: Sequence[str]) -> int:
+    """Weights in a module without biases, norms and embeddings; what stands for a linear module counts as that one.
+
+    Modules in ``counted``, with all they hold, count nothing; every module that is seen is added to it.
+    """
+    if module in counted or isinstance(module, nn.Embedding) or "Norm" in type(module).__name__:
         return 0
+    counted.add(module)
     out, inputs = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if out is not None and inputs is not None:
         return int(out) * int(inputs)
-    return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2)
+    own = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2)
+    children = (child for name, child in module.named_children() if name not in skipped)
+    return own + sum(_weight_count(child, counted, skipped) for child in children)

@@ -6,18 +6,24 @@ from torch import nn
 
 from pop_mm.errors import AdapterError
 
-from .base import Adapter, FFNPaths
+from .base import Adapter, FFNPaths, RefusedAdapter
 from .registry import register_adapter
 
 __all__ = [
+    "ArceeAdapter",
+    "BitNetAdapter",
     "BloomAdapter",
     "FalconAdapter",
     "FusedGateUpAdapter",
     "GPT2Adapter",
+    "GPTJAdapter",
     "GPTNeoXAdapter",
     "Gemma3nAdapter",
+    "Lfm2Adapter",
     "LlamaAdapter",
+    "MptAdapter",
     "OPTAdapter",
+    "PhiAdapter",
     "Starcoder2Adapter",
 ]
 
@@ -40,6 +46,20 @@ __all__ = [
     "cohere",
     "cohere2",
     "stablelm",
+    "cwm",
+    "diffllama",
+    "ernie4_5",
+    "exaone4",
+    "granite_swa",
+    "helium",
+    "hunyuan_v1_dense",
+    "hyperclovax",
+    "internlm3",
+    "iquestcoder",
+    "minicpm3",
+    "seed_oss",
+    "vaultgemma",
+    "youtu",
 )
 class LlamaAdapter(Adapter):
     """Llama and its kin: ``layers.N.mlp.{gate_proj, up_proj, down_proj}``."""
@@ -54,9 +74,44 @@ class FusedGateUpAdapter(Adapter):
     ffns = (FFNPaths(gate="gate_up_proj", up="gate_up_proj"),)
 
 
-@register_adapter("starcoder2")
+@register_adapter("lfm2")
+class Lfm2Adapter(Adapter):
+    """LFM2: ``layers.N.feed_forward.{w1, w3, w2}``, w1 being the gate."""
+
+    ffns = (FFNPaths(holder="feed_forward", gate="w1", up="w3", down="w2"),)
+
+
+@register_adapter("arcee", "apertus", "jais2", "nemotron")
+class ArceeAdapter(Adapter):
+    """Arcee, Apertus, Jais 2 and Nemotron: ungated ``layers.N.mlp.{up_proj, down_proj}``."""
+
+    ffns = (FFNPaths(gate=""),)
+
+
+@register_adapter("mpt")
+class MptAdapter(Adapter):
+    """MPT: ungated ``transformer.blocks.N.ffn.{up_proj, down_proj}``."""
+
+    ffns = (FFNPaths(holder="ffn", gate=""),)
+
+
+@register_adapter("phi", "nanochat")
+class PhiAdapter(Adapter):
+    """Phi 1 and 2, NanoChat: ungated ``layers.N.mlp.{fc1, fc2}``."""
+
+    ffns = (FFNPaths(gate="", up="fc1", down="fc2"),)
+
+
+@register_adapter("gptj", "codegen")
+class GPTJAdapter(Adapter):
+    """GPT-J and CodeGen: ungated ``transformer.h.N.mlp.{fc_in, fc_out}``."""
+
+    ffns = (FFNPaths(gate="", up="fc_in", down="fc_out"),)
+
+
+@register_adapter("starcoder2", "gpt_bigcode", "gpt_neo")
 class Starcoder2Adapter(Adapter):
-    """StarCoder 2: ungated ``layers.N.mlp.{c_fc, c_proj}`` with biases."""
+    """StarCoder 1 and 2, GPT-Neo: ungated ``layers.N.mlp.{c_fc, c_proj}`` (``transformer.h.N`` in the older ones)."""
 
     ffns = (FFNPaths(gate="", up="c_fc", down="c_proj"),)
 
@@ -68,9 +123,9 @@ class GPT2Adapter(Adapter):
     ffns = (FFNPaths(gate="", up="c_fc", down="c_proj", transposed=True),)
 
 
-@register_adapter("gpt_neox")
+@register_adapter("gpt_neox", "gpt_neox_japanese", "persimmon")
 class GPTNeoXAdapter(Adapter):
-    """GPT-NeoX and Pythia: ungated ``gpt_neox.layers.N.mlp.{dense_h_to_4h, dense_4h_to_h}``."""
+    """GPT-NeoX, Pythia and Persimmon: ungated ``layers.N.mlp.{dense_h_to_4h, dense_4h_to_h}``."""
 
     ffns = (FFNPaths(gate="", up="dense_h_to_4h", down="dense_4h_to_h"),)
 
@@ -93,32 +148,33 @@ class BloomAdapter(Adapter):
         config = model.config
         if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
             raise AdapterError(
-                "BLOOM with slow_but_exact=True slices the down projection by itself, past every hook. Load the model with "
-                "slow_but_exact=False."
+                "BLOOM with slow_but_exact=True slices the down projection by itself, past every hook. Load the model "
+                "with slow_but_exact=False."
             )
 
 
-@register_adapter("opt")
+@register_adapter("opt", "biogpt")
 class OPTAdapter(Adapter):
-    """OPT: no MLP module; ungated ``model.decoder.layers.N.{fc1, fc2}`` on the layer itself."""
+    """OPT and BioGPT: no MLP module; ungated ``layers.N.{fc1, fc2}`` on the layer itself."""
 
     ffns = (FFNPaths(holder="", gate="", up="fc1", down="fc2"),)
 
 
 @register_adapter("gemma3n", "gemma3n_text")
-class Gemma3nAdapter(Adapter):
-    """Gemma 3n is refused: its activation sparsity takes mean and deviation over all gate channels."""
+class Gemma3nAdapter(RefusedAdapter):
+    """Gemma 3n is refused: ``layers.N.mlp`` cuts the gate at a threshold computed from all gate channels."""
 
-    ffns = (FFNPaths(),)
+    reason = (
+        "its FFNs cut the gate at a threshold computed from the mean and deviation of all gate channels, so leaving "
+        "channels out would change the ones that stay"
+    )
 
-    @classmethod
-    def layout(cls) -> str:
-        """The reason instead of a layout."""
-        return "refused: its activation sparsity looks at all gate channels"
 
-    def check(self, model: nn.Module) -> None:
-        """Always refuse."""
-        raise AdapterError(
-            "Gemma 3n cuts its gate activations at a threshold that it computes from the mean and deviation of all gate "
-            "channels, so leaving channels out would change the ones that stay. pop_mm does not prune it."
-        )
+@register_adapter("bitnet")
+class BitNetAdapter(RefusedAdapter):
+    """BitNet is refused: ``layers.N.mlp.ffn_sub_norm`` is a norm over all channels."""
+
+    reason = (
+        "its FFNs have a norm over all channels in front of the down projection, so leaving channels out would change "
+        "the ones that stay"
+    )

@@ -16,8 +16,8 @@ from .structural import StructuralAdapter
 def adapter_for(model: nn.Module) -> Adapter:
     """The adapter of a model.
 
-    ``config.model_type`` is looked up in the registry; a type that nobody registered is matched by structure (gate, up and
-    down by name and shape, verified by a probe).
+    ``config.model_type`` is looked up in the registry; a type that nobody registered is matched by structure (gate, up
+    and down by name and shape, verified by a probe).
 
     Raises
     ------
@@ -29,7 +29,8 @@ def adapter_for(model: nn.Module) -> Adapter:
     if not isinstance(model_type, str):
         raise AdapterError(
             f"pop_mm prunes transformers models, which have a config with a model_type; got {type(model).__name__}. "
-            "Unwrap the model first (for a compiled one: model._orig_mod), or register an adapter and pass it as adapter=."
+            "Unwrap the model first (for a compiled one: model._orig_mod), or register an adapter and pass it as "
+            "adapter=."
         )
     if getattr(config, "is_encoder_decoder", False):
         raise AdapterError(f"{model_type} is an encoder-decoder model; pop_mm prunes decoder-only models.")
@@ -41,8 +42,8 @@ def adapter_for(model: nn.Module) -> Adapter:
         adapter.projections(model)
     except AdapterError as error:
         raise AdapterError(
-            f"No adapter is registered for the model type {model_type!r}, and its structure does not fit either: {error} "
-            f"Register one with @pop_mm.register_adapter({model_type!r}).{suggestion(model_type)}"
+            f"No adapter is registered for the model type {model_type!r}, and its structure does not fit either: "
+            f"{error} Register one with @pop_mm.register_adapter({model_type!r}).{suggestion(model_type)}"
         ) from None
     return adapter
 

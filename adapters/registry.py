@@ -23,7 +23,8 @@ def register_adapter(*model_types: str) -> Callable[[A], A]:
     Raises
     ------
     AdapterError
-        The class is no :class:`~pop_mm.adapters.Adapter`, or a model type is served already (``unregister_adapter`` first).
+        The class is no :class:`~pop_mm.adapters.Adapter`, or a model type is served already (``unregister_adapter`` it
+        first).
     """
 
     def register(cls: A) -> A:
@@ -49,14 +50,26 @@ def register_adapter(*model_types: str) -> Callable[[A], A]:
 def unregister_adapter(model_type: str) -> None:
     """Forget the adapter of one model type. An unknown one is an error."""
     if _ADAPTERS.pop(model_type, None) is None:
-        raise AdapterError(f"No adapter is registered for the model type {model_type!r}.")
+        raise AdapterError(f"No adapter is registered for the model type {model_type!r}.{suggestion(model_type)}")
 
 
 def registered_adapters() -> dict[str, type[Adapter]]:
-    """Model type -> adapter class, sorted, with those that installed packages offer as ``pop_mm.adapters`` entry points."""
+    """Model type -> adapter class, sorted, with those of the entry point group ``pop_mm.adapters``.
+
+    An entry point of an installed package is named after its model type. It does not replace an adapter that is
+    registered already.
+    """
     for entry in entry_points(group=_ENTRY_POINTS):
-        if entry.name not in _ADAPTERS:
-            register_adapter(entry.name)(entry.load())
+        if entry.name in _ADAPTERS:
+            continue
+        try:
+            cls = entry.load()
+        except Exception as error:
+            raise AdapterError(
+                f"The adapter that an installed package offers for {entry.name!r} ({entry.value}) cannot be loaded: "
+                f"{type(error).__name__}: {error}. Repair or uninstall that package."
+            ) from error
+        register_adapter(entry.name)(cls)
     return dict(sorted(_ADAPTERS.items()))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from pop_mm.errors import AdapterError
-from pop_mm.layout import FFN
+from pop_mm.layout import FFN, Projection
 
 from .base import Adapter, FFNPaths, find
 
@@ -25,88 +26,128 @@ _CANDIDATES = (
 
 
 class StructuralAdapter(Adapter):
-    """Finds ``layers.N.<holder>.{gate, up, down}`` under the usual names and verifies each shape of FFN by a probe.
+    """Finds ``layers.N.<holder>.{gate, up, down}`` under the usual names and verifies each kind of FFN by a probe.
 
-    The probe runs an FFN on random input twice: as it is, with some channels zeroed in front of the down projection, and
-    narrowed to the other channels. If the results differ, the channels are not independent and the model is refused.
+    The probe runs an FFN on random input with a random half of its channels zeroed in front of the down projection, and
+    again on the other half alone. If the results differ, the channels are not independent and the model is refused.
     """
 
     def projections(self, model: nn.Module) -> list[FFN]:
         """As in :class:`Adapter`, for the first known set of names that fits every decoder layer."""
-        owner = _decoder_layers(model)
-        holders = {
-            name for layer in owner[1] for name, child in layer.named_children() if not isinstance(child, nn.ModuleList)
-        }
+        name, layers = _decoder_layers(model)
+        children = {name for layer in layers for name, _ in layer.named_children()}
+        if any("experts" in path.split(".") for path, _ in layers.named_modules()):
+            raise AdapterError(
+                f"the layers at {name!r} hold experts. Without an adapter that knows them, most weights would "
+                "stay unpruned."
+            )
         for names in _CANDIDATES:
-            for holder in sorted(holders):
+            for holder in sorted(children):
                 paths = FFNPaths(holder, names.gate, names.up, names.down)
-                records = [
-                    ffn
-                    for index, layer in enumerate(owner[1])
-                    if (ffn := paths.build(f"{owner[0]}.{index}", layer, index)) is not None
-                ]
-                if len(records) == len(owner[1]):
-                    _probe(find(owner[1][0], holder), records[0])
+                records = _records(paths, name, layers)
+                if len(records) == len(layers):
+                    _probe_all(layers, records, holder)
                     return records
         raise AdapterError(
-            f"the {len(owner[1])} layers at {owner[0]!r} hold {', '.join(sorted(holders))}, and none of these has the gate, up "
-            "and down projections of an FFN under a known name in every layer."
+            f"the {len(layers)} layers at {name!r} hold {', '.join(sorted(children))}, and none of these has the gate, "
+            "up and down projections of an FFN under a known name in every layer."
         )
 
     def layers(self, model: nn.Module) -> tuple[str, nn.ModuleList]:
-        """The longest ModuleList of the model."""
+        """The only ModuleList with ``config.num_hidden_layers`` items."""
         return _decoder_layers(model)
 
 
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     wanted = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    fitting: Sequence[tuple[str, nn.ModuleList]] = [item for item in lists if len(item[1]) == wanted]
+    fitting: list[tuple[str, nn.ModuleList]] = []
+    for name, module in lists:
+        nested = any(name.startswith(f"{outer}.") for outer, _ in fitting)
+        if len(module) == wanted and not nested:
+            fitting.append((name, module))
     if len(fitting) != 1:
         raise AdapterError(
-            f"{len(fitting)} of its {len(lists)} module lists have config.num_hidden_layers = {wanted} items; exactly one "
-            "list of decoder layers was expected."
+            f"{len(fitting)} of its {len(lists)} module lists have config.num_hidden_layers = {wanted} items; exactly "
+            "one list of decoder layers was expected."
         )
     return fitting[0]
 
 
-@torch.no_grad()
-def _probe(holder: nn.Module | None, ffn: FFN) -> None:
-    """Check on random input that channels are independent of each other, and that the down projection is called."""
-    reason = ffn.why_not_plain()
-    if holder is None or reason:
-        raise AdapterError(f"{ffn.name} cannot be probed: {reason}.")
-    width = max(1, ffn.size // 2)
-    weight = ffn.down.weight
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, ffn.hidden_size, generator=generator).to(weight.device, weight.dtype)
-
-    def zero(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        h = args[0].clone()
-        h[..., width:] = 0
-        return (h, *args[1:])
-
-    def output() -> torch.Tensor:
-        result = holder(x)
-        return result[0] if isinstance(result, tuple) else result
-
-    narrowed = [p.module for p in ffn.projections]
+def _records(paths: FFNPaths, name: str, layers: nn.ModuleList) -> list[FFN]:
+    """The FFNs at these paths, none if the shapes do not fit."""
     try:
-        handle = ffn.down.module.register_forward_pre_hook(zero)
-        masked = output()
-        handle.remove()
-        for p in ffn.projections:
-            p.module.forward = lambda h, p=p: p.narrow_forward(h, width)
-        narrow = output()
-    except Exception as error:
-        raise AdapterError(f"{ffn.name} does not run on {tuple(x.shape)} alone: {error}") from error
-    finally:
-        handle.remove()
-        for module in narrowed:
-            module.__dict__.pop("forward", None)
-    scale = float(masked.abs().max())
-    if not (scale > 0 and torch.allclose(masked, narrow, rtol=0, atol=scale * 50 * torch.finfo(masked.dtype).eps)):
+        built = [paths.build(f"{name}.{index}", layer, index) for index, layer in enumerate(layers)]
+    except AdapterError:
+        return []
+    return [ffn for ffn in built if ffn is not None]
+
+
+def _probe_all(layers: nn.ModuleList, records: Sequence[FFN], holder: str) -> None:
+    """Probe one FFN of each class, size and set of scalar settings (a threshold may apply to some layers only)."""
+    probed = set()
+    for layer, ffn in zip(layers, records, strict=True):
+        module = find(layer, holder)
+        assert module is not None
+        settings = tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, int | float | str))
+        if (kind := (type(module), ffn.size, settings)) not in probed:
+            _probe(module, ffn)
+            probed.add(kind)
+
+
+@torch.no_grad()
+def _probe(holder: nn.Module, ffn: FFN) -> None:
+    """Check on random input that channels are independent of each other, and that the projections are called.
+
+    It runs in float32, whatever the weights' dtype, so that rounding cannot hide a difference.
+    """
+    if reason := ffn.why_not_plain():
+        raise AdapterError(f"{ffn.name} cannot be probed: {reason}.")
+    device = ffn.down.weight.device
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, ffn.hidden_size, generator=generator).to(device)
+    channels = torch.randperm(ffn.size, generator=generator)[: (ffn.size + 1) // 2].to(device)
+    keep = torch.zeros(ffn.size, device=device).index_fill_(0, channels, 1)
+    everything = torch.arange(ffn.size, device=device)
+    dense = _run(holder, ffn, x, everything, torch.ones_like(keep))
+    masked = _run(holder, ffn, x, everything, keep)
+    narrow = _run(holder, ffn, x, channels, keep[channels])
+    tolerance = 1e-4 * float(dense.abs().max())
+    if torch.allclose(dense, masked, rtol=0, atol=tolerance):
         raise AdapterError(
-            f"{ffn.name} gives another result on half of its channels than with the other half zeroed, so its channels are "
-            "not independent."
+            f"{ffn.name} gives the same result without half of its channels: its projections are not called."
         )
+    if narrow.shape != masked.shape or not torch.allclose(masked, narrow, rtol=0, atol=tolerance):
+        raise AdapterError(
+            f"{ffn.name} gives another result on half of its channels than with the other half zeroed, so its "
+            "channels are not independent."
+        )
+
+
+def _run(holder: nn.Module, ffn: FFN, x: Tensor, channels: Tensor, keep: Tensor) -> Tensor:
+    """Output of the FFN on these channels, those zeroed in front of the down projection that ``keep`` (0 or 1) says."""
+
+    def forward(p: Projection) -> Callable[[Tensor], Tensor]:
+        weight, bias = p.linear_weight().float(), None if p.bias is None else p.bias.float()
+        if p.side == "in":
+            return lambda h: F.linear(h.float() * keep, weight[:, channels], bias)
+        rows = torch.cat([channels + block * ffn.size for block in range(p.blocks)])
+        return lambda h: F.linear(h.float(), weight[rows], None if bias is None else bias[rows])
+
+    training = {module: module.training for module in holder.modules()}
+    try:
+        holder.eval()
+        for p in ffn.projections:
+            p.module.forward = forward(p)
+        output = holder.forward(x)
+    except Exception as error:
+        raise AdapterError(
+            f"{ffn.name} does not run on {len(channels)} of its {ffn.size} channels and an input of shape "
+            f"{tuple(x.shape)} alone ({type(error).__name__}: {error})."
+        ) from error
+    finally:
+        for p in ffn.projections:
+            p.module.__dict__.pop("forward", None)
+        for module, mode in training.items():
+            module.training = mode
+    return output[0] if isinstance(output, tuple) else output

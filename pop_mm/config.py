@@ -115,7 +115,9 @@ class PopConfig:
         layers = values.get("layer_ratios")
         if isinstance(layers, Mapping):
             try:
-                values["layer_ratios"] = {int(layer): ratio for layer, ratio in layers.items()}
+                values["layer_ratios"] = {
+                    int(layer) if isinstance(layer, str) else layer: ratio for layer, ratio in layers.items()
+                }
             except ValueError:
                 raise ConfigError(f"layer_ratios: a layer is an integer from 0; got {layers!r}.") from None
         return cls(**values)

@@ -223,33 +223,36 @@ class Engine:
 
     # decode ---------------------------------------------------------------------------------------------------------
 
-    def select(self, index: int, forward: Forward, candidates: Tensor) -> Tensor | None:
-        """Which candidates each step of this forward leaves out (paper 3.3); None if there are no candidates.
+    def select(
+        self, index: int, forward: Forward, candidates: Tensor, weight: Tensor, ranks: Tensor | None = None
+    ) -> Tensor:
+        """Which candidates each step of this forward leaves out (paper 3.3).
 
         Parameters
         ----------
         candidates : Tensor
-            ``[B, q, |C|]``: activations of the candidates, in ascending original channel order.
+            ``[B, q, |C|]``: activations of the candidates, in ascending channel order or in the order that ``ranks`` says.
+        weight : Tensor
+            ``[|C|]`` or ``[B, |C|]``: the scorer's weight of each.
+        ranks : Tensor or None
+            ``[|C|]``: which of the candidates in ascending order each one is.
 
         Returns
         -------
         Tensor
-            ``[q, n]`` (shared) or ``[B, q, n]`` (per sequence), indices into the candidates.
+            ``[q, n]`` (shared) or ``[B, q, n]`` (per sequence), indices into ``candidates``.
         """
-        sizes, state = self.sizes[index], forward.state.ffns[index]
-        if sizes.candidates == 0:
-            return None
-        weight = state.candidate_weight
         if self.per_sequence:
-            dropped = dropped_candidates(candidates.abs() * weight.unsqueeze(1), sizes)
+            scores = candidates.abs() * weight.unsqueeze(1)
         elif forward.rows == 1:
-            dropped = dropped_candidates(candidates[0].abs() * weight, sizes)
+            scores = (candidates[0] * weight).abs_()
         else:
             squared = candidates.to(weight.dtype).square()
             if forward.valid is not None:
                 squared = squared.masked_fill(~forward.valid.unsqueeze(-1), 0)
-            dropped = dropped_candidates(squared.sum(0).sqrt() * weight, sizes)
-        state.steps.add(dropped)
+            scores = squared.sum(0).sqrt_().mul_(weight)
+        dropped = dropped_candidates(scores, self.sizes[index])
+        forward.state.ffns[index].steps.add(dropped, ranks)
         return dropped
 
     def apply(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
@@ -282,23 +285,26 @@ class Engine:
 
     def _active(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
         """``[q, D]`` or ``[B, q, D]`` boolean: the active channels, at their places in ``h``."""
-        part = forward.state.ffns[index].partition
+        ffn: FFNState = forward.state.ffns[index]
+        part = ffn.partition
+        assert part is not None and ffn.candidate_weight is not None
         allowed = part.allowed().unsqueeze(-2)
+        if not part.sizes.candidates:
+            return _in_place(allowed, positions)
         places = part.candidates if positions is None else positions[part.candidates]
         if self.per_sequence:
             candidates = h.gather(-1, places.unsqueeze(1).expand(-1, forward.length, -1))
         else:
             candidates = h[..., places]
-        dropped = self.select(index, forward, candidates)
-        if dropped is None:
-            return _in_place(allowed, positions)
+        dropped = self.select(index, forward, candidates, ffn.candidate_weight)
         channels = part.candidates.unsqueeze(-2).expand(*dropped.shape[:-1], -1).gather(-1, dropped)
         active = allowed.expand(*dropped.shape[:-1], -1).scatter(-1, channels, False)
         return _in_place(active, positions)
 
     def _apply_mixed(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
         """Prompt and decode steps in one forward: each decode position is selected as if it had come alone."""
-        if bool(self._prompt_positions(forward, h.device).any()):
+        prompt = self._prompt_positions(forward, h.device)
+        if prompt is None or bool(prompt.any()):
             self.observe(index, forward, h, positions)
         part = self.partition(index, forward.state)
         decode = _decode_positions(forward, h.device)

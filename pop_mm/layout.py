@@ -7,12 +7,11 @@ feed-forward network together. Adapters build these records; backends use them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 Role = Literal["dense", "expert", "shared_expert"]
@@ -87,27 +86,37 @@ class Projection:
             return f"the forward of {self.name} is replaced or parametrised"
         return None
 
-    def narrow_forward(self, x: Tensor, width: int) -> Tensor:
-        """The module's forward on its first ``width`` channels only.
-
-        Parameters
-        ----------
-        x : Tensor
-            ``[..., in]``, or ``[..., width]`` where the channels are the inputs.
-        """
-        weight, bias = self.linear_weight(), self.bias
+    def narrow_views(self, width: int) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight as ``[in, out]`` and bias of the first ``width`` channels, one pair for each block: views."""
+        weight, bias = (self.weight if self.transposed else self.weight.t()), self.bias
         if self.side == "in":
-            return F.linear(x, weight[:, :width], bias)
-        if self.blocks == 1:
-            return F.linear(x, weight[:width], None if bias is None else bias[:width])
-        size = weight.shape[0] // self.blocks
-        return torch.cat(
-            [
-                F.linear(x, weight[start : start + width], None if bias is None else bias[start : start + width])
-                for start in range(0, weight.shape[0], size)
-            ],
-            -1,
-        )
+            return [(weight[:width], bias)]
+        size = weight.shape[1] // self.blocks
+        return [
+            (weight[:, start : start + width], None if bias is None else bias[start : start + width])
+            for start in range(0, weight.shape[1], size)
+        ]
+
+    def narrow(self, width: int) -> Callable[[Tensor], Tensor]:
+        """The module's forward on its first ``width`` channels only, on views of the stored weight.
+
+        The function takes ``[..., in]`` (``[..., width]`` where the channels are the inputs) and follows the module
+        when its weight is moved to another device or dtype.
+        """
+        weight = self.weight
+        views = self.narrow_views(width)
+        address = weight.data_ptr()
+
+        def forward(x: Tensor) -> Tensor:
+            nonlocal views, address
+            if self.module.weight.data_ptr() != address:
+                views, address = self.narrow_views(width), self.weight.data_ptr()
+            rows = x.reshape(-1, x.shape[-1])
+            parts = [linear(rows, w, b) for w, b in views]
+            out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            return out.view(*x.shape[:-1], out.shape[-1])
+
+        return forward
 
     def swap(self, first: Tensor, second: Tensor) -> None:
         """Exchange channels in place: position ``first[i]`` with position ``second[i]``.
@@ -131,6 +140,11 @@ class Projection:
             tensors.append((self.bias, 0))
         for tensor, axis in tensors:
             yield tensor.detach().view(_INTEGER[tensor.element_size()]), axis
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``rows @ weight + bias`` for ``[N, in]`` and ``[in, out]``: the kernel of F.linear with a third of its dispatches."""
+    return torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
 
 
 def _swap_rows(rows: Tensor, first: Tensor, second: Tensor) -> None:
@@ -166,6 +180,10 @@ class FFN:
         Number of the expert in its layer.
     layout : str
         The layout in words, for the support table and reports.
+    holder : nn.Module or None
+        The module whose forward is this FFN and nothing else, if there is one.
+    activation : nn.Module or None
+        Its activation.
     """
 
     name: str
@@ -176,6 +194,8 @@ class FFN:
     role: Role = "dense"
     expert: int | None = None
     layout: str = ""
+    holder: nn.Module | None = None
+    activation: nn.Module | None = None
 
     @property
     def projections(self) -> tuple[Projection, ...]:

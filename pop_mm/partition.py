@@ -120,9 +120,7 @@ def partition(scores: Tensor, sizes: Sizes) -> Partition:
     """
     ranking = scores.argsort(dim=-1, descending=True, stable=True)
     retained, candidates, pruned = ranking.split([sizes.retained, sizes.candidates, sizes.pruned], -1)
-    return Partition(
-        retained.sort(-1).values, candidates.sort(-1).values, pruned.sort(-1).values, sizes
-    )
+    return Partition(retained.sort(-1).values, candidates.sort(-1).values, pruned.sort(-1).values, sizes)
 
 
 def dropped_candidates(scores: Tensor, sizes: Sizes) -> Tensor:

@@ -149,7 +149,9 @@ class PhaseTracker:
         if isinstance(context_length, bool) or not isinstance(context_length, int | Tensor):
             raise PhaseError(f"split() takes an int or a [B] tensor; got {type(context_length).__name__}.")
         if isinstance(context_length, Tensor) and (context_length.dim() != 1 or context_length.is_floating_point()):
-            raise PhaseError(f"split() takes an integer tensor [B]; got {context_length.dtype} {tuple(context_length.shape)}.")
+            raise PhaseError(
+                f"split() takes an integer tensor [B]; got {context_length.dtype} {tuple(context_length.shape)}."
+            )
         previous = getattr(self._local, "split", None)
         self._local.split = context_length
         try:
@@ -280,7 +282,9 @@ class PhaseTracker:
         forward.state = self._state(forward, past)
         if isinstance(split, Tensor):
             if split.shape[0] != forward.rows:
-                raise PhaseError(f"split() was given {split.shape[0]} context lengths for a batch of {forward.rows} rows.")
+                raise PhaseError(
+                    f"split() was given {split.shape[0]} context lengths for a batch of {forward.rows} rows."
+                )
             forward.phase, forward.decode_from = Phase.MIXED, split - past
         elif split - past >= forward.length:
             forward.phase = Phase.PREFILL
@@ -288,7 +292,9 @@ class PhaseTracker:
             forward.phase, forward.decode_from = Phase.MIXED, max(split - past, 0)
             if forward.decode_from == 0:
                 if past == 0:
-                    raise PhaseError(f"split({split}) leaves no column for the context, so there is no prompt to prune by.")
+                    raise PhaseError(
+                        f"split({split}) leaves no column for the context, so there is no prompt to prune by."
+                    )
                 forward.phase = Phase.DECODE
 
     def _attribute_without_cache(self, forward: Forward, prepared: _Prepared | None) -> None:
@@ -361,10 +367,20 @@ def _stop_ids(model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, ...]:
     """End-of-sequence and padding ids of one generate call: a generated one means that its row has finished."""
     found: list[int] = []
     for name in ("eos_token_id", "pad_token_id"):
-        for source in (kwargs, vars(kwargs.get("generation_config") or object.__new__(_Empty)), vars(model.generation_config)):
+        for source in (
+            kwargs,
+            vars(kwargs.get("generation_config") or object.__new__(_Empty)),
+            vars(model.generation_config),
+        ):
             value = source.get(name)
             if value is not None:
-                found += value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, list | tuple) else [value]
+                found += (
+                    value.tolist()
+                    if isinstance(value, Tensor)
+                    else list(value)
+                    if isinstance(value, list | tuple)
+                    else [value]
+                )
                 break
     return tuple(found)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from .errors import ConfigError
@@ -29,8 +30,8 @@ def ffn_ratios(
 ) -> dict[int, float]:
     """The FFN ratio of every layer.
 
-    With ``scope="overall"`` one ratio r solves ``sum(r_l * ffn_l) = ratio * sum(attention_l + ffn_l)``; overridden layers
-    keep their own r_l. Without overrides this is the paper's ``ratio * (P_attn + P_ffn) / P_ffn``.
+    With ``scope="overall"`` one ratio r solves ``sum(r_l * ffn_l) = ratio * sum(attention_l + ffn_l)``; overridden
+    layers keep their own r_l. Without overrides this is the paper's ``ratio * (P_attn + P_ffn) / P_ffn``.
 
     Raises
     ------
@@ -38,10 +39,11 @@ def ffn_ratios(
         An override of a layer without an FFN, or an overall ratio that the FFNs alone cannot give; the message names
         the largest ratio that they can.
     """
-    unknown = sorted(set(overrides) - set(layers))
+    prunable = [layer for layer, weights in layers.items() if weights.ffn]
+    unknown = sorted(set(overrides) - set(prunable))
     if unknown:
-        raise ConfigError(f"layer_ratios names layers {unknown}; layers with a prunable FFN: {_span(layers)}.")
-    free = [layer for layer in layers if layer not in overrides]
+        raise ConfigError(f"layer_ratios names layers {unknown}; layers with a prunable FFN: {_span(prunable)}.")
+    free = [layer for layer in prunable if layer not in overrides]
     uniform = ratio
     if scope == "overall" and free:
         total = sum(w.attention + w.ffn for w in layers.values())
@@ -49,21 +51,21 @@ def ffn_ratios(
         fixed = sum(r * layers[layer].ffn for layer, r in overrides.items())
         uniform = (ratio * total - fixed) / free_ffn
         if uniform >= 1:
-            largest = (free_ffn + fixed) / total
+            largest = math.floor((free_ffn + fixed) / total * 1000) / 1000  # rounded up, it would not work
             raise ConfigError(
-                f"An overall ratio of {ratio:g} needs {uniform:.1%} of every FFN, since attention is not pruned. The ratio "
-                f"must stay below {largest:.3f} for this model; or set scope='ffn' to give the FFN's own ratio."
+                f"An overall ratio of {ratio:g} needs {uniform:.1%} of every FFN, since attention is not pruned. The "
+                f"ratio must stay below {largest:.3f} for this model; or set scope='ffn' to give the FFN's own ratio."
             )
         if uniform < 0:
             raise ConfigError(
-                f"layer_ratios alone leave out {fixed / total:.1%}, more than the overall ratio of {ratio:g}. Lower them, "
-                "or raise the ratio."
+                f"layer_ratios alone leave out {fixed / total:.1%}, more than the overall ratio of {ratio:g}. Lower "
+                "them, or raise the ratio."
             )
     return {layer: overrides.get(layer, uniform) for layer in layers}
 
 
-def _span(layers: Mapping[int, LayerWeights]) -> str:
+def _span(layers: Collection[int]) -> str:
     numbers = sorted(layers)
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+    if numbers and numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]} to {numbers[-1]}"
-    return ", ".join(map(str, numbers))
+    return ", ".join(map(str, numbers)) or "none"

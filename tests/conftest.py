@@ -1,0 +1,45 @@
+"""Models that every test must leave as it found them."""
+
+from functools import cache
+
+import pytest
+import torch
+from observe import differences, fingerprint, prompt
+from tiny_models import tiny
+
+# A ReLU zeroes channels by itself; a smooth activation lets the tests see which ones the library zeroed.
+_SMOOTH = {
+    "opt": {"activation_function": "gelu"},
+    "nemotron": {"hidden_act": "gelu"},
+    "arcee": {"hidden_act": "gelu"},
+    "jais2": {"hidden_act": "gelu"},
+    "nanochat": {"hidden_act": "gelu"},
+}
+
+
+@cache
+def _model(model_type, dtype, settings):
+    model = tiny(model_type, dtype, **{**_SMOOTH.get(model_type, {}), **dict(settings)})
+    model.generate(prompt(), max_new_tokens=2)  # whatever a model sets up on first use is no change
+    return model, fingerprint(model)
+
+
+@pytest.fixture
+def load():
+    """``load("llama")``: a tiny float64 model; the test fails if it does not leave it bit for bit what it was."""
+    used = {}
+
+    def load(model_type="llama", dtype=torch.float64, **settings):
+        key = model_type, dtype, tuple(sorted(settings.items()))
+        used[key] = _model(*key)
+        return used[key][0]
+
+    yield load
+    for key, (model, before) in used.items():
+        assert differences(before, fingerprint(model)) == [], f"the test changed {key}"
+
+
+@pytest.fixture
+def model(load):
+    """A tiny llama in float64."""
+    return load()

@@ -1,0 +1,133 @@
+"""What the tests see of a model from outside: which channels enter a down projection, and whether a model changed."""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from reference import columns, down_projections
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+_PRODUCTS = {F.linear, torch.mm, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+
+
+def prompt(rows=1, length=9, seed=0):
+    """Random token ids [rows, length], never special ones."""
+    return torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(100 + seed))
+
+
+class Active(TorchFunctionMode):
+    """Records every product with a down projection's weight, however and in whatever order the library stores it.
+
+    Original channels are recognised by their columns, bit for bit.
+
+    Attributes
+    ----------
+    seen : list of list of Tensor
+        For each FFN, for each product: [tokens, D] boolean, true where a channel's activation is not zero.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self._downs = down_projections(model)
+        self._channel = [{row.numpy().tobytes(): i for i, row in enumerate(columns(down))} for down in self._downs]
+        self.seen = [[] for _ in self._downs]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _PRODUCTS:
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            for index, down in enumerate(self._downs):
+                weight = down.weight
+                here = weight.untyped_storage().data_ptr()
+                if any(t.untyped_storage().data_ptr() == here for t in tensors):
+                    self._see(index, here, tensors)
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, index, storage, tensors):
+        weight = next(t for t in tensors if t.untyped_storage().data_ptr() == storage)
+        h = next(t for t in tensors if t.untyped_storage().data_ptr() != storage and t.dim() > 1)
+        h = h.detach().reshape(-1, h.shape[-1])
+        rows = weight.detach().double()
+        rows = rows if len(rows) == h.shape[-1] and self._channel[index].get(rows[0].numpy().tobytes()) is not None else rows.t()
+        channels = [self._channel[index][row.contiguous().numpy().tobytes()] for row in rows]
+        active = torch.zeros(len(h), len(self._channel[index]), dtype=torch.bool)
+        active[:, channels] = h != 0
+        self.seen[index].append(active)
+
+    def sets(self, rows):
+        """As ``reference.Pop.active``: of every forward, of each FFN, of each row, of each column."""
+        return [
+            [
+                [[set(column.nonzero().flatten().tolist()) for column in row] for row in a.view(rows, -1, a.shape[-1])]
+                for a in forward
+            ]
+            for forward in zip(*self.seen, strict=True)
+        ]
+
+
+def partitions(session):
+    """As ``reference.Pop.parts``, from a session's report."""
+    found = []
+    for ffn in session.report.ffns:
+        p = ffn.partition
+        parts = [t.reshape(-1, t.shape[-1]).tolist() for t in (p.retained, p.candidates, p.pruned)]
+        found.append([tuple(map(set, row)) for row in zip(*parts, strict=True)])
+    return found
+
+
+def fingerprint(model):
+    """Everything of a model that a session could leave behind."""
+    found = {"config": str(model.config.to_dict()), "generation": str(model.generation_config.to_dict())}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found[name, "class"] = type(module)
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers"):
+                for own, tensor in value.items():
+                    found[name, key, own] = None if tensor is None else (tensor, tensor.detach().clone())
+            elif isinstance(value, dict):
+                found[name, key] = list(value.items())
+            elif key not in ("config", "generation_config"):
+                found[name, key] = value if isinstance(value, bool | int | float | str | None) else id(value)
+    return found
+
+
+def differences(before, after):
+    """Keys of two fingerprints that differ; tensors must be the same objects with the same bits."""
+    different = sorted(map(str, before.keys() ^ after.keys()))
+    for key in before.keys() & after.keys():
+        old, new = before[key], after[key]
+        if isinstance(old, tuple) and isinstance(old[0], torch.Tensor):
+            same = new is not None and old[0] is new[0] and old[1].dtype == new[1].dtype
+            same = same and old[1].numpy().tobytes() == new[1].numpy().tobytes()
+        else:
+            same = old == new
+        if not same:
+            different.append(str(key))
+    return different
+
+
+@contextmanager
+def same_afterwards(model):
+    """Fail if the model is not what it was."""
+    before = fingerprint(model)
+    yield
+    assert differences(before, fingerprint(model)) == []
+
+
+class Wrapped(nn.Module):
+    """A linear layer in a wrapper with a low-rank addition, as LoRA does; its ``weight`` is not all of it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        generator = torch.Generator().manual_seed(0)
+        self.a = nn.Parameter(torch.randn(2, base.in_features, generator=generator).to(base.weight.dtype) * 0.2)
+        self.b = nn.Parameter(torch.randn(base.out_features, 2, generator=generator).to(base.weight.dtype) * 0.2)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + x @ self.a.t() @ self.b.t()

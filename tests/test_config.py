@@ -1,0 +1,142 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from pop_mm import ConfigError, PopConfig, Scorer
+from pop_mm.config import as_config
+
+INVALID = [
+    ({"ratio": 1.0}, r"ratio must lie in \[0, 1\); got 1.0"),
+    ({"ratio": -0.1}, r"ratio must lie in \[0, 1\)"),
+    ({"ratio": 20}, r"ratio must lie in \[0, 1\); got 20"),
+    ({"ratio": "0.4"}, r"ratio must be a number in \[0, 1\); got '0.4'"),
+    ({"ratio": True}, "ratio must be a number"),
+    ({"ratio": None}, "ratio must be a number"),
+    ({"ratio": math.nan}, "ratio must be a number"),
+    ({"ratio": math.inf}, "ratio must be a number"),
+    ({"gamma": 1.01}, r"gamma must lie in \[0, 1\]; got 1.01"),
+    ({"gamma": -1e-9}, r"gamma must lie in \[0, 1\]"),
+    ({"gamma": [0.1]}, "gamma must be a number"),
+    ({"scope": "block"}, "scope must be one of 'overall', 'ffn'; got 'block'"),
+    ({"prefill": "sparse"}, "prefill must be one of 'dense', 'partition'"),
+    ({"batch": 4}, "batch must be one of 'shared', 'per_sequence'; got 4"),
+    ({"backend": "in-place"}, "backend must be one of 'auto', 'masked', 'inplace'; got 'in-place'"),
+    ({"variant": "best"}, "variant must be one of 'pop', 'static', 'full'"),
+    ({"scorer": "wnda"}, "Unknown scorer 'wnda'; known: .*wanda.* Did you mean 'wanda'"),
+    ({"scorer": 3}, "Unknown scorer 3"),
+    ({"round_to": 0}, "round_to must be a positive integer; got 0"),
+    ({"round_to": 8.0}, "round_to must be a positive integer"),
+    ({"round_to": True}, "round_to must be a positive integer"),
+    ({"layer_ratios": [0.1, 0.2]}, "layer_ratios must map layer numbers to FFN ratios"),
+    ({"layer_ratios": None}, "layer_ratios must map layer numbers to FFN ratios"),
+    ({"layer_ratios": {-1: 0.1}}, "a layer is an integer from 0; got -1"),
+    ({"layer_ratios": {1.5: 0.1}}, "a layer is an integer from 0; got 1.5"),
+    ({"layer_ratios": {True: 0.1}}, "a layer is an integer from 0; got True"),
+    ({"layer_ratios": {0: 1.0}}, r"layer_ratios\[0\] must lie in \[0, 1\); got 1.0"),
+    ({"layer_ratios": {0: "all"}}, r"layer_ratios\[0\] must be a number"),
+    (
+        {"backend": "inplace", "batch": "per_sequence"},
+        "backend='inplace' .* cannot serve batch='per_sequence'.*backend='auto' or 'masked'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), INVALID, ids=[str(settings) for settings, _ in INVALID])
+@pytest.mark.parametrize("make", [lambda s: PopConfig(**s), PopConfig.from_dict, lambda s: as_config(None, s)])
+def test_invalid_value_says_what_is_allowed(settings, message, make):
+    with pytest.raises(ConfigError, match=message):
+        make({"ratio": 0.4, **settings})
+
+
+def test_config_error_is_a_value_error():
+    with pytest.raises(ValueError, match="ratio"):
+        PopConfig(2.0)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0, 0.4, 0.999])
+@pytest.mark.parametrize("gamma", [0, 0.1, 1, 1.0])
+def test_the_whole_range_is_valid(ratio, gamma):
+    config = PopConfig(ratio, gamma=gamma)
+    assert (config.ratio, config.gamma) == (ratio, gamma)
+
+
+FULL = {
+    "ratio": 0.3,
+    "scope": "ffn",
+    "gamma": 0.25,
+    "prefill": "partition",
+    "batch": "per_sequence",
+    "backend": "masked",
+    "scorer": "activation",
+    "layer_ratios": {0: 0.0, 11: 0.5},
+    "round_to": 16,
+    "variant": "static",
+}
+
+
+@pytest.mark.parametrize("settings", [{"ratio": 0.4}, FULL], ids=["defaults", "everything"])
+def test_json_round_trip(settings):
+    config = PopConfig(**settings)
+    assert PopConfig.from_json(config.to_json()) == config
+    assert PopConfig.from_dict(config.to_dict()) == config
+    assert set(json.loads(config.to_json())) == {f.name for f in dataclasses.fields(PopConfig)}
+
+
+def test_the_round_trip_of_everything_leaves_no_default():
+    assert set(FULL) == {f.name for f in dataclasses.fields(PopConfig)}
+    default = PopConfig(0.4)
+    assert all(getattr(default, name) != value for name, value in FULL.items())
+
+
+def test_an_own_scorer_is_written_by_its_name():
+    class Mine(Scorer):
+        name = "mine"
+
+        def channel_weight(self, ffn):
+            return torch.ones(ffn.size)
+
+    assert PopConfig(0.4, scorer=Mine()).to_dict()["scorer"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Not a JSON config"),
+        ("[0.4]", "A JSON config is an object; got list"),
+        ("{}", "A config needs 'ratio'"),
+        ('{"ratio": 0.4, "gama": 0.1}', "Unknown setting 'gama'; known: .*gamma.* Did you mean 'gamma'"),
+        ('{"ratio": 0.4, "zzz": 0.1}', r"Unknown setting 'zzz'; known: ratio, [^?]*$"),
+        ('{"ratio": 0.4, "layer_ratios": {"first": 0.1}}', "a layer is an integer from 0; got {'first': 0.1}"),
+        ('{"ratio": NaN}', "ratio must be a number"),
+    ],
+)
+def test_bad_json(text, message):
+    with pytest.raises(ConfigError, match=message):
+        PopConfig.from_json(text)
+
+
+def test_frozen_and_apart_from_what_it_was_made_from():
+    layers = {0: 0.1}
+    config = PopConfig(0.4, layer_ratios=layers)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.ratio = 0.5
+    layers[0] = 2.0
+    assert config.layer_ratios == {0: 0.1}
+
+
+def test_as_config():
+    config = PopConfig(0.4, gamma=0.2)
+    assert as_config(config, {}) is config
+    assert as_config(0.4, {"gamma": 0.2}) == config
+    assert as_config(None, {"ratio": 0.4, "gamma": 0.2}) == config
+    with pytest.raises(ConfigError, match=r"not both \(got gamma\)"):
+        as_config(config, {"gamma": 0.3})
+    with pytest.raises(ConfigError, match="given twice"):
+        as_config(0.4, {"ratio": 0.3})
+    with pytest.raises(ConfigError, match="needs 'ratio'"):
+        as_config(None, {})
+    with pytest.raises(ConfigError, match="Did you mean 'gamma'"):
+        as_config(0.4, {"gama": 0.3})
