@@ -2,9 +2,9 @@
 
 Every passage gives ``prompt + continuation + 1`` tokens. All but the last go through the model in one forward, with
 ``session.split(prompt)``: the prompt's columns are prefill, each later column is a decode step of its own (teacher
-forcing). Exactly those decode steps are scored: columns ``prompt`` to ``prompt + continuation - 1``, whose logits predict
-the tokens one further on. The prompt's last column predicts the first continuation token, but with a dense prefill it is
-dense in every method: it would only dilute the figures, so it is left out.
+forcing). Exactly those decode steps are scored: columns ``prompt`` to ``prompt + continuation - 1``, whose logits
+predict the tokens one further on. The prompt's last column predicts the first continuation token, but with a dense
+prefill it is dense in every method: it would only dilute the figures, so it is left out.
 
 Run: ``python benchmarks/decode_fidelity.py [--passages N] [--ratio R] [--json FILE]``; exit code 1 if a target fails.
 """
@@ -35,7 +35,10 @@ from pop_mm.samples import load
 STANDARD = {"model": "smollm2-135m", "ratio": 0.3, "prompt": 256, "continuation": 128, "prefill": "dense"}
 STANDARD_PASSAGES = 8
 RESAMPLES = 10_000
-STEP_TOLERANCE = 1e-2  # of a logit: one forward and single steps sum in different orders
+# One forward and single steps round differently, and a near tie between two candidates may fall either way (float32; in
+# float64 they agree to 1e-13). So steps are compared where that cannot hide or fake an error.
+STEP_KL = 1e-5  # nats, mean over steps
+STEP_LOGIT = 1e-3  # largest difference of a step's logits, median over steps
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def summarise(scores: Sequence[dict[str, Score]]) -> dict[str, dict[str, Interva
     }
 
 
-def verdicts(summary: dict[str, Any], cross_check: dict[str, float], standard: bool) -> list[Verdict]:
+def verdicts(summary: dict[str, Any], cross_check: dict[str, dict[str, float]], standard: bool) -> list[Verdict]:
     """The targets; judged in the standard setting only."""
     pop1, pop2, full = (summary[name] for name in ("POP gamma 0.1", "POP gamma 0.2", "full"))
     targets = [
@@ -193,9 +196,12 @@ def verdicts(summary: dict[str, Any], cross_check: dict[str, float], standard: b
         (f"KL of full is at most 0.05 of static: {full['to_static'].value:.4f}", full["to_static"].value <= 0.05),
     ]
     result = [Verdict(text, passed if standard else None) for text, passed in targets]
-    for backend, difference in cross_check.items():
-        text = f"one forward equals single steps ({backend}) within {STEP_TOLERANCE:g} of a logit: {difference:.1e}"
-        result.append(Verdict(text, difference <= STEP_TOLERANCE))
+    for backend, found in cross_check.items():
+        text = (
+            f"one forward equals single decode steps ({backend}): KL {found['kl']:.1e} (target {STEP_KL:g}), logits of "
+            f"the median step within {found['median']:.1e} (target {STEP_LOGIT:g}), worst {found['worst']:.1e}"
+        )
+        result.append(Verdict(text, found["kl"] <= STEP_KL and found["median"] <= STEP_LOGIT))
     return result
 
 
@@ -273,15 +279,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return print_verdicts(console, found)
 
 
-def check_steps(model: Any, ids: Tensor, args: argparse.Namespace) -> dict[str, float]:
-    """Largest difference of a logit between one forward and single steps, for POP gamma 0.1, on both backends."""
+def check_steps(model: Any, ids: Tensor, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Compare one forward with single steps, for POP gamma 0.1, on the masked and the in-place backend.
+
+    ``median`` and ``worst`` are over steps, of the largest difference of a logit.
+    """
     settings = METHODS[1], args.ratio, args.prefill
     whole = pruned_logits(model, ids, args.prompt, config_for(*settings))
-    differences = {}
+    found = {}
     for backend in ("masked", "auto"):
         steps = stepwise_logits(model, ids, args.prompt, config_for(*settings, backend=backend))
-        differences[backend] = float((whole - steps).abs().max())
-    return differences
+        differences = (whole - steps).abs().amax(-1)
+        found[backend] = {
+            "kl": compare(whole, steps, ids[0, args.prompt + 1 :]).kl,
+            "median": float(differences.median()),
+            "worst": float(differences.max()),
+        }
+    return found
 
 
 if __name__ == "__main__":

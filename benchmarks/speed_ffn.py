@@ -11,6 +11,7 @@ of phase decode. Three variants take turns on the *same weights*:
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import pop_mm
+from pop_mm.report import Report
 
 GAMMA = 0.1
 PROMPT_TOKENS = 16
@@ -208,10 +210,13 @@ def measure_shape(
         second = similar_prompt(stack, width, prompt, other)
         with session:
             cache = _start(stack, prompt, token)
-            first_move, first_rank, first_moved = _spent(session)
+            first = session.report
+            first_move, rank, front = first.timings.moving, first.timings.partitioning, _front(first)
             del cache
             cache = _start(stack, second, token)
-            second_move, _, second_moved = _spent(session)
+            both = session.report
+            second_move = both.timings.moving - first_move
+            changed = [len(before - after) / width for before, after in zip(front, _front(both), strict=True)]
 
             def pruned(cache: PositionCache = cache) -> float:
                 stack(inputs_embeds=token, past_key_values=cache)
@@ -247,9 +252,9 @@ def measure_shape(
                 byte_ratio=shape.intermediate / width,
                 target=target,
                 move_first=first_move / step,
-                move_similar=(second_move - first_move) / step,
-                similar_changed=(second_moved - first_moved) / 2 / (width * layers),
-                rank=first_rank / step,
+                move_similar=second_move / step,
+                similar_changed=statistics.mean(changed),
+                rank=rank / step,
                 restore=restore / step,
                 rounds=len(times.seconds["dense"]),
                 discarded=times.discarded,
@@ -268,10 +273,9 @@ def _start(stack: FFNStack, prompt: Tensor, token: Tensor) -> PositionCache:
     return cache
 
 
-def _spent(session: Any) -> tuple[float, float, int]:
-    """Seconds spent moving and ranking channels, and channels moved, so far."""
-    report = session.report
-    return report.timings.moving, report.timings.partitioning, report.moved_channels
+def _front(report: Report) -> list[set[int]]:
+    """R and C of every layer."""
+    return [set(ffn.partition.front().tolist()) for ffn in report.ffns]
 
 
 def measure_ffn(quick: bool, rounds: int, tick: Callable[[], None]) -> list[FFNResult]:
@@ -294,7 +298,7 @@ def ffn_table(results: Sequence[FFNResult]) -> Table:
     """One row for each shape and K/D."""
     table = Table(
         title=f"FFN decode step, batch 1, gamma {GAMMA:g}: dense against in place, scoring and selection included",
-        caption="views: the same kernels on K channels, none chosen; reached: speed-up / (D/K); in brackets: quartiles.\n"
+        caption="views: the same kernels on K channels, none chosen; reached: speed-up / (D/K); brackets: quartiles.\n"
         "Once a prompt, in dense FFN steps: moving channels for the 1st prompt and for a similar one (share of R and C "
         "that changed), ranking them; restore: on leaving the session.",
     )

@@ -255,6 +255,14 @@ class Engine:
         forward.state.ffns[index].steps.add(dropped, ranks)
         return dropped
 
+    def select_alone(
+        self, index: int, forward: Forward, candidates: Tensor, weight: Tensor, ranks: Tensor | None
+    ) -> Tensor:
+        """As :meth:`select`, for one token of one sequence: ``[|C|]`` in, ``[n]`` out."""
+        dropped = dropped_candidates((candidates * weight).abs_(), self.sizes[index])
+        forward.state.ffns[index].steps.add(dropped.unsqueeze(0), ranks)
+        return dropped
+
     def apply(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
         """The reference path: observe, partition and mask the input of the down projection, as the phase asks.
 

@@ -137,4 +137,4 @@ def dropped_candidates(scores: Tensor, sizes: Sizes) -> Tensor:
         ``[..., |C| - candidates_kept]``, int64 indices into the candidates.
     """
     ranked = torch.nan_to_num(scores, nan=-1.0, posinf=-1.0)
-    return ranked.topk(sizes.candidates_dropped, dim=-1, largest=False, sorted=False).indices
+    return ranked.topk(sizes.candidates_dropped, dim=-1, largest=False, sorted=False)[1]

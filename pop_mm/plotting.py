@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from .errors import PopError
 from .report import FFNReport, Report
 
 _SUFFIXES = (".png", ".svg", ".pdf")
-_MOST_BINS = 512  # columns of the map; more channels than that are shown as shares of a bin
-_MOST_ROWS = 160  # rows of the map; more FFNs than that (experts) are averaged over a layer
+_MOST_BINS = 96  # bins of channels in a layer's line, each a small stack of its three shares
+_MOST_ROWS = 160  # lines; more FFNs than that (experts) are averaged over a layer
+_HEIGHT = 24  # pixels of a stack in the map, and below it as a gap:
+_GAP = 3
 # Okabe and Ito's blue and orange, and a light grey: told apart with every colour vision and in print.
 _COLOURS = {"retained": "#0072B2", "candidate": "#E69F00", "pruned": "#E4E4E4"}
 
@@ -37,7 +40,9 @@ def check_path(path: str | Path) -> Path:
     """
     target = Path(path).expanduser()
     if target.suffix.lower() not in _SUFFIXES:
-        raise PlotError(f"The picture {target} needs one of the suffixes {', '.join(_SUFFIXES)}, which choose its format.")
+        raise PlotError(
+            f"The picture {target} needs one of the suffixes {', '.join(_SUFFIXES)}, which choose its format."
+        )
     if not target.parent.is_dir():
         raise PlotError(f"The picture {target} cannot be saved: there is no folder {target.parent}.")
     return target
@@ -46,9 +51,9 @@ def check_path(path: str | Path) -> Path:
 def plot_report(report: Report, path: str | Path) -> Path:
     """Draw a report and save it; the user's backend, figures and settings of matplotlib stay as they are.
 
-    Left, one line per layer: its channels in their original order, retained, candidate or pruned for the latest
-    prompt (if several channels share a column, the shares are mixed). Right: of the candidates that a step keeps, the
-    share that the next step keeps too.
+    Left, one line per layer: its channels in their original order, in bins; each bin is a stack of the shares that are
+    retained, candidate and pruned for the latest prompt. Right: of the candidates that a step keeps, the share that the
+    next step keeps too, and what it would be if the choice were made by chance.
 
     Parameters
     ----------
@@ -78,8 +83,8 @@ def plot_report(report: Report, path: str | Path) -> Path:
     _draw_stability(right, rows)
     config = report.config
     figure.suptitle(
-        f"POP, ratio {config.ratio:.0%} ({config.scope}), gamma {config.gamma:g}, "
-        f"{report.timings.decode_forwards} decode steps",
+        f"POP: ratio {config.ratio:.0%} ({config.scope}), gamma {config.gamma:g}; {report.prompt_tokens} prompt "
+        f"tokens, {report.timings.decode_forwards} decode steps",
         fontsize=12,
         x=0.01,
         ha="left",
@@ -96,3 +101,93 @@ def _rows(ffns: Sequence[FFNReport]) -> list[list[FFNReport]]:
     if len(ffns) <= _MOST_ROWS:
         return [[ffn] for ffn in ffns]
     return [list(group) for _, group in groupby(ffns, lambda ffn: ffn.plan.ffn.layer)]
+
+
+def _draw_map(axes: Axes, rows: list[list[FFNReport]]) -> None:
+    sizes = {ffn.plan.sizes.channels for row in rows for ffn in row}
+    bins = min(max(sizes), _MOST_BINS)
+    shares = np.stack([np.mean([_shares(ffn, bins) for ffn in row], axis=0) for row in rows])  # [rows, bins, 3]
+    palette = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in _COLOURS.values()])
+    # A stack as pixels, the retained at its bottom: pixel y shows the first kind whose cumulated share lies above it.
+    height = 1 - (np.arange(_HEIGHT) + 0.5) / _HEIGHT
+    kinds = (height[None, :, None, None] > shares.cumsum(-1)[:, None]).sum(-1).clip(max=2)  # [rows, height, bins]
+    image = np.concatenate([palette[kinds], np.ones((len(rows), _GAP, bins, 3))], 1)
+    same = len(sizes) == 1
+    axes.imshow(
+        image.reshape(-1, bins, 3),
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, max(sizes) if same else 100, len(rows) - 0.5, -0.5),
+    )
+    per_bin = f", {max(sizes) / bins:.3g} to a bin" if max(sizes) > bins else ""
+    axes.set_xlabel(f"channel in the model's own order{per_bin}" if same else "channel (position in its FFN, %)")
+    _label_layers(axes, rows)
+    axes.spines[:].set_visible(False)
+    totals = np.mean([_totals(ffn) for row in rows for ffn in row], axis=0)
+    handles = [
+        Patch(facecolor=colour, edgecolor="#808080", linewidth=0.5, label=f"{name} {share:.1%}")
+        for (name, colour), share in zip(_COLOURS.items(), totals, strict=True)
+    ]
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2)
+
+
+def _draw_stability(axes: Axes, rows: list[list[FFNReport]]) -> None:
+    known = [
+        (y, float(np.mean(values)))
+        for y, row in enumerate(rows)
+        if (values := [ffn.stability for ffn in row if ffn.stability is not None])
+    ]
+    axes.set_title("kept candidates that\nthe next step keeps too", fontsize=10, loc="left")
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.tick_params(axis="y", labelleft=False, length=0)
+    axes.grid(axis="x", color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not known:
+        text = "no candidates, or\nfewer than two\ndecode steps"
+        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center")
+        return
+    lines, shares = zip(*known, strict=True)
+    axes.hlines(lines, 0, shares, color=_COLOURS["candidate"], linewidth=1.5)
+    axes.plot(shares, lines, "o", color=_COLOURS["candidate"], markersize=4)
+    sizes = rows[lines[0]][0].plan.sizes
+    chance = sizes.candidates_kept / sizes.candidates if sizes.candidates else 0.0
+    axes.axvline(chance, color="#404040", linewidth=1, linestyle="--")
+    axes.set_xlabel(f"mean {np.mean(shares):.0%}; by chance {chance:.0%} (dashed)")
+
+
+def _label_layers(axes: Axes, rows: list[list[FFNReport]]) -> None:
+    layers = [row[0].plan.ffn.layer for row in rows]
+    first = [y for y, layer in enumerate(layers) if y == 0 or layers[y - 1] != layer]
+    step = -(-len(first) // 32)
+    axes.set_yticks(first[::step], [str(layers[y]) for y in first[::step]], fontsize=8)
+    axes.set_ylabel("layer")
+
+
+def _shares(ffn: FFNReport, bins: int) -> NDArray[np.float64]:
+    """``[bins, 3]``: the share of each bin's channels that is retained, candidate, pruned; means over a batch's rows.
+
+    An FFN without a partition is dense: all of it is retained.
+    """
+    channels = ffn.plan.sizes.channels
+    kinds = np.zeros((1, channels), dtype=np.int64)
+    if ffn.partition is not None:
+        kinds = np.zeros((*ffn.partition.pruned.shape[:-1], channels), dtype=np.int64)
+        np.put_along_axis(kinds, ffn.partition.candidates.cpu().numpy(), 1, -1)
+        np.put_along_axis(kinds, ffn.partition.pruned.cpu().numpy(), 2, -1)
+        kinds = kinds.reshape(-1, channels)
+    share = np.stack([(kinds == kind).mean(0) for kind in range(3)], -1)  # [D, 3]
+    edges = np.arange(bins) * channels // bins
+    if channels <= bins:
+        return share[edges]
+    width = np.diff(np.append(edges, channels))
+    return np.add.reduceat(share, edges, axis=0) / width[:, None]
+
+
+def _totals(ffn: FFNReport) -> tuple[float, float, float]:
+    sizes = ffn.plan.sizes
+    if ffn.partition is None:
+        return 1.0, 0.0, 0.0
+    return sizes.retained / sizes.channels, sizes.candidates / sizes.channels, sizes.pruned / sizes.channels

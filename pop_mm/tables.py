@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import RenderableType
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .report import FFNPlan, FFNReport, Report
+from .report import FFNPlan, Report
+
+if TYPE_CHECKING:
+    from .samples import Sample
 
 _MOST_ROWS = 96  # a table with more rows than this is summed up over experts, then over layers
 
@@ -24,10 +28,7 @@ def report_table(report: Report) -> list[RenderableType]:
     list of RenderableType
         To be printed one after the other.
     """
-    table = _ffn_table(
-        ("active per step", "Channels that a decode step used, mean over the latest prompt's steps."),
-        ("candidates that stay", "Share of a step's kept candidates that the next step keeps too."),
-    )
+    table = _ffn_table("active per step", "kept candidates that the next step keeps too")
     runs = _runs(report.ffns, lambda ffn: ffn.plan, lambda ffn: (ffn.active_per_step, ffn.stability))
     for run in runs:
         active = _span([ffn.active_per_step for ffn in run], _number)
@@ -46,19 +47,23 @@ def report_summary(report: Report) -> Text:
         steps = f"{times.decode_forwards} decode {_plural(times.decode_forwards, 'step')}"
         lines.append(
             f"{report.prompt_tokens} prompt {_plural(report.prompt_tokens, 'token')} in the latest prompt; prefill "
-            f"{_seconds(times.prefill)}, {steps} {_seconds(times.decode)}, of which choosing channels "
+            f"{_seconds(times.prefill)}, {steps} {_seconds(times.decode)}; before the first step, choosing channels "
             f"{_seconds(times.partitioning)} and moving {report.moved_channels} of them {_seconds(times.moving)}."
         )
     if config.variant != "pop":
         lines.append(f"Variant {config.variant!r}, for comparison: not POP itself.")
-    return Text("\n").join([Text(lines[0], style="bold"), *map(Text, lines[1:]), *(Text(n, "yellow") for n in report.notes)])
+    return Text("\n").join(
+        [Text(lines[0], style="bold"), *map(Text, lines[1:]), *(Text(n, "yellow") for n in report.notes)]
+    )
 
 
 def _settings(report: Report) -> str:
     config = report.config
     ratios = sorted({ffn.plan.ratio for ffn in report.ffns})
     own = " to ".join(f"{r:.1%}" for r in dict.fromkeys((ratios[0], ratios[-1]))) if ratios else "nothing"
-    asked = f"{config.ratio:.0%} of attention and FFN" if config.scope == "overall" else f"{config.ratio:.0%} of each FFN"
+    asked = (
+        f"{config.ratio:.0%} of attention and FFN" if config.scope == "overall" else f"{config.ratio:.0%} of each FFN"
+    )
     backends = ", ".join(f"{count} {name}" for name, count in report.backends.items())
     return (
         f"POP: {asked} left out ({own} of an FFN), gamma {config.gamma:g}, {config.prefill} prefill, {config.batch} "
@@ -66,12 +71,64 @@ def _settings(report: Report) -> str:
     )
 
 
+def answers_table(answers: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+    """Answers side by side, each with its decode speed, and as a factor of the first one's.
+
+    Parameters
+    ----------
+    answers : mapping of str to mapping
+        Title to ``{"text": str, "decode_tokens_per_s": float or None}``.
+    """
+    first = next(iter(answers.values()))["decode_tokens_per_s"]
+    grid = Table.grid(expand=True, padding=(0, 1))
+    panels: list[RenderableType] = []
+    for title, answer in answers.items():
+        grid.add_column(ratio=1)
+        speed = answer["decode_tokens_per_s"]
+        factor = f" ({speed / first:.2f}x)" if speed and first and panels else ""
+        figure = f"{speed:.1f} tokens/s{factor}" if speed else "too short to time"
+        text = answer["text"].strip()
+        body = Text(text, overflow="fold") if text else Text("(the model ended its answer at once)", style="dim")
+        panels.append(Panel(body, title=Text(title), subtitle=Text(figure)))
+    grid.add_row(*panels)
+    return grid
+
+
+def footprint_table(parts: Mapping[str, tuple[int, int]]) -> Table:
+    """Bytes that a decoded token reads, dense and pruned, with their quotient: the most that pruning can gain.
+
+    Parameters
+    ----------
+    parts : mapping of str to tuple of int
+        Name of the part to its bytes, dense and pruned.
+    """
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("read per decoded token")
+    for name in ("dense", "pruned", "byte limit"):
+        table.add_column(name, justify="right")
+    total = tuple(sum(column) for column in zip(*parts.values(), strict=True))
+    for name, (dense, pruned) in {**parts, "total": total}.items():
+        limit = f"{dense / pruned:.2f}x" if pruned and dense else "-"
+        style = "bold" if name == "total" else ""
+        table.add_row(name, byte_size(dense), byte_size(pruned), limit, style=style)
+    return table
+
+
+def samples_table(samples: Iterable[Sample]) -> Table:
+    """The sample models."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("name", "what it is", "licence"):
+        table.add_column(name)
+    for sample in samples:
+        table.add_row(*map(Text, (sample.name, sample.description, sample.licence)))
+    return table
+
+
 def plan_table(plans: Sequence[FFNPlan]) -> Table:
     """One row per FFN of what a session would do; equal rows are summed up."""
-    table = _ffn_table(("active per step", "Channels that every decode step uses."), ("layout", ""))
-    for run in _runs(plans, lambda plan: plan, lambda plan: (plan.ffn.layout, plan.reason)):
-        layout = run[0].ffn.layout
-        table.add_row(*_plan_cells(run), _number(run[0].sizes.kept), layout, run[0].backend)
+    table = _ffn_table("active per step")
+    for run in _runs(plans, lambda plan: plan, lambda plan: plan.reason):
+        table.add_row(*_plan_cells(run), str(run[0].sizes.kept), run[0].backend)
     return table
 
 
@@ -118,13 +175,13 @@ def byte_size(count: float) -> str:
 # rows ---------------------------------------------------------------------------------------------------------------
 
 
-def _ffn_table(*measured: tuple[str, str]) -> Table:
+def _ffn_table(*more: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("layer", no_wrap=True)
     for name in ("channels", "retained", "candidates", "pruned"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, _ in measured:
-        table.add_column(name, justify="left" if name == "layout" else "right")
+    for name in more:
+        table.add_column(name, justify="right", max_width=20)
     table.add_column("backend", no_wrap=True)
     return table
 
@@ -132,7 +189,7 @@ def _ffn_table(*measured: tuple[str, str]) -> Table:
 def _plan_cells(plans: Sequence[FFNPlan]) -> list[str]:
     sizes = plans[0].sizes
     layers = [plan.ffn.layer for plan in plans]
-    where = f"{layers[0]}" if layers[0] == layers[-1] else f"{layers[0]}–{layers[-1]}"
+    where = f"{layers[0]}" if layers[0] == layers[-1] else f"{layers[0]}-{layers[-1]}"
     experts = {plan.ffn.expert for plan in plans} - {None}
     if experts:
         where += f" ({len(experts)} {_plural(len(experts), 'expert')})"
@@ -164,7 +221,7 @@ def _runs(items: Sequence[Any], plan_of: Callable[[Any], FFNPlan], rest: Callabl
 def _span(values: Sequence[float | None], show: Callable[[float], str]) -> str:
     known = [value for value in values if value is not None]
     if not known:
-        return "–"
+        return "-"
     low, high = show(min(known)), show(max(known))
     return low if low == high else f"{low} to {high}"
 
@@ -184,12 +241,14 @@ def _plural(count: int, noun: str) -> str:
 
 
 __all__ = [
-    "FFNReport",
     "adapter_rows",
     "adapters_markdown",
     "adapters_table",
+    "answers_table",
     "byte_size",
+    "footprint_table",
     "plan_table",
     "report_summary",
     "report_table",
+    "samples_table",
 ]

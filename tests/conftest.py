@@ -8,18 +8,19 @@ from observe import differences, fingerprint, prompt
 from tiny_models import tiny
 
 # A ReLU zeroes channels by itself; a smooth activation lets the tests see which ones the library zeroed.
-_SMOOTH = {
+_SETTINGS = {
     "opt": {"activation_function": "gelu"},
     "nemotron": {"hidden_act": "gelu"},
     "arcee": {"hidden_act": "gelu"},
     "jais2": {"hidden_act": "gelu"},
     "nanochat": {"hidden_act": "gelu"},
+    "mpt": {"use_cache": True},  # off by default
 }
 
 
 @cache
 def _model(model_type, dtype, settings):
-    model = tiny(model_type, dtype, **{**_SMOOTH.get(model_type, {}), **dict(settings)})
+    model = tiny(model_type, dtype, **{**_SETTINGS.get(model_type, {}), **dict(settings)})
     model.generate(prompt(), max_new_tokens=2)  # whatever a model sets up on first use is no change
     return model, fingerprint(model)
 

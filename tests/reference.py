@@ -43,7 +43,7 @@ class Pop:
     parts : list of list of (R, C, P)
         Sets of channels, for each FFN, for each row (shared: one).
     active : list of list of list of list of set
-        Active channels: of every forward, of each FFN, of each row, of each column.
+        Active channels whose activation is not zero by itself: of every forward, of each FFN, of each row, of each column.
     """
 
     def __init__(self, model, ratio, gamma=0.1, batch="shared", prefill="dense"):
@@ -120,6 +120,7 @@ class Pop:
             for column in range(self.length):
                 for channel in set(range(h.shape[-1])) - active[row][column]:
                     h[row, column, channel] = 0
+                active[row][column] = set(h[row, column].nonzero().flatten().tolist())
         self.active[-1].append(active)
         return (h.view(args[0].shape), *args[1:])
 

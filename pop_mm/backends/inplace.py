@@ -257,13 +257,14 @@ class InplaceBackend:
         retained = engine.sizes[index].retained
 
         def zero_dropped(h: Tensor, current: Forward) -> None:
-            candidates = h.view(current.rows, current.length, -1)[..., retained:]
             here = resident[index]
+            if current.rows == current.length == 1:  # the common step, in as few operations as it takes
+                alone = h.view(-1)[retained:]
+                alone.index_fill_(0, engine.select_alone(index, current, alone, here.weight, here.ranks), 0)
+                return
+            candidates = h.view(current.rows, current.length, -1)[..., retained:]
             dropped = engine.select(index, current, candidates, here.weight, here.ranks)
-            if current.length == 1:  # dropped is [1, n]
-                candidates.index_fill_(-1, dropped[0], 0)
-            else:
-                candidates.scatter_(-1, dropped.expand(current.rows, -1, -1), 0)
+            candidates.scatter_(-1, dropped.expand(current.rows, -1, -1), 0)
 
         return zero_dropped
 
@@ -277,16 +278,17 @@ class InplaceBackend:
         holder, weight = ffn.holder, ffn.down.weight
         assert holder is not None
         own_forward = type(holder).forward
-        modules = [p.module for p in ffn.projections]
+        hooks = [h for p in ffn.projections for h in (p.module._forward_hooks, p.module._forward_pre_hooks)]
+        parameters = ffn.down.module._parameters
         compute = direct_forward(ffn, sizes.width, self._zero_dropped(index) if sizes.candidates else None)
         address = weight.data_ptr()
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             nonlocal compute, weight, address
             current = tracker.current
-            if current is None or not current.fast or any(m._forward_hooks or m._forward_pre_hooks for m in modules):
+            if current is None or not current.fast or any(hooks):
                 return own_forward(holder, x, *args, **kwargs)
-            if weight.data_ptr() != address or ffn.down.weight is not weight:
+            if parameters["weight"] is not weight or weight.data_ptr() != address:
                 weight = ffn.down.weight
                 address = weight.data_ptr()
                 compute = direct_forward(ffn, sizes.width, self._zero_dropped(index) if sizes.candidates else None)

@@ -1,0 +1,155 @@
+"""The ``pop-mm`` command: its options, and what becomes of errors.
+
+Heavy modules are imported inside the commands, so that ``pop-mm --help`` is fast.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, cast
+
+import typer
+
+from .. import __version__
+from ..errors import PopError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+models_app = typer.Typer(no_args_is_help=True, help="Sample models that need no model hub.")
+app.add_typer(models_app, name="models")
+
+# click's base class of such errors, of whichever click (an own one, lately) typer uses
+_USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
+
+Model = Annotated[str, typer.Option(help="A sample's name (smollm2-135m), a folder, or a hub id.", show_default=False)]
+Ratio = Annotated[float, typer.Option(help="Share to leave out while decoding, in [0, 1).")]
+Scope = Annotated[str, typer.Option(metavar="overall|ffn", help="What the ratio is a share of.")]
+Gamma = Annotated[float, typer.Option(help="Share of an FFN's channels that are candidates, in [0, 1].")]
+Backend = Annotated[str, typer.Option(metavar="auto|masked|inplace", help="inplace is fast, masked saves no time.")]
+Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16", help="auto: the checkpoint's own.")]
+
+
+@app.callback(invoke_without_command=True)
+def _about(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", show_default=False)] = False,
+) -> None:
+    """Prune Hugging Face models while they decode (Partition-guided Online Pruning)."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to answer, or with --no-chat to continue.", show_default=False)],
+    ratio: Ratio = 0.2,
+    scope: Scope = "overall",
+    gamma: Gamma = 0.1,
+    prefill: Annotated[str, typer.Option(metavar="dense|partition", help="partition: as in the paper.")] = "dense",
+    backend: Backend = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; above 0 the answer is sampled.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="For sampling.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template, if it has one.")] = True,
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: a GPU if there is one.")] = "auto",
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Save as JSON; - is stdout.")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Save a picture: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Answer a prompt dense and pruned, side by side, with the decode speed of each."""
+    from ..config import PopConfig
+    from .generate import Sampling, run
+
+    config = PopConfig(ratio, scope, gamma, prefill=prefill, backend=backend)  # type: ignore[arg-type]
+    sampling = Sampling(max_new_tokens, temperature, seed, chat)
+    run(model, prompt, config, sampling, dtype, device, json_file, plot)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    ratio: Ratio = 0.2,
+    scope: Scope = "overall",
+    gamma: Gamma = 0.1,
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one row per FFN.", show_default=False)] = False,
+) -> None:
+    """Show what would be pruned, and what a decoded token would read. The weights are not loaded."""
+    from ..config import PopConfig
+    from .inspect import run
+
+    run(model, PopConfig(ratio, scope, gamma, backend=backend), dtype, as_json)  # type: ignore[arg-type]
+
+
+@app.command()
+def adapters(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print README's table.", show_default=False)] = False,
+) -> None:
+    """List the model types that have an adapter."""
+    import json
+
+    from ..adapters import support_table
+    from ..tables import adapters_markdown, adapters_table
+
+    rows = support_table()
+    if as_json and markdown:
+        raise typer.BadParameter("Give --json or --markdown, not both.")
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    elif markdown:
+        typer.echo(adapters_markdown(rows))
+    else:
+        from rich.console import Console
+
+        Console().print(adapters_table(rows))
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """List the sample models."""
+    from rich.console import Console
+
+    from ..samples import SAMPLES, cache_folder
+    from ..tables import samples_table
+
+    console = Console()
+    console.print(samples_table(SAMPLES.values()))
+    console.print(f"They are kept in {cache_folder()} (POP_MM_CACHE).", highlight=False, soft_wrap=True)
+
+
+@models_app.command("fetch")
+def models_fetch(name: Annotated[str, typer.Argument(help="Name of a sample model.", show_default=False)]) -> None:
+    """Fetch a sample model and print its folder."""
+    from ..samples import fetch
+    from .terminal import quiet
+
+    with quiet():
+        folder = fetch(name)
+    typer.echo(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``pop-mm``. A user's mistake ends with code 2 and a plain sentence, Ctrl-C with 130 and nothing.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Instead of the process's own.
+    """
+    try:
+        code = app(args=None if arguments is None else list(arguments), prog_name="pop-mm", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except PopError as error:
+        code = _say(str(error))
+    except _USAGE_ERROR as error:
+        code = _say(error.format_message()) if str(error) else 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str) -> int:
+    print("Error:", " ".join(message.split()), file=sys.stderr)
+    return 2

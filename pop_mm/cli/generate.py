@@ -1,0 +1,205 @@
+"""``pop-mm generate``: one prompt, answered dense and pruned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import PopConfig
+from ..samples import load, resolve
+from ..session import prune
+from ..tables import answers_table, report_summary
+from .terminal import CommandError, check_writable, quiet, spinner, write_json
+
+_WARM_UP = 4  # tokens of the prompt and of the answer in a warm-up
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the answer is generated.
+
+    Attributes
+    ----------
+    max_new_tokens : int
+    temperature : float
+        0 is greedy.
+    seed : int
+    chat : bool
+        Whether to use the tokenizer's chat template.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    chat: bool
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of ``model.generate``."""
+        choice = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        return {**choice, "num_beams": 1, "max_new_tokens": self.max_new_tokens}
+
+
+class Clock:
+    """A streamer for ``generate`` that notes when each token comes; the prompt comes first."""
+
+    def __init__(self, tick: Callable[[], object] = lambda: None) -> None:
+        self.times: list[float] = []
+        self._tick = tick
+
+    def put(self, value: Tensor) -> None:
+        """A token, or at first the prompt."""
+        self.times.append(time.perf_counter())
+        self._tick()
+
+    def end(self) -> None:
+        """The answer is complete."""
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens per second from the first to the last token: decode without prefill; None for a single token."""
+        tokens = self.times[1:]
+        return (len(tokens) - 1) / (tokens[-1] - tokens[0]) if len(tokens) > 1 else None
+
+
+def run(
+    name: str,
+    prompt: str,
+    config: PopConfig,
+    sampling: Sampling,
+    dtype: str,
+    device: str,
+    json_file: str | None,
+    plot: str | None,
+) -> None:
+    """The command: answer, print, and save where asked. Everything that can be checked early is checked first."""
+    check_outputs(json_file, plot)
+    if not prompt.strip():
+        raise CommandError("The prompt is empty: give --prompt at least one word.")
+    where = find_device(device)
+    with quiet():
+        model, tokenizer = load_model(name, dtype, where)
+        inputs = encode(model, tokenizer, prompt, sampling)
+        session = prune(model, config)  # first, since it checks that the ratio fits the model
+        warm_up(model, inputs)
+        dense = answer(model, tokenizer, inputs, sampling, "dense")
+        with prune(model, config):
+            warm_up(model, inputs)
+        with session:
+            pruned = answer(model, tokenizer, inputs, sampling, "pruned")
+            report = session.report
+    console = Console(stderr=json_file == "-")
+    console.print(answers_table({"dense": dense, f"pruned, ratio {config.ratio:g}": pruned}))
+    console.print(report_summary(report))
+    if plot is not None:
+        console.print(f"Picture: {report.plot(plot)}", highlight=False, markup=False, soft_wrap=True)
+    if json_file is not None:
+        result = {"model": name, "config": config.to_dict(), "dense": dense, "pruned": pruned}
+        write_json({**result, "report": report.to_dict()}, json_file)
+
+
+def check_outputs(json_file: str | None, plot: str | None) -> None:
+    """Complain about files that cannot be written, before any work is done."""
+    if plot is not None:
+        from ..plotting import check_path
+
+        check_writable(check_path(plot))
+    if json_file is not None and json_file != "-":
+        check_writable(json_file)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that the user named; ``auto`` is a GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"The device {name!r} cannot be used; say cpu, cuda, cuda:1 ... or auto.") from error
+    return device
+
+
+def torch_dtype(name: str) -> torch.dtype | str:
+    """The dtype that the user named, or ``"auto"``."""
+    if name not in _DTYPES:
+        raise CommandError(f"The dtype must be one of {', '.join(_DTYPES)}; got {name!r}.")
+    return name if name == "auto" else getattr(torch, name)
+
+
+def load_model(
+    name: str, dtype: str, device: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer behind a spinner."""
+    kind = torch_dtype(dtype)
+    resolve(name)  # a sample is fetched here, with its own progress display
+    with spinner(f"Loading {name}"):
+        return load(name, dtype=kind, device=device)
+
+
+def encode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling
+) -> dict[str, Tensor]:
+    """The prompt's ``input_ids`` and ``attention_mask``, ``[1, tokens]``, within the model's context."""
+    try:
+        if sampling.chat and tokenizer.chat_template:
+            turns = [{"role": "user", "content": prompt}]
+            encoded = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            encoded = tokenizer(prompt, return_tensors="pt")
+    except Exception as error:
+        raise CommandError(
+            f"The tokenizer cannot encode the prompt: {error} (--no-chat leaves out its template)."
+        ) from error
+    inputs = {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    tokens = inputs["input_ids"].shape[1]
+    if tokens == 0:
+        raise CommandError("The prompt has no tokens.")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and tokens + sampling.max_new_tokens > context:
+        raise CommandError(
+            f"The prompt has {tokens} tokens and --max-new-tokens asks for {sampling.max_new_tokens} more, but the "
+            f"model's context is {context} tokens."
+        )
+    return inputs
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: dict[str, Tensor],
+    sampling: Sampling,
+    label: str,
+) -> dict[str, Any]:
+    """Generate once and measure the decode speed.
+
+    Returns
+    -------
+    dict
+        ``text`` and ``decode_tokens_per_s``.
+    """
+    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed} tokens"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
+        task = progress.add_task(label, completed=-1)
+        clock = Clock(lambda: progress.advance(task))
+        torch.manual_seed(sampling.seed)
+        output = model.generate(**inputs, **sampling.settings(), streamer=clock)
+    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return {"text": text, "decode_tokens_per_s": clock.decode_tokens_per_s}
+
+
+def warm_up(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+    """Generate a few tokens, so that the costs of a first call do not count against the first answer."""
+    start = {key: value[:, :_WARM_UP] for key, value in inputs.items()}
+    model.generate(**start, do_sample=False, num_beams=1, min_new_tokens=_WARM_UP, max_new_tokens=_WARM_UP)

@@ -1,0 +1,154 @@
+"""``pop-mm inspect``: what a session would prune, and the bytes that a decoded token would read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ..adapters import Adapter, adapter_for, registered_adapters
+from ..config import PopConfig
+from ..report import FFNPlan
+from ..samples import SAMPLES, SampleError, resolve
+from ..session import plan_ffns
+from ..tables import footprint_table, plan_table
+from .generate import load_model, torch_dtype
+from .terminal import quiet, spinner
+
+
+def run(name: str, config: PopConfig, dtype: str, as_json: bool) -> None:
+    """The command."""
+    with quiet():
+        model, packed = skeleton(name, dtype)
+        adapter = adapter_for(model)
+        plans = plan_ffns(model, config, adapter)
+    if packed is not None:
+        plans = [_packed(plan, packed) for plan in plans]
+    if as_json:
+        size = model.dtype.itemsize
+        print(json.dumps([_row(plan, size) for plan in plans], indent=2))
+        return
+    layers = adapter.layer_weights(model, [plan.ffn for plan in plans]).values()
+    largest = sum(w.ffn for w in layers) / sum(w.ffn + w.attention for w in layers)
+    console = Console()
+    console.print(plan_table(plans))
+    console.print(footprint_table(footprint(model, adapter, plans)))
+    layouts = " / ".join(dict.fromkeys(plan.ffn.layout for plan in plans))
+    console.print(
+        f"{type(model).__name__}: {len(plans)} FFNs of {layouts}, found by {type(adapter).__name__}.\n"
+        f"Ratio {config.ratio:g} ({config.scope}) leaves out {plans[0].ratio:.1%} of each FFN; an overall ratio "
+        f"must stay below {largest:.3f}.",
+        highlight=False,
+    )
+    for reason in dict.fromkeys(plan.reason for plan in plans if plan.backend == "masked"):
+        console.print(f"Masked, without speed-up: {reason}.", style="yellow", highlight=False, markup=False)
+
+
+def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, str | None]:
+    """The model without weights, from its config alone, and how its checkpoint is quantised (None if it is not).
+
+    A model type without a registered adapter is loaded, since its structure has to be probed.
+    """
+    source = resolve(name)
+    with spinner(f"Reading the config of {name}"):
+        config = load_config(name, source)
+    if config.model_type not in registered_adapters():
+        model, _ = load_model(name, dtype)
+        return model, None
+    kind = torch_dtype(dtype)
+    if kind != "auto":
+        config.dtype = kind
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError, TypeError) as error:
+        raise SampleError(f"The model {name!r} cannot be built from its config: {_first_line(error)}.") from error
+    _give_storage(model)
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        return model, None
+    values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+    return model, str(values.get("quant_method", "quantised"))
+
+
+def load_config(name: str, source: str) -> PretrainedConfig:
+    """The config of a folder or hub id; whatever stops that becomes a ``SampleError``."""
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
+        reason = _first_line(error)
+        if "connect" in reason:
+            reason = "it is not in the local hub cache and the hub cannot be reached"
+        raise SampleError(
+            f"The config of {name!r} could not be read: {reason}. Give a folder, a hub id that this machine can reach, "
+            f"or a sample: {', '.join(sorted(SAMPLES))}."
+        ) from error
+
+
+def footprint(model: PreTrainedModel, adapter: Adapter, plans: Sequence[FFNPlan]) -> dict[str, tuple[int, int]]:
+    """Bytes of weight matrices that one decoded token reads, dense and pruned; no biases, norms or KV cache.
+
+    An FFN in place is read on its K = |R| + |C| channels, a masked one whole. Of routed experts, those count that a
+    token uses.
+    """
+    size = model.dtype.itemsize
+    head = model.get_output_embeddings()
+    layers = adapter.layer_weights(model, [plan.ffn for plan in plans])
+    pruned = 0.0
+    for layer, weights in layers.items():
+        own = [plan for plan in plans if plan.ffn.layer == layer]
+        whole = sum(plan.ffn.weight_count for plan in own)
+        read = sum(plan.ffn.weight_count * _share_read(plan) for plan in own)
+        pruned += weights.ffn * read / whole if whole else 0
+    attention = size * sum(weights.attention for weights in layers.values())
+    out = size * head.weight.numel() if head is not None else 0
+    return {
+        "FFN": (size * sum(weights.ffn for weights in layers.values()), round(size * pruned)),
+        "attention": (attention, attention),
+        "lm_head": (out, out),
+    }
+
+
+def _share_read(plan: FFNPlan) -> float:
+    return plan.sizes.width / plan.sizes.channels if plan.backend == "inplace" else 1.0
+
+
+def _row(plan: FFNPlan, size: int) -> dict[str, Any]:
+    whole = size * plan.ffn.weight_count
+    return {
+        **plan.to_dict(),
+        "bytes_per_token_dense": whole,
+        "bytes_per_token_pruned": round(whole * _share_read(plan)),
+    }
+
+
+def _packed(plan: FFNPlan, method: str) -> FFNPlan:
+    if plan.backend == "dense":
+        return plan
+    return replace(
+        plan, backend="masked", reason=f"the checkpoint is quantised ({method}), and packed weights stay in place"
+    )
+
+
+def _give_storage(model: nn.Module) -> None:
+    """Replace meta parameters by ones that look real and take no memory (one number, expanded).
+
+    A parameter on the meta device counts as offloaded, and such FFNs are masked; these weights will be real.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None and old.device.type == "meta":
+                if old not in made:
+                    made[old] = nn.Parameter(torch.zeros((), dtype=old.dtype).expand(old.shape), requires_grad=False)
+                module._parameters[name] = made[old]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

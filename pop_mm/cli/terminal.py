@@ -1,0 +1,77 @@
+"""What commands share: silence for other libraries, spinners on stderr, and files for the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import PopError
+
+
+class CommandError(PopError):
+    """The command line asks for something that cannot be done."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings and progress bars of transformers and the hub's client out of the output; errors still show."""
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging
+
+    before, hub_before, bars = logging.get_verbosity(), hub.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    hub.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+        hub.set_verbosity(hub_before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def spinner(text: str) -> AbstractContextManager[Any]:
+    """A spinner on stderr while something takes long; nothing if that is no terminal."""
+    return Console(stderr=True).status(text)
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """The path with ``~`` expanded, if a file can be written there.
+
+    Raises
+    ------
+    CommandError
+        It is a folder, its folder does not exist, or the system refuses.
+    """
+    target = Path(path).expanduser()
+    existed = target.exists()
+    try:
+        with target.open("ab"):
+            pass
+    except OSError as error:
+        raise CommandError(f"The file {target} cannot be written: {error.strerror or error}.") from error
+    if not existed:
+        target.unlink()
+    return target
+
+
+def write_json(value: object, path: str) -> None:
+    """Write JSON to a file, or to stdout if the path is ``-``."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if path == "-":
+        print(text)
+        return
+    try:
+        Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"The file {path} cannot be written: {error.strerror or error}.") from error

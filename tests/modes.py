@@ -1,0 +1,81 @@
+"""The ways to decode that every invariant is checked in. A mode takes a model and gives (tokens, logits)."""
+
+import pytest
+import torch
+from observe import prompt
+from tiny_models import tiny
+
+STEPS = 5
+LENGTH = 9
+
+
+def generate(model, ids, steps=STEPS, **settings):
+    """Generated tokens [B, n] and logits [n, B, V]."""
+    out = model.generate(ids, max_new_tokens=steps, return_dict_in_generate=True, output_logits=True, **settings)
+    return out.sequences[:, ids.shape[1] :], torch.stack([logits.double() for logits in out.logits])
+
+
+def left_padded(rows, pads=(3, 0)):
+    """Ids and mask with ``pads[b]`` pads in front of row b."""
+    ids, mask = rows.clone(), torch.ones_like(rows)
+    for row, pad in enumerate(pads):
+        ids[row, :pad] = mask[row, :pad] = 0
+    return ids, mask
+
+
+def padded(model, **settings):
+    ids, mask = left_padded(prompt(2, LENGTH))
+    return generate(model, ids, attention_mask=mask, **settings)
+
+
+@torch.no_grad()
+def loop(model, rows=2):
+    """Prefill and single steps by hand."""
+    ids = prompt(rows, LENGTH)
+    out = model(ids, use_cache=True)
+    tokens, logits = [], []
+    for _ in range(STEPS):
+        logits.append(out.logits[:, -1].double())
+        tokens.append(logits[-1].argmax(-1, keepdim=True))
+        if len(tokens) < STEPS:
+            out = model(tokens[-1], past_key_values=out.past_key_values, use_cache=True)
+    return torch.cat(tokens, 1), torch.stack(logits)
+
+
+def assisted(model):
+    settings = {"use_cache": True} if model.config.model_type == "mpt" else {}
+    assistant = tiny(model.config.model_type, torch.float64, seed=1, **settings)
+    return generate(model, prompt(1, LENGTH), assistant_model=assistant)
+
+
+def simple(rows=2, **settings):
+    return lambda model: generate(model, prompt(rows, LENGTH), **settings)
+
+
+def sampled(model):
+    torch.manual_seed(0)
+    return generate(model, prompt(2, LENGTH), do_sample=True, top_k=20)
+
+
+# each mode, and how many rows of a greedy generation it must equal (None: it has no such equal)
+MODES = {
+    "greedy": (simple(), 2),
+    "loop": (loop, 2),
+    "chunked": (simple(prefill_chunk_size=4), 2),
+    "static": (simple(cache_implementation="static", disable_compile=True), 2),
+    "no_cache": (simple(use_cache=False), 2),
+    "assisted": (assisted, 1),
+    "lookup": (simple(rows=1, prompt_lookup_num_tokens=3), 1),
+    "padded": (padded, None),
+    "sampled": (sampled, None),
+    "beams": (simple(num_beams=3, num_return_sequences=2), None),
+    "beam_sampled": (lambda model: (torch.manual_seed(0), simple(num_beams=2, do_sample=True)(model))[1], None),
+}
+
+
+def dense_run(mode, model):
+    """The mode on the dense model, or a skipped test where transformers itself does not offer it."""
+    try:
+        return MODES[mode][0](model)
+    except Exception as error:
+        pytest.skip(f"transformers: {type(error).__name__} {str(error)[:80]}")

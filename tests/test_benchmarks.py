@@ -1,0 +1,137 @@
+"""The benchmarks run, and their fidelity figures are right where the answer is known."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+METHODS = ("static", "POP gamma 0.1", "POP gamma 0.2", "full")
+
+
+@pytest.fixture
+def fidelity(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import decode_fidelity
+
+    return decode_fidelity
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    """A tiny model with a tokenizer, as a folder that ``samples.load`` takes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    tiny("llama", vocab_size=len(alphabet)).save_pretrained(folder)
+    return folder
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--threads", "1", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+
+
+def test_decode_fidelity_runs(tiny_folder, tmp_path):
+    done = run("decode_fidelity.py", "--model", tiny_folder, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert list(result["methods"]) == ["dense", *METHODS]
+    assert result["methods"]["static"]["to_static"] == [1.0, 1.0, 1.0]
+    assert len(result["per_passage"]) == 2
+    judged = {verdict["target"]: verdict["passed"] for verdict in result["verdicts"]}
+    assert [passed for target, passed in judged.items() if target.startswith("KL")] == [
+        None
+    ] * 3  # not the standard setting
+    assert [passed for target, passed in judged.items() if target.startswith("one forward")] == [True, True]
+
+
+def test_decode_speed_runs(tiny_folder, tmp_path):
+    done = run("decode_speed.py", "--model", tiny_folder, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    (row,) = result["ffn"]
+    assert row["width"] == 80
+    assert row["byte_ratio"] == 2
+    assert row["quotient"] == pytest.approx(row["speedup"] / 2)
+    assert 0 < row["similar_changed"] < 0.3
+    assert [row["ratio"] for row in result["model"]] == [0, 0.2, 0.4]
+    limits = [row["byte_limit"] for row in result["model"]]
+    assert limits[0] == 1 < limits[1] < limits[2]
+    assert 0.5 < result["memory"]["whole"]["ratio"] < 1.5
+    assert all(verdict["passed"] is None for verdict in result["verdicts"])
+
+
+def test_bytes_per_token_counts_what_a_step_reads(fidelity):
+    from speed_model import bytes_per_token
+
+    for tied in (False, True):
+        model = tiny("llama", tie_word_embeddings=tied)
+        embedding = model.get_input_embeddings().weight.nbytes
+        everything = sum(p.nbytes for p in model.parameters())
+        assert bytes_per_token(model, 0.0) == (everything - (0 if tied else embedding), 0.0, 1.0)
+        ffn = sum(p.nbytes for name, p in model.named_parameters() if ".mlp." in name and name.endswith("weight"))
+        size, _, kept = bytes_per_token(model, 0.4)
+        assert 0 < kept < 1
+        assert size == pytest.approx(bytes_per_token(model, 0.0)[0] - (1 - kept) * ffn, abs=1)
+
+
+def test_no_divergence_at_ratio_0(fidelity):
+    model = tiny("llama")
+    ids = torch.randint(96, (1, 49), generator=torch.Generator().manual_seed(0))
+    scores = fidelity.score_passage(model, ids, 32, 0.0)
+    assert list(scores) == ["dense", *METHODS]
+    for score in scores.values():
+        assert score == fidelity.Score(0.0, 1.0, scores["dense"].loss)
+
+
+def test_divergence_of_known_distributions(fidelity):
+    p, q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([[0.25, 0.75], [0.25, 0.75]])
+    score = fidelity.compare(p.log(), q.log(), torch.tensor([0, 1]))
+    assert score.kl == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(2 / 3)) / 2, abs=1e-6)
+    assert score.loss == pytest.approx(-(math.log(0.25) + math.log(0.75)) / 2, abs=1e-6)
+    assert score.agreement in (0.5, 1.0)  # the first row's argmax is a tie
+
+
+def test_only_decode_steps_are_scored(fidelity):
+    model = tiny("llama")
+    ids = torch.randint(96, (1, 41), generator=torch.Generator().manual_seed(0))
+    config = fidelity.config_for(fidelity.METHODS[0], 0.5)
+    dense, pruned = fidelity.dense_logits(model, ids, 32), fidelity.pruned_logits(model, ids, 32, config)
+    assert dense.shape == pruned.shape == (8, 96)
+    assert ((dense - pruned).abs().amax(-1) > 1e-4).all()
+    torch.testing.assert_close(pruned, fidelity.stepwise_logits(model, ids, 32, config), atol=1e-4, rtol=1e-4)
+
+
+def test_paired_bootstrap(fidelity):
+    values = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
+    mean = fidelity.bootstrap(values)
+    assert mean.value == 3
+    assert 1 <= mean.low < 3 < mean.high <= 6
+    half = fidelity.bootstrap(values / 2, values)  # paired: the quotient is 1/2 in every resample
+    assert (half.value, half.low, half.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_order_of_the_methods_on_a_real_model(fidelity):
+    from pop_mm.samples import load
+
+    model, tokenizer = load("smollm2-135m")
+    passages = fidelity.read_passages(tokenizer, 3, 256 + 64 + 1)
+    scores = [fidelity.score_passage(model, ids, 256, 0.3) for ids in passages.values()]
+    summary = fidelity.summarise(scores)
+    static, pop1, pop2, full = (summary[name]["kl"].value for name in METHODS)
+    assert static > pop1 > pop2 > full > 0
