@@ -109,7 +109,7 @@ class Projection:
 
         def forward(x: Tensor) -> Tensor:
             nonlocal views, address
-            if self.module.weight.data_ptr() != address:
+            if self.weight.data_ptr() != address:
                 views, address = self.narrow_views(width), self.weight.data_ptr()
             rows = x.reshape(-1, x.shape[-1])
             parts = [linear(rows, w, b) for w, b in views]

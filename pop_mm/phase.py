@@ -364,29 +364,23 @@ def _use_cache(model: nn.Module, inputs: dict[str, Any]) -> bool:
 
 
 def _stop_ids(model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """End-of-sequence and padding ids of one generate call: a generated one means that its row has finished."""
-    found: list[int] = []
-    for name in ("eos_token_id", "pad_token_id"):
-        for source in (
-            kwargs,
-            vars(kwargs.get("generation_config") or object.__new__(_Empty)),
-            vars(model.generation_config),
-        ):
-            value = source.get(name)
-            if value is not None:
-                found += (
-                    value.tolist()
-                    if isinstance(value, Tensor)
-                    else list(value)
-                    if isinstance(value, list | tuple)
-                    else [value]
-                )
-                break
-    return tuple(found)
+    """End-of-sequence ids of one generate call, and its padding id: a row that holds one has finished.
 
+    Without an end-of-sequence id no row finishes before the others, and padding is never fed.
+    """
+    config = kwargs.get("generation_config")
+    sources = [kwargs, vars(model.generation_config)]
+    if config is not None:
+        sources.insert(1, vars(config))
 
-class _Empty:
-    pass
+    def ids(name: str) -> list[int]:
+        value: Any = next((s[name] for s in sources if s.get(name) is not None), [])
+        if isinstance(value, Tensor):
+            value = value.tolist()
+        return list(value) if isinstance(value, list | tuple) else [value]
+
+    ends = ids("eos_token_id")
+    return tuple(ends + ids("pad_token_id")) if ends else ()
 
 
 def _parents(ids: Tensor, last: Tensor | None) -> Tensor | None:

@@ -169,7 +169,7 @@ class InplaceBackend:
         if ffn.holder is not None and direct_forward_fits(ffn):
             replaced.append((ffn.holder, self._holder_forward(index)))
         for module, forward in replaced:
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
             self._undo.append(partial(module.__dict__.pop, "forward", None))
         for projection in ffn.projections:
             self._undo.append(projection.module.register_state_dict_pre_hook(canonical).remove)
