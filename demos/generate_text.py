@@ -58,8 +58,9 @@ def main() -> None:
                 answers[f"pruned {ratio:.0%}"] = ask(model, tokenizer, prompt)
         console.print(f"\n{prompt}", style="bold")
         console.print(answers_table(answers))
-        for name, answer in answers.items():
-            speeds.setdefault(name, []).append(answer["decode_tokens_per_s"])
+        if all(answer["decode_tokens_per_s"] for answer in answers.values()):  # else one is too short to time
+            for name, answer in answers.items():
+                speeds.setdefault(name, []).append(answer["decode_tokens_per_s"])
 
     console.print(
         "\nDecode speed, medians of the three answers (rough; benchmarks/decode_speed.py is exact)", style="bold"

@@ -201,11 +201,14 @@ def build_report(
             known = state.ffns[pruned] if state is not None else None
             pruned += 1
         steps = known.steps if known is not None else None
+        active = steps.mean_active() if steps is not None else None
+        if known is not None and not plan.sizes.candidates and timings.decode_forwards:
+            active = float(plan.sizes.kept)  # without candidates there is no choice that a step could record
         ffns.append(
             FFNReport(
                 plan,
                 known.partition if known is not None else None,
-                steps.mean_active() if steps is not None else None,
+                active,
                 steps.stability() if steps is not None else None,
             )
         )

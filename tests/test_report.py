@@ -145,7 +145,9 @@ def test_picture_shows_every_part(report, tmp_path):
 def test_report_and_picture_of_other_sessions(tmp_path, settings):
     report = run(tiny("llama"), **settings)
     assert size_of_png(report.plot(tmp_path / "a.png")) == (1650, 540)
-    json.loads(report.to_json())
+    for row in json.loads(report.to_json())["ffns"]:
+        active = None if row["backend"] == "dense" or not report.timings.decode_forwards else row["kept"]
+        assert row["active_per_step"] == active
     assert "POP" in str(report)
 
 
