@@ -16,6 +16,7 @@ _SETTINGS = {
     "arcee": {"hidden_act": "gelu"},
     "jais2": {"hidden_act": "gelu"},
     "nanochat": {"hidden_act": "gelu"},
+    "persimmon": {"hidden_act": "gelu"},
     "mpt": {"use_cache": True},  # off by default
 }
 

@@ -8,6 +8,7 @@ from reference import columns, down_projections
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+_TRANSFORMERS_OWN = {"config", "generation_config", "_previous_max_cache_length"}  # generate() sets them itself
 _PRODUCTS = {F.linear, torch.mm, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 
 
@@ -86,7 +87,7 @@ def fingerprint(model):
                     found[name, key, own] = None if tensor is None else (tensor, tensor.detach().clone())
             elif isinstance(value, dict):
                 found[name, key] = list(value.items())
-            elif key not in ("config", "generation_config"):
+            elif key not in _TRANSFORMERS_OWN:
                 found[name, key] = value if isinstance(value, bool | int | float | str | None) else id(value)
     return found
 

@@ -17,9 +17,14 @@ def pruned(model, backend="masked", **settings):
     return prune(model, PopConfig(**{"ratio": RATIO, "scope": "ffn", "backend": backend, **settings}))
 
 
+# Eager attention adds the smallest float to the scores of padding, which overflows in float64.
+NAN_IN_FLOAT64 = {"gemma2", "vaultgemma", "granite_swa", "mpt", "bloom"}
+
+
 @pytest.fixture(params=DENSE_MODELS)
 def any_model(request, load):
-    return load(request.param)
+    overflows = request.param in NAN_IN_FLOAT64 and "padd" in request.node.name
+    return load(request.param, torch.float32 if overflows else torch.float64)
 
 
 backends = pytest.mark.parametrize("backend", BACKENDS)

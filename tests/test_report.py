@@ -6,11 +6,11 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from tiny_models import tiny
 
 import pop_mm
 from pop_mm.plotting import PlotError
 from pop_mm.tables import adapter_rows, adapters_markdown, byte_size, footprint_table, report_table
+from tiny_models import tiny
 
 PROMPT = torch.arange(5, 17).unsqueeze(0)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import PopConfig
+from ..errors import PopError
 from ..samples import load, resolve
 from ..session import prune
 from ..tables import answers_table, report_summary
@@ -98,6 +99,7 @@ def run(
             report = session.report
     console = Console(stderr=json_file == "-")
     console.print(answers_table({"dense": dense, f"pruned, ratio {config.ratio:g}": pruned}))
+    console.print("Decode speed without prefill, one run each: a rough figure.\n", style="dim")
     console.print(report_summary(report))
     if plot is not None:
         console.print(f"Picture: {report.plot(plot)}", highlight=False, markup=False, soft_wrap=True)
@@ -141,8 +143,14 @@ def load_model(
     """Load model and tokenizer behind a spinner."""
     kind = torch_dtype(dtype)
     resolve(name)  # a sample is fetched here, with its own progress display
-    with spinner(f"Loading {name}"):
-        return load(name, dtype=kind, device=device)
+    try:
+        with spinner(f"Loading {name}"):
+            return load(name, dtype=kind, device=device)
+    except PopError:
+        raise
+    except Exception as error:  # damaged files raise whatever their reader does
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        raise CommandError(f"The model {name!r} could not be loaded ({reason}). Its files may be damaged.") from error
 
 
 def encode(
@@ -190,7 +198,8 @@ def answer(
     """
     columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed} tokens"), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, refresh_per_second=4) as progress:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, refresh_per_second=4, disable=hidden) as progress:
         task = progress.add_task(label, completed=-1)
         clock = Clock(lambda: progress.advance(task))
         torch.manual_seed(sampling.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from math import floor
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool) -> None:
         print(json.dumps([_row(plan, size) for plan in plans], indent=2))
         return
     layers = adapter.layer_weights(model, [plan.ffn for plan in plans]).values()
-    largest = sum(w.ffn for w in layers) / sum(w.ffn + w.attention for w in layers)
+    largest = floor(1000 * sum(w.ffn for w in layers) / sum(w.ffn + w.attention for w in layers)) / 1000
     console = Console()
     console.print(plan_table(plans))
     console.print(footprint_table(footprint(model, adapter, plans)))
