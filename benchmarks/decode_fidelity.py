@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Verdict, available_cores, machine_facts, print_machine, print_verdicts, wide_console
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 import pop_mm
+from measure import Verdict, available_cores, machine_facts, print_machine, print_verdicts, wide_console
 from pop_mm.passages import load_passages
 from pop_mm.samples import load
 

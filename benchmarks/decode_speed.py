@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Verdict, available_cores, machine_facts, print_machine, print_verdicts, wide_console
 from rich.console import Console
 from rich.progress import Progress
 from speed_ffn import ffn_steps, ffn_table, ffn_verdicts, measure_ffn
 from speed_memory import measure_memory, memory_steps, memory_table, memory_verdicts
 from speed_model import measure_model, model_steps, model_table, model_verdicts
 
+from measure import Verdict, available_cores, machine_facts, print_machine, print_verdicts, wide_console
 from pop_mm.samples import load
 
 STANDARD_MODEL = "smollm2-135m"

@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from measure import Evictor, Verdict, alternate, last_level_cache, quartiles
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import pop_mm
+from measure import Evictor, Verdict, alternate, last_level_cache, quartiles
 from pop_mm.report import Report
 
 GAMMA = 0.1

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measure import Verdict
 from rich.table import Table
+
+from measure import Verdict
 
 RATIO = 0.4
 TARGET = 1.03

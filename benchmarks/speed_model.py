@@ -12,12 +12,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from measure import Verdict
 from rich.table import Table
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 import pop_mm
+from measure import Verdict
 from pop_mm.passages import load_passages
 from pop_mm.session import plan_ffns
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -255,13 +255,19 @@ class Engine:
         forward.state.ffns[index].steps.add(dropped, ranks)
         return dropped
 
-    def select_alone(
-        self, index: int, forward: Forward, candidates: Tensor, weight: Tensor, ranks: Tensor | None
-    ) -> Tensor:
-        """As :meth:`select`, for one token of one sequence: ``[|C|]`` in, ``[n]`` out."""
-        dropped = dropped_candidates((candidates * weight).abs_(), self.sizes[index])
-        forward.state.ffns[index].steps.add(dropped.unsqueeze(0), ranks)
-        return dropped
+    def chooser(self, index: int, state: PromptState, weight: Tensor, ranks: Tensor) -> Callable[[Tensor], Tensor]:
+        """:meth:`select` for one token of one sequence, with everything but the activations known beforehand.
+
+        The function takes ``[1, |C|]`` and returns ``[1, n]``. It runs once a step and FFN, so it is as short as it can be.
+        """
+        sizes, log = self.sizes[index], state.ffns[index].steps
+
+        def choose(candidates: Tensor) -> Tensor:
+            dropped = dropped_candidates((candidates * weight).abs_(), sizes)
+            log.add(dropped, ranks)
+            return dropped
+
+        return choose
 
     def apply(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
         """The reference path: observe, partition and mask the input of the down projection, as the phase asks.

@@ -7,6 +7,7 @@ integers that depend on (channels, ratio, gamma) alone: no shape ever depends on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Sizes:
         """K = |R| + |C|: the channels whose gate and up a decode step computes."""
         return self.retained + self.candidates
 
-    @property
+    @cached_property
     def candidates_dropped(self) -> int:
         """Candidates that a step leaves out."""
         return self.candidates - self.candidates_kept
@@ -136,5 +137,5 @@ def dropped_candidates(scores: Tensor, sizes: Sizes) -> Tensor:
     Tensor
         ``[..., |C| - candidates_kept]``, int64 indices into the candidates.
     """
-    ranked = torch.nan_to_num(scores, nan=-1.0, posinf=-1.0)
-    return ranked.topk(sizes.candidates_dropped, dim=-1, largest=False, sorted=False)[1]
+    ranked = torch.nan_to_num(scores, -1.0, -1.0)
+    return ranked.topk(sizes.candidates_dropped, -1, False, False)[1]

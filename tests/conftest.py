@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+
 from observe import differences, fingerprint, prompt
 from tiny_models import tiny
 

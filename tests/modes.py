@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from observe import prompt
 from tiny_models import tiny
 

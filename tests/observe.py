@@ -4,9 +4,10 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from reference import columns, down_projections
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from reference import columns, down_projections
 
 _TRANSFORMERS_OWN = {"config", "generation_config", "_previous_max_cache_length"}  # generate() sets them itself
 _PRODUCTS = {F.linear, torch.mm, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
@@ -49,7 +50,11 @@ class Active(TorchFunctionMode):
         h = next(t for t in tensors if t.untyped_storage().data_ptr() != storage and t.dim() > 1)
         h = h.detach().reshape(-1, h.shape[-1])
         rows = weight.detach().double()
-        rows = rows if len(rows) == h.shape[-1] and self._channel[index].get(rows[0].numpy().tobytes()) is not None else rows.t()
+        rows = (
+            rows
+            if len(rows) == h.shape[-1] and self._channel[index].get(rows[0].numpy().tobytes()) is not None
+            else rows.t()
+        )
         channels = [self._channel[index][row.contiguous().numpy().tobytes()] for row in rows]
         active = torch.zeros(len(h), len(self._channel[index]), dtype=torch.bool)
         active[:, channels] = h != 0

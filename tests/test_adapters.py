@@ -3,6 +3,11 @@ from importlib import metadata
 
 import pytest
 import torch
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+import pop_mm
+from pop_mm import AdapterError
 from pop_mm.adapters import (
     Adapter,
     FFNPaths,
@@ -15,11 +20,6 @@ from pop_mm.adapters import (
     unregister_adapter,
 )
 from tiny_models import DENSE_MODELS, tiny
-from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
-
-import pop_mm
-from pop_mm import AdapterError
 
 IDS = torch.randint(1, 96, (2, 9), generator=torch.Generator().manual_seed(1))
 GEMMA3N = {

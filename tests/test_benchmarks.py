@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tiny_models import tiny
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+
 from modes import LENGTH, MODES, STEPS, dense_run, generate, left_padded, simple
 from observe import Active, partitions, prompt
+from pop_mm import PopConfig, prune
 from reference import Pop, counts, down_projections
 from tiny_models import DENSE_MODELS
-
-from pop_mm import PopConfig, prune
 
 BACKENDS = ("masked", "inplace")
 RATIO = 0.4

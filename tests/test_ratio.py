@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pop_mm.adapters import adapter_for
-from tiny_models import tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pop_mm import ConfigError
+from pop_mm.adapters import adapter_for
 from pop_mm.ratio import LayerWeights, ffn_ratios
+from tiny_models import tiny
 
 # The paper's Table 8 for dense models: public dimensions, and the FFN ratio in percent at 20 % and 40 % overall.
 _LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256}

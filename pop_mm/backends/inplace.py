@@ -80,9 +80,7 @@ def zone_swaps(zones: Tensor, sizes: Sizes) -> list[tuple[Tensor, Tensor]]:
     here = torch.tensor([0, 1, 2], dtype=zones.dtype).repeat_interleave(
         torch.tensor([sizes.retained, sizes.candidates, sizes.pruned])
     )
-    strayed = {
-        (i, j): ((here == i) & (zones == j)).nonzero().squeeze(-1) for i in range(3) for j in range(3) if i != j
-    }
+    strayed = {(i, j): ((here == i) & (zones == j)).nonzero().squeeze(-1) for i in range(3) for j in range(3) if i != j}
     firsts, seconds = [], []
     for i, j in ((0, 1), (0, 2), (1, 2)):  # pairs that are each in the other's zone
         n = min(len(strayed[i, j]), len(strayed[j, i]))
@@ -126,10 +124,13 @@ class ResidentCandidates(NamedTuple):
         ``[|C|]``: which of the candidates in ascending order stands at each place.
     weight : Tensor
         ``[|C|]``: the scorer's weight of the one at each place.
+    choose : callable
+        :meth:`Engine.chooser` for them.
     """
 
     ranks: Tensor
     weight: Tensor
+    choose: Callable[[Tensor], Tensor]
 
 
 class InplaceBackend:
@@ -211,7 +212,9 @@ class InplaceBackend:
             ranks = torch.searchsorted(part.candidates, resident)
             weight = state.ffns[index].candidate_weight
             assert weight is not None
-            self._candidates[index] = ResidentCandidates(ranks, weight[ranks])
+            weight = weight[ranks]
+            choose = self._engine.chooser(index, state, weight, ranks)
+            self._candidates[index] = ResidentCandidates(ranks, weight, choose)
         state.moved = True
         self._resident = state
         self.seconds += time.perf_counter() - started
@@ -254,13 +257,13 @@ class InplaceBackend:
     def _zero_dropped(self, index: int) -> Callable[[Tensor, Forward], None]:
         """What zeroes, in place, the candidates that a step leaves out of ``h``, ``[..., K]``."""
         engine, resident = self._engine, self._candidates
-        retained = engine.sizes[index].retained
+        retained, count = engine.sizes[index].retained, engine.sizes[index].candidates
 
         def zero_dropped(h: Tensor, current: Forward) -> None:
             here = resident[index]
-            if current.rows == current.length == 1:  # the common step, in as few operations as it takes
-                alone = h.view(-1)[retained:]
-                alone.index_fill_(0, engine.select_alone(index, current, alone, here.weight, here.ranks), 0)
+            if current.rows == current.length == 1:  # the common step
+                alone = h.view(1, -1).narrow(1, retained, count)
+                alone.scatter_(1, here.choose(alone), 0)
                 return
             candidates = h.view(current.rows, current.length, -1)[..., retained:]
             dropped = engine.select(index, current, candidates, here.weight, here.ranks)
@@ -278,7 +281,8 @@ class InplaceBackend:
         holder, weight = ffn.holder, ffn.down.weight
         assert holder is not None
         own_forward = type(holder).forward
-        hooks = [h for p in ffn.projections for h in (p.module._forward_hooks, p.module._forward_pre_hooks)]
+        bypassed = [*(p.module for p in ffn.projections), ffn.activation]
+        hooks = [h for m in bypassed if m is not None for h in (m._forward_hooks, m._forward_pre_hooks)]
         parameters = ffn.down.module._parameters
         compute = direct_forward(ffn, sizes.width, self._zero_dropped(index) if sizes.candidates else None)
         address = weight.data_ptr()
@@ -304,14 +308,16 @@ def direct_forward(
     inputs = [view for p in ffn.inputs for view in p.narrow_views(width)]
     gate, gate_bias = inputs[0]
     up, up_bias = inputs[1] if len(inputs) == 2 else (None, None)
-    (down, down_bias), activation = ffn.down.narrow_views(width)[0], ffn.activation
-    assert activation is not None
+    (down, down_bias) = ffn.down.narrow_views(width)[0]
+    assert ffn.activation is not None
+    activation = ffn.activation.forward
 
     def compute(x: Tensor, current: Forward | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         h = activation(linear(rows, gate, gate_bias))
         if up is not None:
-            h = h * linear(rows, up, up_bias)
+            up_rows = linear(rows, up, up_bias)
+            h = h * up_rows if h.requires_grad else h.mul_(up_rows)
         if zero_dropped is not None:
             assert current is not None
             if h.requires_grad:

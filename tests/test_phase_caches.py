@@ -1,0 +1,160 @@
+"""Which part of a generation a plain forward belongs to: hand-written loops, and the caches that they bring."""
+
+import copy
+
+import pytest
+import torch
+from test_invariants import RATIO, backends, pruned
+from test_phase import alone
+from transformers import DynamicCache, StaticCache
+
+from modes import LENGTH, STEPS, generate, loop
+from observe import partitions, prompt
+from pop_mm import ConfigError, PhaseError
+from reference import Pop
+
+
+@backends
+@torch.no_grad()
+def test_a_plain_forward_is_pure_prefill(model, backend):
+    dense = model(prompt(2, LENGTH)).logits
+    with pruned(model, backend) as session:
+        assert torch.equal(model(prompt(2, LENGTH)).logits, dense)
+        assert torch.equal(model(prompt(2, LENGTH), use_cache=False).logits, dense)
+        assert session.report.prompt_tokens == 2 * LENGTH
+
+
+@backends
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_hand_written_loop_may_bring_its_own_cache(model, backend, cache):
+    ids = prompt(1, LENGTH)
+    expected = alone(model, ids)
+    with pruned(model, backend), torch.no_grad():
+        own = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=32)
+        token, tokens = ids, []
+        for _ in range(STEPS):
+            token = model(token, past_key_values=own).logits[:, -1].argmax(-1, keepdim=True)
+            tokens.append(token)
+    assert torch.equal(torch.cat(tokens, 1), expected)
+
+
+@backends
+@torch.no_grad()
+def test_two_caches_in_turn_do_not_mix(model, backend):
+    prompts = [prompt(1, LENGTH, seed) for seed in (0, 1)]
+    expected = [alone(model, ids) for ids in prompts]
+    with pruned(model, backend) as session:
+        caches = [DynamicCache(config=model.config) for _ in prompts]
+        tokens = [[], []]
+        for step in range(STEPS):
+            for turn, cache in enumerate(caches):
+                ids = tokens[turn][-1] if step else prompts[turn]
+                tokens[turn].append(model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
+        for turn in range(2):
+            assert torch.equal(torch.cat(tokens[turn], 1), expected[turn])
+        assert bool(session.timings.masked_forwards) == (backend == "inplace")
+
+
+@backends
+@torch.no_grad()
+def test_a_copied_cache_is_refused_until_it_is_adopted(model, backend):
+    ids = prompt(1, LENGTH)
+    with pruned(model, backend):
+        expected = loop(model, 1)[0]
+    with pruned(model, backend) as session:
+        cache = DynamicCache(config=model.config)
+        token = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+        twin = copy.deepcopy(cache)
+        with pytest.raises(PhaseError, match="adopt"):
+            model(token, past_key_values=twin)
+        session.adopt(twin, cache)
+        for own in (cache, twin):
+            tokens = [token]
+            for _ in range(STEPS - 1):
+                tokens.append(model(tokens[-1], past_key_values=own).logits[:, -1].argmax(-1, keepdim=True))
+            assert torch.equal(torch.cat(tokens, 1), expected)
+
+
+@backends
+@torch.no_grad()
+def test_a_cache_that_was_filled_outside_is_refused(model, backend):
+    cache = model(prompt(1, LENGTH), use_cache=True).past_key_values
+    with pruned(model, backend):
+        with pytest.raises(PhaseError, match="has not seen"):
+            model(prompt(1, 1), past_key_values=cache)
+        with pytest.raises(PhaseError, match="has not seen"):
+            model.generate(prompt(1, LENGTH + 1), past_key_values=cache, max_new_tokens=2)
+
+
+@backends
+@torch.no_grad()
+def test_a_reset_cache_starts_a_new_prompt(model, backend):
+    with pruned(model, backend) as session:
+        cache = DynamicCache(config=model.config)
+        for seed in (0, 1):
+            cache.reset()
+            token = model(prompt(1, LENGTH, seed), past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+            tokens = [token]
+            for _ in range(STEPS - 1):
+                tokens.append(model(tokens[-1], past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
+            found = torch.cat(tokens, 1)
+            assert session.report.prompt_tokens == LENGTH
+    assert torch.equal(found, alone(model, prompt(1, LENGTH, 1)))
+
+
+@backends
+@torch.no_grad()
+def test_cropped_steps_are_forgotten(model, backend):
+    ids = prompt(1, LENGTH)
+    expected = alone(model, ids)
+    with pruned(model, backend):
+        cache = DynamicCache(config=model.config)
+        tokens = [model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)]
+        for wrong in (7, 8):
+            model(torch.tensor([[wrong]]), past_key_values=cache)
+        cache.crop(-2)
+        for _ in range(STEPS - 1):
+            tokens.append(model(tokens[-1], past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
+    assert torch.equal(torch.cat(tokens, 1), expected)
+
+
+@backends
+@pytest.mark.parametrize("guards", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_inference_mode_and_no_grad_may_alternate(model, backend, guards):
+    expected = alone(model, prompt(1, LENGTH))
+    with pruned(model, backend):
+        for guard in guards:
+            with guard():
+                assert torch.equal(generate(model, prompt(1, LENGTH))[0], expected)
+
+
+@backends
+def test_a_forward_with_gradients_enabled_runs(model, backend):
+    with pruned(model, backend):
+        expected = loop(model, 1)[1][:2]
+        out = model(prompt(1, LENGTH), use_cache=True)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        step = model(token, past_key_values=out.past_key_values).logits
+    torch.testing.assert_close(step[:, -1].detach(), expected[1], rtol=0, atol=1e-8)
+
+
+@backends
+def test_partition_prefill_refuses_chunks(model, backend):
+    with pruned(model, backend, prefill="partition"):
+        with pytest.raises(ConfigError, match="prefill_chunk_size"):
+            model.generate(prompt(1, LENGTH), max_new_tokens=2, prefill_chunk_size=4)
+        assert generate(model, prompt(1, LENGTH))[0].shape == (1, STEPS)
+
+
+@backends
+def test_partition_prefill_works_in_a_second_turn(model, backend):
+    first, second = prompt(1, LENGTH), prompt(1, 4, seed=1)
+    with Pop(model, RATIO, prefill="partition") as reference:
+        one = reference.greedy(first, STEPS)
+        expected = reference.prefill(torch.cat([one[:, -1:], second], 1))[:, -1].argmax(-1)
+    with pruned(model, backend, prefill="partition") as session:
+        out = model.generate(first, max_new_tokens=STEPS, return_dict_in_generate=True)
+        ids = torch.cat([out.sequences, second], 1)
+        out = model.generate(ids, past_key_values=out.past_key_values, max_new_tokens=1)
+    assert torch.equal(out[:, -1], expected)
+    assert partitions(session) == reference.parts
