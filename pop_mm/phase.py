@@ -133,6 +133,9 @@ class PhaseTracker:
             original = getattr(self._model, name, None)
             if original is not None:
                 self._undo.append(_set_instance_attribute(self._model, name, functools.wraps(original)(wrap(original))))
+        for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+            if hasattr(self._model, name):  # it runs forwards in a thread of its own, which would swallow the error
+                self._undo.append(_set_instance_attribute(self._model, name, _refuse_continuous_batching))
         pre = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
         post = self._model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
         self._undo += [pre.remove, post.remove]
@@ -251,10 +254,7 @@ class PhaseTracker:
         if length == 0 or rows == 0:
             raise PhaseError(f"The prompt is empty: the input has shape {tuple(ids.shape)}. Give at least one token.")
         if "cu_seq_lens_q" in inputs or "cache" in inputs:
-            raise PhaseError(
-                "Continuous batching packs tokens of several requests, some in prefill and some in decode, into one row "
-                "without saying which is whose, so pop_mm cannot attribute them. Use generate() with a batch instead."
-            )
+            _refuse_continuous_batching()
         cache = inputs.get("past_key_values")
         if cache is not None and not hasattr(cache, "get_seq_length"):
             raise PhaseError(f"past_key_values must be a transformers Cache; got {type(cache).__name__}.")
@@ -343,6 +343,13 @@ class PhaseTracker:
         return state
 
 
+def _refuse_continuous_batching(*_: Any, **__: Any) -> None:
+    raise PhaseError(
+        "Continuous batching packs tokens of several requests, some in prefill and some in decode, into one row "
+        "without saying which is whose, so pop_mm cannot attribute them. Use generate() with a batch instead."
+    )
+
+
 def _set_instance_attribute(instance: object, name: str, value: object) -> Callable[[], None]:
     """Set an attribute on the instance; returns what puts back exactly what was there."""
     had = name in instance.__dict__
@@ -364,9 +371,9 @@ def _use_cache(model: nn.Module, inputs: dict[str, Any]) -> bool:
 
 
 def _stop_ids(model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """End-of-sequence ids of one generate call, and its padding id: a row that holds one has finished.
+    """Ids of one generate call that end a row: end-of-sequence, and padding where other criteria can end a row too.
 
-    Without an end-of-sequence id no row finishes before the others, and padding is never fed.
+    Without an end-of-sequence id generate feeds no padding.
     """
     config = kwargs.get("generation_config")
     sources = [kwargs, vars(model.generation_config)]
@@ -380,7 +387,9 @@ def _stop_ids(model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, ...]:
         return list(value) if isinstance(value, list | tuple) else [value]
 
     ends = ids("eos_token_id")
-    return tuple(ends + ids("pad_token_id")) if ends else ()
+    if ends and (ids("stop_strings") or kwargs.get("stopping_criteria")):
+        ends += ids("pad_token_id")
+    return tuple(ends)
 
 
 def _parents(ids: Tensor, last: Tensor | None) -> Tensor | None:

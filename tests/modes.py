@@ -4,10 +4,25 @@ import pytest
 import torch
 
 from observe import prompt
+from pop_mm import PopConfig, prune
 from tiny_models import tiny
 
 STEPS = 5
 LENGTH = 9
+RATIO = 0.4
+BACKENDS = ("masked", "inplace")
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def pruned(model, backend="masked", **settings):
+    """A session whose ratio is that of each FFN."""
+    return prune(model, PopConfig(**{"ratio": RATIO, "scope": "ffn", "backend": backend, **settings}))
+
+
+def alone(model, ids, **settings):
+    """Greedy tokens of one prompt in a session of its own."""
+    with pruned(model, **settings):
+        return generate(model, ids)[0]
 
 
 def generate(model, ids, steps=STEPS, **settings):

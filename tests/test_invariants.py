@@ -3,19 +3,10 @@
 import pytest
 import torch
 
-from modes import LENGTH, MODES, STEPS, dense_run, generate, left_padded, simple
+from modes import BACKENDS, LENGTH, MODES, RATIO, STEPS, backends, dense_run, generate, left_padded, pruned, simple
 from observe import Active, partitions, prompt
-from pop_mm import PopConfig, prune
 from reference import Pop, counts, down_projections
 from tiny_models import DENSE_MODELS
-
-BACKENDS = ("masked", "inplace")
-RATIO = 0.4
-
-
-def pruned(model, backend="masked", **settings):
-    return prune(model, PopConfig(**{"ratio": RATIO, "scope": "ffn", "backend": backend, **settings}))
-
 
 # Eager attention adds the smallest float to the scores of padding, which overflows in float64.
 NAN_IN_FLOAT64 = {"gemma2", "vaultgemma", "granite_swa", "mpt", "bloom"}
@@ -27,7 +18,6 @@ def any_model(request, load):
     return load(request.param, torch.float32 if overflows else torch.float64)
 
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
 modes = pytest.mark.parametrize("mode", MODES)
 
 

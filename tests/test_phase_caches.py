@@ -4,11 +4,9 @@ import copy
 
 import pytest
 import torch
-from test_invariants import RATIO, backends, pruned
-from test_phase import alone
 from transformers import DynamicCache, StaticCache
 
-from modes import LENGTH, STEPS, generate, loop
+from modes import LENGTH, RATIO, STEPS, alone, backends, generate, loop, pruned
 from observe import partitions, prompt
 from pop_mm import ConfigError, PhaseError
 from reference import Pop
