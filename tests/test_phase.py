@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 from modes import LENGTH, RATIO, STEPS, alone, backends, generate, pruned, simple
 from observe import Active, partitions, prompt
@@ -206,6 +206,13 @@ def test_a_row_that_has_finished_leaves_the_others_as_if_alone_from_then_on(mode
 @backends
 def test_generate_batch_is_refused(backend):
     model = tiny("llama", torch.float64)
+    small = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32)
     settings = GenerationConfig(max_new_tokens=3, eos_token_id=-1)
     with pruned(model, backend), pytest.raises(PhaseError, match="Continuous batching"):
-        model.generate_batch([prompt(1, LENGTH)[0].tolist()], generation_config=settings)
+        model.generate_batch([prompt(1, 3)[0].tolist()], settings, continuous_batching_config=small)
+
+
+@backends
+def test_a_packed_row_of_several_requests_is_refused(model, backend):
+    with pruned(model, backend), pytest.raises(PhaseError, match="Continuous batching"):
+        model(prompt(1, 4), cu_seq_lens_q=torch.tensor([0, 2, 4]))
