@@ -59,7 +59,6 @@ class PromptState:
         self.rows = rows
         self.tokens: Tensor | None = None
         self.moved = False
-        self.decode_steps = 0
         self._cache: Any = None
         if cache is not None:
             self.bind(cache)

@@ -70,7 +70,7 @@ class Timings:
     prefill, decode : float
         Seconds in forwards of each phase; scoring in one forward counts as prefill.
     partitioning, moving : float
-        Seconds spent making partitions and moving channels, part of the first decode step of each prompt.
+        Seconds spent making partitions and moving channels before the first decode step of each prompt; not in ``decode``.
     masked_forwards : int
         Decode forwards that ran masked though FFNs are in place: another prompt's order was resident.
     """
