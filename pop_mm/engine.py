@@ -132,9 +132,9 @@ class Engine:
             self._weights = [self.scorer.channel_weight(ffn) for ffn in self.ffns]
         return self._weights
 
-    def forget_channel_weights(self) -> None:
-        """The model's weights have changed."""
-        self._weights = None
+    def weights_loaded(self, index: int) -> None:
+        """FFN number ``index`` has new weights, in the original channel order."""
+        self.channel_weights()[index] = self.scorer.channel_weight(self.ffns[index])
 
     # prefill --------------------------------------------------------------------------------------------------------
 
@@ -183,20 +183,20 @@ class Engine:
         return ffn.partition
 
     def partition_all(self, state: PromptState) -> None:
-        """Make every partition that is missing; before the first decode step.
+        """Make every partition that is missing; before the first decode step."""
+        self.check_prompt(state)
+        for index in range(len(self.ffns)):
+            self.partition(index, state)
 
-        Raises
-        ------
-        PhaseError
-            The prompt (or, per sequence, one of its rows) has no token to go by.
-        """
+    def check_prompt(self, state: PromptState) -> None:
+        """Raise :class:`PhaseError` if the prompt (or, per sequence, one of its rows) has no token to go by."""
         assert state.tokens is not None
         short = state.tokens == 0 if self.per_sequence else state.tokens.sum().reshape(1) == 0
         if bool(short.any()):
             which = f"Row {int(short.nonzero()[0])} of the prompt" if self.per_sequence else "The prompt"
-            raise PhaseError(f"{which} is empty: all of its positions are padding. Give at least one token.")
-        for index in range(len(self.ffns)):
-            self.partition(index, state)
+            raise PhaseError(
+                f"{which} is empty: it has no position that is a token (padding does not count). Give at least one token."
+            )
 
     def check_finite(self, state: PromptState) -> None:
         """Raise :class:`NonFiniteError` if the prompt's statistics are not finite; one look for all FFNs."""

@@ -69,8 +69,8 @@ class Projection:
         """The weight as ``[out, in]``, a view."""
         return self.weight.t() if self.transposed else self.weight
 
-    def why_not_plain(self) -> str | None:
-        """Why the weights cannot be read and moved directly, or None if they can."""
+    def why_not_readable(self) -> str | None:
+        """Why the weight does not say by itself what the module computes, or None if it does."""
         module, weight = self.module, getattr(self.module, "weight", None)
         if type(module).__name__ not in self.plain_types:
             return f"{self.name} is a {type(module).__name__}"
@@ -80,11 +80,18 @@ class Projection:
             return f"the weight of {self.name} is offloaded"
         if not weight.is_floating_point() or weight.dim() != 2:
             return f"the weight of {self.name} is {weight.dtype} with shape {tuple(weight.shape)}"
-        if weight.is_inference():
-            return f"the weight of {self.name} was made in inference mode"
-        if "forward" in module.__dict__ or hasattr(module, "parametrizations"):
-            return f"the forward of {self.name} is replaced or parametrised"
+        if hasattr(module, "parametrizations"):
+            return f"{self.name} is parametrised"
         return None
+
+    def why_not_plain(self) -> str | None:
+        """Why the weight cannot be reordered and the forward replaced, or None if they can."""
+        reason = self.why_not_readable()
+        if reason is None and self.weight.is_inference():
+            reason = f"the weight of {self.name} was made in inference mode"
+        if reason is None and "forward" in self.module.__dict__:
+            reason = f"the forward of {self.name} is replaced"
+        return reason
 
     def narrow_views(self, width: int) -> list[tuple[Tensor, Tensor | None]]:
         """Weight as ``[in, out]`` and bias of the first ``width`` channels, one pair for each block: views."""
@@ -237,7 +244,7 @@ class FFN:
         Where the weight is not a plain tensor the module is asked for its columns, one block of unit vectors at a time.
         """
         dtype = torch.promote_types(self.float_dtype, torch.float32)
-        if self.down.why_not_plain() is None:
+        if self.down.why_not_readable() is None:
             return torch.linalg.vector_norm(self.down.linear_weight(), dim=0, dtype=dtype)
         parameter = next(self.down.module.parameters())
         device = parameter.device if parameter.device.type != "meta" else torch.device("cpu")

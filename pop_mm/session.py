@@ -145,8 +145,9 @@ class Session:
             self._tracker.install()
             for index, backend in enumerate(self._backends):
                 (self._inplace if backend == "inplace" else self._masked).attach(index)
-            hook = self.model.register_load_state_dict_post_hook(lambda *_: self._engine.forget_channel_weights())
-            self._undo.append(hook.remove)
+            for index, ffn in enumerate(self._engine.ffns):
+                hook = ffn.down.module.register_load_state_dict_post_hook(self._reload(index))
+                self._undo.append(hook.remove)
         except BaseException:
             self.detach()
             raise
@@ -166,6 +167,12 @@ class Session:
             for plan in self.plans:
                 _PRUNED_MODULES.discard(plan.ffn.down.module)
             self.attached = False
+
+    def _reload(self, index: int) -> Callable[..., None]:
+        def loaded(*_: Any) -> None:
+            self._engine.weights_loaded(index)
+
+        return loaded
 
     def __enter__(self) -> Session:
         return self.attach()
@@ -235,6 +242,8 @@ class Session:
             self._engine.count_tokens(forward)
             if forward.phase is Phase.PREFILL or before is None or not torch.equal(before, state.tokens):  # type: ignore[arg-type]
                 state.invalidate()
+            if forward.phase is Phase.MIXED:
+                self._engine.check_prompt(state)
             self._last = state
             return
         if not state.partitioned:

@@ -11,7 +11,13 @@ STEPS = 5
 LENGTH = 9
 RATIO = 0.4
 BACKENDS = ("masked", "inplace")
+LAYOUTS = ("llama", "phi3", "gpt2", "opt", "starcoder2", "gpt_neox", "falcon", "lfm2")  # one type for each layout
 backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def fresh(model_type="llama", **settings):
+    """A model of its own, for tests that change it."""
+    return tiny(model_type, torch.float64, **settings)
 
 
 def pruned(model, backend="masked", **settings):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
-from modes import LENGTH, RATIO, STEPS, alone, backends, generate, pruned, simple
+from modes import LENGTH, MODES, RATIO, STEPS, alone, backends, generate, pruned, simple
 from observe import Active, partitions, prompt
 from pop_mm import PhaseError
 from reference import Pop
@@ -216,3 +216,31 @@ def test_generate_batch_is_refused(backend):
 def test_a_packed_row_of_several_requests_is_refused(model, backend):
     with pruned(model, backend), pytest.raises(PhaseError, match="Continuous batching"):
         model(prompt(1, 4), cu_seq_lens_q=torch.tensor([0, 2, 4]))
+
+
+@pytest.mark.parametrize("mode", ["greedy", "loop", "chunked", "static", "no_cache"])
+def test_rows_of_a_per_sequence_batch_decode_as_if_alone(model, mode):
+    with pruned(model, batch="per_sequence"):
+        found = MODES[mode][0](model)[0]
+    assert len(found) == 2
+    for row in range(2):
+        assert torch.equal(found[row : row + 1], alone(model, prompt(2, LENGTH)[row : row + 1]))
+
+
+@pytest.mark.parametrize("mode", ["assisted", "lookup"])
+def test_per_sequence_equals_shared_for_a_single_row(model, mode):
+    expected = alone(model, prompt(1, LENGTH))
+    with pruned(model, batch="per_sequence"):
+        assert torch.equal(MODES[mode][0](model)[0], expected)
+
+
+def test_a_second_turn_per_sequence_continues_every_row(model):
+    first, second = prompt(2, LENGTH), prompt(2, 4, seed=1)
+
+    def turns(rows):
+        out = model.generate(first[rows], max_new_tokens=3, return_dict_in_generate=True)
+        ids = torch.cat([out.sequences, second[rows]], 1)
+        return model.generate(ids, past_key_values=out.past_key_values, max_new_tokens=3)
+
+    with pruned(model, batch="per_sequence"):
+        assert torch.equal(turns([0, 1]), torch.cat([turns([0]), turns([1])]))

@@ -6,6 +6,7 @@ resident at a time; any other prompt decodes through the reference path on the s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -343,4 +344,6 @@ def direct_forward_fits(ffn: FFN) -> bool:
     if not isinstance(expected, Tensor) or expected.shape != found.shape:
         return False
     scale = float(expected.abs().max())
-    return torch.allclose(expected, found, rtol=0, atol=scale * 50 * torch.finfo(expected.dtype).eps)
+    return math.isfinite(scale) and torch.allclose(
+        expected, found, rtol=0, atol=scale * 50 * torch.finfo(expected.dtype).eps
+    )
