@@ -1,5 +1,7 @@
 """The ways to decode that every invariant is checked in. A mode takes a model and gives (tokens, logits)."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -82,6 +84,7 @@ def sampled(model):
 # each mode, and how many rows of a greedy generation it must equal (None: it has no such equal)
 MODES = {
     "greedy": (simple(), 2),
+    "single": (simple(rows=1), 1),
     "loop": (loop, 2),
     "chunked": (simple(prefill_chunk_size=4), 2),
     "static": (simple(cache_implementation="static", disable_compile=True), 2),
@@ -95,6 +98,14 @@ MODES = {
 }
 
 
+@cache
+def greedy_run(model, rows, backend):
+    """A greedy generation of a pruned model, in a session of its own."""
+    with pruned(model, backend):
+        return simple(rows)(model)
+
+
+@cache
 def dense_run(mode, model):
     """The mode on the dense model, or a skipped test where transformers itself does not offer it."""
     try:

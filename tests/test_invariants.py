@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modes import BACKENDS, LENGTH, MODES, RATIO, STEPS, backends, dense_run, generate, left_padded, pruned, simple
+from modes import BACKENDS, LENGTH, MODES, RATIO, STEPS, backends, dense_run, generate, greedy_run, left_padded, pruned
 from observe import Active, partitions, prompt
 from reference import Pop, counts, down_projections
 from tiny_models import DENSE_MODELS
@@ -46,15 +46,16 @@ def test_inplace_selects_and_decodes_like_masked(any_model, mode):
 
 
 @backends
-@pytest.mark.parametrize("mode", [mode for mode, (_, rows) in MODES.items() if rows and mode != "greedy"])
+@pytest.mark.parametrize(
+    "mode", [mode for mode, (_, rows) in MODES.items() if rows and mode not in ("greedy", "single")]
+)
 def test_every_exact_mode_equals_greedy(any_model, mode, backend):
     rows = MODES[mode][1]
     tokens, logits = dense_run(mode, any_model)
-    dense = simple(rows)(any_model)
+    dense = dense_run("greedy" if rows == 2 else "single", any_model)
     if not (torch.equal(tokens, dense[0]) and torch.allclose(logits, dense[1], rtol=0, atol=1e-5)):
         pytest.skip("transformers: not equal to greedy on the dense model")
-    with pruned(any_model, backend):
-        expected = simple(rows)(any_model)
+    expected = greedy_run(any_model, rows, backend)
     with pruned(any_model, backend):
         found = MODES[mode][0](any_model)
     assert not torch.equal(expected[1], dense[1]), "nothing was pruned: the test sees nothing"

@@ -171,11 +171,21 @@ def test_beams_carry_the_prompts_partition_through_reordering(model, backend, ba
         assert torch.equal(together, torch.cat(rows))
 
 
-def test_per_sequence_reordering_follows_the_rows_of_the_last_step(model):
-    with pruned(model, batch="per_sequence") as session:
+def test_the_stability_of_beams_follows_their_reordering(model, monkeypatch):
+    parents, reorder = [], DynamicCache.reorder_cache
+    monkeypatch.setattr(DynamicCache, "reorder_cache", lambda self, b: (parents.append(b.tolist()), reorder(self, b)))
+    with pruned(model, batch="per_sequence", gamma=0.5) as session, Active(model) as seen:
         model.generate(prompt(1, LENGTH), max_new_tokens=8, num_beams=4)
-        stability = [ffn.stability for ffn in session.report.ffns]
-    assert all(0 <= value <= 1 for value in stability)
+    assert any(b != sorted(b) for b in parents), "no beam has changed its place"
+    for index, ffn in enumerate(session.report.ffns):
+        candidates = set(ffn.partition.candidates[0].tolist())
+        kept = [[row[0] & candidates for row in step[index]] for step in seen.sets(4)[1:]]
+        stayed = [
+            len(now[row] & before[parent[row]]) / len(now[row])
+            for before, now, parent in zip(kept[:-1], kept[1:], parents[1:], strict=False)
+            for row in range(4)
+        ]
+        assert ffn.stability == pytest.approx(sum(stayed) / len(stayed))
 
 
 @backends

@@ -156,3 +156,46 @@ def test_partition_prefill_works_in_a_second_turn(model, backend):
         out = model.generate(ids, past_key_values=out.past_key_values, max_new_tokens=1)
     assert torch.equal(out[:, -1], expected)
     assert partitions(session) == reference.parts
+
+
+@backends
+@torch.no_grad()
+def test_inputs_that_were_prepared_but_never_run_say_nothing_about_another_cache(model, backend):
+    ids = prompt(1, LENGTH)
+    expected = alone(model, ids)
+    with pruned(model, backend):
+        cache = DynamicCache(config=model.config)
+        tokens = [model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)]
+        for _ in range(STEPS - 1):
+            other = DynamicCache(config=model.config)
+            model.prepare_inputs_for_generation(ids, past_key_values=other, is_first_iteration=True)
+            tokens.append(model(tokens[-1], past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
+    assert torch.equal(torch.cat(tokens, 1), expected)
+
+
+@backends
+@torch.no_grad()
+def test_a_cache_does_not_outlive_its_session(model, backend):
+    session = pruned(model, backend)
+    with session:
+        cache = model(prompt(1, LENGTH), use_cache=True).past_key_values
+    with session, pytest.raises(PhaseError, match="has not seen"):
+        model(prompt(1, 1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_rows_that_reorder_cache_swaps_by_hand_take_their_partitions_along_or_are_refused(model):
+    rows = [prompt(1, LENGTH, seed) for seed in (0, 1)]
+    expected = [alone(model, ids) for ids in rows]
+    with pruned(model, batch="per_sequence"):
+        out = model(torch.cat(rows), use_cache=True)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        out.past_key_values.reorder_cache(torch.tensor([1, 0]))
+        tokens = [token[[1, 0]]]
+        try:
+            for _ in range(STEPS - 1):
+                logits = model(tokens[-1], past_key_values=out.past_key_values).logits
+                tokens.append(logits[:, -1].argmax(-1, keepdim=True))
+        except PhaseError:
+            return
+    assert torch.equal(torch.cat(tokens, 1), torch.cat(expected[::-1]))

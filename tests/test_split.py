@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
-from modes import LENGTH, STEPS, backends, generate, pruned
+from modes import LENGTH, STEPS, backends, generate, left_padded, pruned
 from observe import Active, partitions, prompt
 from pop_mm import PhaseError, SessionError
 from reference import Pop
@@ -76,6 +76,26 @@ def test_split_of_a_right_padded_shared_batch_equals_decode_step_by_step(model, 
     with pruned(model, backend) as session, session.split(CONTEXT):
         found = model(ids, attention_mask=mask).logits
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-9)
+
+
+@backends
+@torch.no_grad()
+def test_split_of_a_left_padded_shared_batch_equals_decode_step_by_step(model, backend):
+    ids, mask = left_padded(prompt(2, LENGTH))
+    expected, reference = step_by_step(model, ids, CONTEXT, mask)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with pruned(model, backend) as session, session.split(CONTEXT):
+        found = model(ids, attention_mask=mask, position_ids=positions).logits
+        assert partitions(session) == reference.parts
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-9)
+
+
+@backends
+def test_a_left_padded_batch_without_a_cache_equals_one_with_a_cache(model, backend):
+    ids, mask = left_padded(prompt(2, LENGTH))
+    with pruned(model, backend):
+        expected = generate(model, ids, attention_mask=mask)[0]
+        assert torch.equal(generate(model, ids, attention_mask=mask, use_cache=False)[0], expected)
 
 
 @backends
