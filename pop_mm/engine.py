@@ -42,6 +42,16 @@ class FFNState:
         self.candidate_weight: Tensor | None = None
         self.steps = StepLog(sizes)
 
+    def select_rows(self, rows: Tensor) -> None:
+        """Row b is row ``rows[b]`` of before."""
+        if self.energy is not None:
+            rows = rows.to(self.energy.device)
+            self.energy = self.energy[rows]
+        if self.partition is not None:
+            assert self.candidate_weight is not None
+            self.partition, self.candidate_weight = self.partition[rows], self.candidate_weight[rows]
+        self.steps.select_rows(rows)
+
 
 class PromptState:
     """What is known about one prompt, for every FFN; it lives as long as the prompt's cache.
@@ -92,10 +102,13 @@ class PromptState:
         """Whether every FFN has its partition."""
         return all(ffn.partition is not None for ffn in self.ffns)
 
-    def reorder(self, parents: Tensor) -> None:
-        """Follow a reordering of the batch: what was accumulated after the prefill belongs to row ``parents[b]`` now."""
+    def select_rows(self, rows: Tensor) -> None:
+        """Row b of the batch is row ``rows[b]`` of before (beam search reorders them); for ``batch="per_sequence"``."""
+        self.rows = len(rows)
+        if self.tokens is not None:
+            self.tokens = self.tokens[rows.to(self.tokens.device)]
         for ffn in self.ffns:
-            ffn.steps.reorder(parents)
+            ffn.select_rows(rows)
 
 
 class Engine:
@@ -259,12 +272,14 @@ class Engine:
 
         The function takes ``[1, |C|]`` and returns ``[1, n]``. It runs once a step and FFN, so it is as short as it can be.
         """
-        sizes, log = self.sizes[index], state.ffns[index].steps
+        sizes, log, device = self.sizes[index], state.ffns[index].steps, weight.device
+        with torch.inference_mode(False):  # buffers that may be written in and out of inference mode
+            scores = torch.empty(1, len(weight), dtype=weight.dtype, device=device)
+            values = torch.empty(1, sizes.candidates_dropped, dtype=weight.dtype, device=device)
 
         def choose(candidates: Tensor) -> Tensor:
-            dropped = dropped_candidates((candidates * weight).abs_(), sizes)
-            log.add(dropped, ranks)
-            return dropped
+            torch.mul(candidates.detach(), weight, out=scores).abs_()
+            return dropped_candidates(scores, sizes, (values, log.slot(ranks, device)))
 
         return choose
 

@@ -101,6 +101,10 @@ class Partition:
     pruned: Tensor
     sizes: Sizes
 
+    def __getitem__(self, index: int | Tensor) -> Partition:
+        """The same along the first leading axis: one of the partitions, or some of them."""
+        return Partition(self.retained[index], self.candidates[index], self.pruned[index], self.sizes)
+
     def front(self) -> Tensor:
         """R and C together, ``[..., K]``: the channels that a decode step computes."""
         return torch.cat([self.retained, self.candidates], -1)
@@ -124,18 +128,20 @@ def partition(scores: Tensor, sizes: Sizes) -> Partition:
     return Partition(retained.sort(-1).values, candidates.sort(-1).values, pruned.sort(-1).values, sizes)
 
 
-def dropped_candidates(scores: Tensor, sizes: Sizes) -> Tensor:
+def dropped_candidates(scores: Tensor, sizes: Sizes, out: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Which candidates a step leaves out: the lowest scores (paper 3.3).
 
     Parameters
     ----------
     scores : Tensor
-        ``[..., |C|]``, one score a candidate. A score that is not finite ranks last.
+        ``[..., |C|]``, one score a candidate, not negative. A score that is not finite ranks last.
+    out : tuple of Tensor, optional
+        Buffers for what is left out, scores and indices; then ``scores`` is scratch too.
 
     Returns
     -------
     Tensor
         ``[..., |C| - candidates_kept]``, int64 indices into the candidates.
     """
-    ranked = torch.nan_to_num(scores, -1.0, -1.0)
-    return ranked.topk(sizes.candidates_dropped, -1, False, False)[1]
+    ranked = torch.nan_to_num(scores, -1.0, -1.0, out=None if out is None else scores)
+    return torch.topk(ranked, sizes.candidates_dropped, -1, False, False, out=out)[1]

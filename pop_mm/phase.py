@@ -48,8 +48,6 @@ class Forward:
         For MIXED: first decode column of this forward, for all rows or ``[B]``.
     next_chunk : bool
         A further chunk of a prompt whose prefill ``generate`` has split.
-    parents : Tensor or None
-        ``[B]``: row b continues row ``parents[b]`` of the step before (beam search).
     fast : bool
         Set by the backend: FFNs may compute R and C only.
     """
@@ -61,7 +59,6 @@ class Forward:
     valid: Tensor | None = None
     decode_from: int | Tensor = 0
     next_chunk: bool = False
-    parents: Tensor | None = None
     cache: Any = None
     fast: bool = False
 
@@ -71,6 +68,9 @@ class Handler(Protocol):
 
     def new_state(self, rows: int, cache: Any) -> Any:
         """State of a new prompt."""
+
+    def select_rows(self, state: Any, rows: Tensor) -> None:
+        """Called when the rows of a prompt's cache were exchanged: row b is row ``rows[b]`` of before."""
 
     def begin(self, forward: Forward) -> None:
         """Called before the model's forward."""
@@ -87,7 +87,6 @@ class _Generation:
     prompt_length: int | None = None
     prefills: int = 0
     first_length: dict[str, int] = field(default_factory=dict)
-    last_ids: Tensor | None = None
 
 
 @dataclass
@@ -98,7 +97,6 @@ class _Prepared:
     first: bool
     mask: Tensor | None
     ended: Tensor | None
-    parents: Tensor | None
 
 
 class PhaseTracker:
@@ -109,10 +107,13 @@ class PhaseTracker:
     model : nn.Module
         The model whose ``forward`` and ``generate`` the user calls.
     handler : Handler
+    rows_matter : bool
+        Whether the handler wants to know when a cache's rows are exchanged.
     """
 
-    def __init__(self, model: nn.Module, handler: Handler) -> None:
+    def __init__(self, model: nn.Module, handler: Handler, rows_matter: bool = False) -> None:
         self._model = model
+        self._rows_matter = rows_matter
         self._handler = handler
         self._local = threading.local()
         self._states: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -144,6 +145,9 @@ class PhaseTracker:
         """Undo :meth:`install` exactly."""
         while self._undo:
             self._undo.pop()()
+        for cache in list(self._states):
+            for name in _ROW_METHODS:
+                vars(cache).pop(name, None)
         self._states.clear()
 
     @contextmanager
@@ -167,7 +171,14 @@ class PhaseTracker:
         state = self._states.get(original)
         if state is None:
             raise PhaseError("adopt(): the original cache was not prefilled in this session.")
-        self._states[cache] = state.copy(cache)
+        self._bind(cache, state.copy(cache))
+
+    def _bind(self, cache: Any, state: Any) -> None:
+        """The state belongs to the cache, and follows it when its rows are exchanged."""
+        self._states[cache] = state
+        for name in _ROW_METHODS if self._rows_matter else ():
+            if hasattr(type(cache), name):
+                vars(cache)[name] = _RowMethod(cache, name, functools.partial(self._handler.select_rows, state))
 
     # generate -------------------------------------------------------------------------------------------------------
 
@@ -200,7 +211,7 @@ class PhaseTracker:
     def _read_prepared(self, ids: Tensor | None, kwargs: dict[str, Any], inputs: dict[str, Any]) -> _Prepared:
         first = bool(kwargs.get("is_first_iteration"))
         mask = kwargs.get("attention_mask")
-        ended = parents = None
+        ended = None
         running = self._generations()
         if not first and running and ids is not None and ids.shape[0] > 1:
             generation = running[-1]
@@ -210,9 +221,7 @@ class PhaseTracker:
             if generation.stop_ids and generated.shape[1]:
                 stop = torch.tensor(generation.stop_ids, device=ids.device)
                 ended = torch.isin(generated, stop).cumsum(-1) > 0
-            parents = _parents(ids, generation.last_ids)
-            generation.last_ids = ids
-        return _Prepared(inputs.get("past_key_values"), first, mask, ended, parents)
+        return _Prepared(inputs.get("past_key_values"), first, mask, ended)
 
     # forwards -------------------------------------------------------------------------------------------------------
 
@@ -236,7 +245,7 @@ class PhaseTracker:
             cache = getattr(output, "past_key_values", None)
             if cache is not None:
                 forward.state.bind(cache)
-                self._states[cache] = forward.state
+                self._bind(cache, forward.state)
         self._handler.end(forward, output is not None)
 
     def forget(self, forward: Forward) -> None:
@@ -264,8 +273,6 @@ class PhaseTracker:
         if prepared is not None and prepared.ended is not None:
             valid = _without_ended(valid, prepared.ended, rows, length)
         forward = Forward(Phase.PREFILL, None, rows, length, valid, cache=cache)
-        if prepared is not None:
-            forward.parents = prepared.parents
         split = getattr(self._local, "split", None)
         if split is not None:
             self._attribute_split(forward, split)
@@ -334,13 +341,35 @@ class PhaseTracker:
         if past == 0:
             state = self._handler.new_state(forward.rows, cache)
             if cache is not None:
-                self._states[cache] = state
+                self._bind(cache, state)
         elif state is None:
             raise PhaseError(
                 f"The cache holds {past} tokens that this session has not seen, so there is no partition for them. Prefill "
                 "inside the session; for a copy of a cache that was prefilled here, call session.adopt(copy, original)."
             )
         return state
+
+
+_ROW_METHODS = ("reorder_cache", "batch_select_indices")  # of a cache: both take the rows that it has from now on
+
+
+class _RowMethod:
+    """A method of one cache that tells which rows it moved; a deep copy of the cache gets one that tells nothing."""
+
+    def __init__(self, cache: Any, name: str, moved: Callable[[Tensor], None] | None) -> None:
+        self._cache = weakref.ref(cache)
+        self._name = name
+        self._moved = moved
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = self._cache()
+        result = getattr(type(cache), self._name)(cache, *args, **kwargs)
+        if self._moved is not None:
+            self._moved(next(iter((*args, *kwargs.values()))))
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RowMethod:
+        return _RowMethod(memo[id(self._cache())], self._name, None)
 
 
 def _refuse_continuous_batching(*_: Any, **__: Any) -> None:
@@ -390,16 +419,6 @@ def _stop_ids(model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, ...]:
     if ends and (ids("stop_strings") or kwargs.get("stopping_criteria")):
         ends += ids("pad_token_id")
     return tuple(ends)
-
-
-def _parents(ids: Tensor, last: Tensor | None) -> Tensor | None:
-    """Which row of the step before each row continues, or None if every row continues itself.
-
-    Rows with the same tokens are interchangeable, so comparing tokens finds what ``reorder_cache`` did.
-    """
-    if last is None or last.shape != (ids.shape[0], ids.shape[1] - 1) or bool((ids[:, :-1] == last).all()):
-        return None
-    return (ids[:, None, :-1] == last[None]).all(-1).to(torch.uint8).argmax(-1)
 
 
 def _valid_positions(mask: Any, rows: int, length: int) -> Tensor | None:

@@ -112,7 +112,7 @@ class Session:
         self.plans = plan_ffns(model, config, adapter)
         pruned = [plan for plan in self.plans if plan.backend != "dense"]
         self._engine = Engine([plan.ffn for plan in pruned], [plan.sizes for plan in pruned], config)
-        self._tracker = PhaseTracker(model, self)
+        self._tracker = PhaseTracker(model, self, rows_matter=self._engine.per_sequence)
         self._masked = MaskedBackend(self._engine, self._tracker)
         self._inplace = InplaceBackend(self._engine, self._tracker)
         self._backends = [plan.backend for plan in pruned]
@@ -217,6 +217,10 @@ class Session:
         """State of a new prompt (called by the phase tracker)."""
         return self._engine.new_state(rows, cache)
 
+    def select_rows(self, state: PromptState, rows: Tensor) -> None:
+        """The rows of a prompt's cache were exchanged (called by the phase tracker)."""
+        state.select_rows(rows)
+
     def begin(self, forward: Forward) -> None:
         """Before a forward (called by the phase tracker)."""
         if self.model.training:
@@ -250,8 +254,6 @@ class Session:
             started = time.perf_counter()
             self._engine.partition_all(state)
             self.timings.partitioning += time.perf_counter() - started
-        if forward.parents is not None and self._engine.per_sequence:
-            state.reorder(forward.parents)
         self._last = state
         if "inplace" in self._backends:
             forward.fast = self._inplace.place(state)

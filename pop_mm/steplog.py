@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .partition import Sizes
 
-_FOLD_EVERY = 32  # steps kept as they are before they are folded into sums, so that a step costs one list append
+_FOLD_EVERY = 32  # steps kept as they are before they are folded into sums
 
 
 class StepLog:
@@ -22,8 +22,10 @@ class StepLog:
 
     def __init__(self, sizes: Sizes) -> None:
         self._sizes = sizes
-        self._pending: list[Tensor] = []
-        self._ranks: Tensor | None = None  # of the pending steps
+        self._recent: Tensor | None = None  # [B or 1, 32, n]: the steps that are not folded yet
+        self._slots: tuple[Tensor, ...] = ()
+        self._count = 0
+        self._ranks: Tensor | None = None  # of the recent steps
         self._last: Tensor | None = None  # [B or 1, |C|]: candidates kept by the last folded step
         self._stayed: Tensor | None = None
         self._active: Tensor | None = None
@@ -32,33 +34,59 @@ class StepLog:
 
     def copy(self) -> StepLog:
         """An independent copy."""
+        self._fold()
         twin = copy.copy(self)
-        twin._pending = list(self._pending)
+        twin._recent, twin._slots = None, ()
         return twin
+
+    def slot(self, ranks: Tensor | None, device: torch.device) -> Tensor:
+        """``[1, n]`` to write one step of one sequence into, as :meth:`add` takes it; good until 32 steps later."""
+        if ranks is not self._ranks or self._count == _FOLD_EVERY:
+            self._fold()
+            self._ranks = ranks
+        if not self._slots:
+            self._fold()
+            self._recent = self._buffer(1, device)
+            self._slots = self._recent.unbind(1)
+        self._count += 1
+        return self._slots[self._count - 1]
 
     def add(self, dropped: Tensor, ranks: Tensor | None = None) -> None:
         """Record steps: ``[q, n]`` (shared) or ``[B, q, n]``, the candidates left out by each.
 
         ``ranks`` (``[|C|]``) says which candidate each index stands for, if the backend keeps them in another order.
         """
-        if ranks is not self._ranks:
+        dropped = dropped.unsqueeze(0) if dropped.dim() == 2 else dropped
+        rows, steps, _ = dropped.shape
+        if ranks is not self._ranks or self._count + steps > _FOLD_EVERY:
             self._fold()
             self._ranks = ranks
-        self._pending.append(dropped)
-        if len(self._pending) >= _FOLD_EVERY:
+        if steps > _FOLD_EVERY:
+            self._fold_steps(dropped)
+            return
+        if self._recent is None or len(self._recent) != rows:
             self._fold()
+            self._recent, self._slots = self._buffer(rows, dropped.device), ()
+        self._recent[:, self._count : self._count + steps] = dropped
+        self._count += steps
 
-    def reorder(self, parents: Tensor) -> None:
-        """Row b continues row ``parents[b]``."""
+    def select_rows(self, rows: Tensor) -> None:
+        """Row b continues row ``rows[b]``."""
         self._fold()
-        if self._last is not None and len(self._last) == len(parents):
-            self._last = self._last[parents.to(self._last.device)]
+        if self._last is not None and len(self._last) > 1:
+            self._last = self._last[rows.to(self._last.device)]
+
+    @torch.inference_mode(False)
+    def _buffer(self, rows: int, device: torch.device) -> Tensor:
+        return torch.empty(rows, _FOLD_EVERY, self._sizes.candidates_dropped, dtype=torch.int64, device=device)
 
     def _fold(self) -> None:
-        if not self._pending:
-            return
-        dropped = torch.cat([d.unsqueeze(0) if d.dim() == 2 else d for d in self._pending], 1)
-        self._pending = []
+        if self._count:
+            assert self._recent is not None
+            self._fold_steps(self._recent[:, : self._count])
+            self._count = 0
+
+    def _fold_steps(self, dropped: Tensor) -> None:
         if self._ranks is not None:
             dropped = self._ranks[dropped]
         shape = (*dropped.shape[:2], self._sizes.candidates)
