@@ -6,7 +6,7 @@ point group ``pop_mm.adapters`` adds one.
 
 from __future__ import annotations
 
-from .base import Adapter, FFNPaths, RefusedAdapter
+from .base import Adapter, ExpertPaths, FFNPaths, RefusedAdapter
 from .dense import *  # noqa: F403
 from .dense import __all__ as _dense
 from .lookup import adapter_for, support_table
@@ -14,6 +14,7 @@ from .registry import register_adapter, registered_adapters, unregister_adapter
 
 __all__ = [
     "Adapter",
+    "ExpertPaths",
     "FFNPaths",
     "RefusedAdapter",
     "adapter_for",

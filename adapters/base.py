@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from pop_mm.errors import AdapterError
+from pop_mm.experts import LAYOUT_FLAGS, Experts, layout_of
 from pop_mm.layout import FFN, Projection, Role
 from pop_mm.ratio import LayerWeights
 
@@ -80,7 +81,43 @@ class FFNPaths:
                 )
         module = holder if self.holder else None
         activation = next((found for name in self.activation if (found := find(module, name)) is not None), None)
-        return FFN(prefix, index, inputs, down, size, self.role, None, self.layout, module, activation)
+        return FFN(prefix, index, inputs, down, size, self.role, self.layout, module, activation)
+
+
+@dataclass(frozen=True)
+class ExpertPaths:
+    """Where the routed experts of a layer are, as a path from a decoder layer.
+
+    Attributes
+    ----------
+    experts : str
+        Path of the module that transformers dispatches through its ExpertsInterface.
+    top_k : str
+        Name of the config's field that says how many experts a token is routed to.
+    layout : str
+        The layout in words, for the support table.
+    """
+
+    experts: str = "mlp.experts"
+    top_k: str = "num_experts_per_tok"
+    layout: str = "experts.{gate_up_proj, down_proj} (3-D)"
+
+    def build(self, layer_name: str, layer: nn.Module, index: int) -> Experts | None:
+        """The record of this layer's experts, or None if the layer has none."""
+        module = find(layer, self.experts)
+        if module is None:
+            return None
+        name = _join(layer_name, self.experts)
+        if not all(hasattr(module, flag) for flag in LAYOUT_FLAGS):
+            raise AdapterError(
+                f"{name} is a {type(module).__name__}, which transformers does not dispatch through its ExpertsInterface "
+                "(quantised experts are replaced by modules of their own), so pop_mm cannot reach its channels. Load the "
+                "model without quantisation."
+            )
+        top_k = getattr(module.config, self.top_k, None)
+        if not isinstance(top_k, int):
+            raise AdapterError(f"{type(module.config).__name__} has no {self.top_k}; it should say how many experts a token uses.")
+        return Experts(name, index, module, top_k, layout_of(module))
 
 
 class Adapter:
@@ -90,64 +127,69 @@ class Adapter:
     ----------
     kind : {"dense", "moe", "vlm"}
     ffns : sequence of FFNPaths
-        Every FFN that a decoder layer can have.
+        Every FFN that a decoder layer can have; shared experts are FFNs with that role.
+    experts : sequence of ExpertPaths
+        Every set of routed experts that a decoder layer can have.
     not_weights : sequence of str
         Names of modules in a layer that count neither as attention nor as FFN weights (routers).
     """
 
     kind: ClassVar[Kind] = "dense"
     ffns: ClassVar[Sequence[FFNPaths]] = ()
+    experts: ClassVar[Sequence[ExpertPaths]] = ()
     not_weights: ClassVar[Sequence[str]] = ()
 
     @classmethod
     def layout(cls) -> str:
         """The layout in words, for the support table."""
-        return "; ".join(paths.layout for paths in cls.ffns)
+        return "; ".join(dict.fromkeys(paths.layout for paths in (*cls.experts, *cls.ffns)))
 
     def check(self, model: nn.Module) -> None:
         """Raise :class:`~pop_mm.errors.AdapterError` if this very model cannot be pruned, saying why."""
 
     def layers(self, model: nn.Module) -> tuple[str, nn.ModuleList]:
-        """Name and list of the decoder layers: the longest ModuleList whose items hold one of :attr:`ffns`."""
+        """Name and list of the decoder layers: the longest ModuleList whose items hold an FFN or experts."""
+        paths = [_join(ffn.holder, ffn.down) for ffn in self.ffns] + [experts.experts for experts in self.experts]
         found = [
             (name, module)
             for name, module in model.named_modules()
             if isinstance(module, nn.ModuleList)
-            and any(find(layer, _join(paths.holder, paths.down)) is not None for layer in module for paths in self.ffns)
+            and any(find(layer, path) is not None for layer in module for path in paths)
         ]
         if not found:
-            wanted = " or ".join(_join(paths.holder, paths.down) for paths in self.ffns)
             raise AdapterError(
-                f"{type(self).__name__} found no decoder layer with {wanted} in {type(model).__name__}: nothing can be "
+                f"{type(self).__name__} found no decoder layer with {' or '.join(paths)} in {type(model).__name__}: nothing can be "
                 "pruned."
             )
         return max(found, key=lambda item: len(item[1]))
 
-    def projections(self, model: nn.Module) -> list[FFN]:
+    def projections(self, model: nn.Module) -> list[FFN | Experts]:
         """One record for each prunable FFN, in the order of execution. Finding none is an error."""
         self.check(model)
         name, layers = self.layers(model)
         records = [
             ffn
             for index, layer in enumerate(layers)
-            for paths in self.ffns
+            for paths in (*self.ffns, *self.experts)
             if (ffn := paths.build(_join(name, str(index)), layer, index)) is not None
         ]
         if not records:
             raise AdapterError(f"{type(self).__name__} found no prunable FFN in {type(model).__name__}.")
         return records
 
-    def layer_weights(self, model: nn.Module, records: Sequence[FFN]) -> dict[int, LayerWeights]:
+    def layer_weights(self, model: nn.Module, records: Sequence[FFN | Experts]) -> dict[int, LayerWeights]:
         """Attention and FFN weights of every layer (of each FFN's layer, and of layers without one).
 
-        Every matrix in a layer that is neither an FFN's nor a norm's nor in :attr:`not_weights` counts as attention.
+        Every matrix in a layer that is neither an FFN's nor a norm's nor in :attr:`not_weights` counts as attention. Of
+        routed experts the top-k count; shared experts do not (paper, table 8).
         """
         _, layers = self.layers(model)
         result = {}
         for index, layer in enumerate(layers):
             ffns = [ffn for ffn in records if ffn.layer == index]
-            attention = _weight_count(layer, {p.module for ffn in ffns for p in ffn.projections}, self.not_weights)
-            result[index] = LayerWeights(attention, sum(ffn.weight_count for ffn in ffns))
+            attention = _weight_count(layer, {module for ffn in ffns for module in ffn.modules}, self.not_weights)
+            counted = (ffn.weight_count for ffn in ffns if ffn.role != "shared_expert")
+            result[index] = LayerWeights(attention, sum(counted))
         return result
 
 

@@ -7,14 +7,14 @@ feed-forward network together. Adapters build these records; backends use them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Role = Literal["dense", "expert", "shared_expert"]
+Role = Literal["dense", "shared_expert"]
 
 _SWAP_ROWS = 64  # rows moved at once: the block stays in the cache, and the scratch stays small
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -133,25 +133,30 @@ class Projection:
         first, second : Tensor
             ``[n]``, int64, disjoint and without repeats.
         """
-        for tensor, axis in self._channel_tensors():
-            for block in tensor.chunk(self.blocks, axis):
-                if axis == 0:
-                    _swap_rows(block, first, second)
-                else:
-                    _swap_columns(block, first, second)
-
-    def _channel_tensors(self) -> Iterator[tuple[Tensor, int]]:
-        """Tensors that are indexed by channel, as integers so that every bit pattern survives a move."""
         tensors = [(self.weight, self.axis)]
         if self.side == "out" and self.bias is not None:
             tensors.append((self.bias, 0))
         for tensor, axis in tensors:
-            yield tensor.detach().view(_INTEGER[tensor.element_size()]), axis
+            for block in as_integers(tensor).chunk(self.blocks, axis):
+                swap_channels(block, axis, first, second)
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``rows @ weight + bias`` for ``[N, in]`` and ``[in, out]``: the kernel of F.linear with a third of its dispatches."""
     return torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """A view as integers, so that every bit pattern survives a move."""
+    return tensor.detach().view(_INTEGER[tensor.element_size()])
+
+
+def swap_channels(matrix: Tensor, axis: int, first: Tensor, second: Tensor) -> None:
+    """Exchange rows (axis 0) or columns (axis 1) in place: ``first[i]`` with ``second[i]``, disjoint and no repeats."""
+    if axis == 0:
+        _swap_rows(matrix, first, second)
+    else:
+        _swap_columns(matrix, first, second)
 
 
 def _swap_rows(rows: Tensor, first: Tensor, second: Tensor) -> None:
@@ -169,7 +174,7 @@ def _swap_columns(matrix: Tensor, first: Tensor, second: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class FFN:
-    """One feed-forward network: a dense FFN, one expert, or a shared expert.
+    """One feed-forward network: a dense FFN or a shared expert. Routed experts are :class:`pop_mm.experts.Experts`.
 
     Attributes
     ----------
@@ -182,9 +187,7 @@ class FFN:
     down : Projection
     size : int
         D, the intermediate size.
-    role : {"dense", "expert", "shared_expert"}
-    expert : int or None
-        Number of the expert in its layer.
+    role : {"dense", "shared_expert"}
     layout : str
         The layout in words, for the support table and reports.
     holder : nn.Module or None
@@ -199,7 +202,6 @@ class FFN:
     down: Projection
     size: int
     role: Role = "dense"
-    expert: int | None = None
     layout: str = ""
     holder: nn.Module | None = None
     activation: nn.Module | None = None
@@ -208,6 +210,21 @@ class FFN:
     def projections(self) -> tuple[Projection, ...]:
         """All projections, down last."""
         return (*self.inputs, self.down)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules that hold the weights; the last one holds the down projection."""
+        return tuple(p.module for p in self.projections)
+
+    @property
+    def channel_shape(self) -> tuple[int, ...]:
+        """``(D,)``: the shape of anything that is known by channel."""
+        return (self.size,)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.down.weight.device
 
     @property
     def weight_count(self) -> int:

@@ -82,7 +82,7 @@ def test_every_ffn_is_found(model_type):
     assert [ffn.layer for ffn in records] == [0, 1]
     modules = dict(model.named_modules())
     for ffn in records:
-        assert (ffn.size, ffn.hidden_size, ffn.role, ffn.expert) == (size, 32, "dense", None)
+        assert (ffn.size, ffn.hidden_size, ffn.role) == (size, 32, "dense")
         assert ffn.name in modules
         assert all(modules[p.name] is p.module and p.name.startswith(f"{ffn.name}.") for p in ffn.projections)
         assert ffn.why_not_plain() is None

@@ -1,0 +1,210 @@
+"""How the routed experts of a layer are stored, and how to narrow or move their channels: 3-D tensors, one slice an expert.
+
+The counterpart of :mod:`pop_mm.layout` for modules that transformers dispatches through its ``ExpertsInterface``. What the
+layout is, the module says itself: ``has_gate``, ``has_bias``, ``is_transposed``, ``is_concatenated``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .layout import as_integers, swap_channels
+
+LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """All routed experts of one layer.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name of the module.
+    layer : int
+        Index of the decoder layer.
+    module : nn.Module
+        Takes ``(hidden [T, H], top_k_index [T, k], top_k_weights [T, k])`` through transformers' ExpertsInterface.
+    top_k : int
+        Experts that a token is routed to.
+    layout : str
+        The layout in words.
+    """
+
+    name: str
+    layer: int
+    module: nn.Module
+    top_k: int
+    layout: str = ""
+    role: Literal["expert"] = "expert"
+
+    @property
+    def count(self) -> int:
+        """E, the experts that this module holds (under expert parallelism, those of this rank)."""
+        return int(self.down.shape[0])
+
+    @property
+    def size(self) -> int:
+        """D, the intermediate size of one expert."""
+        return int(self.down.shape[1 if self._transposed else 2])
+
+    @property
+    def hidden_size(self) -> int:
+        """H, what an expert takes and returns."""
+        return int(self.down.shape[2 if self._transposed else 1])
+
+    @property
+    def channel_shape(self) -> tuple[int, ...]:
+        """``(E, D)``: the shape of anything that is known by channel."""
+        return self.count, self.size
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules that hold the weights; the last one holds the down projections."""
+        return (self.module,)
+
+    @property
+    def weight_count(self) -> int:
+        """Weights that a token reads: those of its top-k experts, without biases."""
+        return self.top_k * self._parameter(self.input_name).numel() // self.count + self.top_k * self.size * self.hidden_size
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """Dtype of the weights if it is a float, else float32."""
+        return self.down.dtype if self.down.is_floating_point() else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.down.device
+
+    @property
+    def down(self) -> Tensor:
+        """The down projections: ``[E, H, D]``, or ``[E, D, H]`` if transposed."""
+        return self._parameter("down_proj")
+
+    @property
+    def input_name(self) -> str:
+        """Name of the tensor that holds gate and up, or up alone."""
+        return "gate_up_proj" if self.module.has_gate else "up_proj"
+
+    @property
+    def _transposed(self) -> bool:
+        return bool(self.module.is_transposed)
+
+    def _parameter(self, name: str) -> Tensor:
+        tensor = getattr(self.module, name)
+        assert isinstance(tensor, Tensor)
+        return tensor
+
+    def why_not_plain(self) -> str | None:
+        """Why the weights cannot be reordered in place, or None if they can."""
+        for name in (self.input_name, "down_proj"):
+            weight = getattr(self.module, name, None)
+            where = f"{name} of {self.name}"
+            if type(weight) is not nn.Parameter:
+                return f"{where} is a {type(weight).__name__}"
+            if weight.device.type == "meta" and hasattr(self.module, "_hf_hook"):
+                return f"{where} is offloaded"
+            if not weight.is_floating_point() or weight.dim() != 3:
+                return f"{where} is {weight.dtype} with shape {tuple(weight.shape)}"
+            if not weight.is_contiguous():
+                return f"{where} is not contiguous"
+            if weight.is_inference():
+                return f"{where} was made in inference mode"
+        if hasattr(self.module, "parametrizations"):
+            return f"{self.name} is parametrised"
+        return None
+
+    # one expert -----------------------------------------------------------------------------------------------------
+
+    def channel_matrices(self, expert: int) -> Iterator[tuple[Tensor, int]]:
+        """Every matrix of an expert in which a row (axis 0) or a column (axis 1) is a channel: views."""
+        blocks = 2 if self.module.has_gate else 1
+        shape = (blocks, self.size) if self.module.is_concatenated else (self.size, blocks)
+        weight = self._parameter(self.input_name)[expert]
+        for block in range(blocks):
+            if self._transposed:
+                yield weight.unflatten(1, shape).select(1 if self.module.is_concatenated else 2, block), 1
+            else:
+                yield weight.unflatten(0, shape).select(0 if self.module.is_concatenated else 1, block), 0
+            if self.module.has_bias:
+                bias = self._parameter(f"{self.input_name}_bias")[expert].unflatten(0, shape)
+                yield bias.select(0 if self.module.is_concatenated else 1, block).unsqueeze(1), 0
+        yield self.down[expert], int(not self._transposed)
+
+    @torch.no_grad()
+    def swap(self, expert: int, first: Tensor, second: Tensor) -> None:
+        """Exchange channels of one expert in place: ``first[i]`` with ``second[i]``; its function stays the same."""
+        for matrix, axis in self.channel_matrices(expert):
+            swap_channels(as_integers(matrix), axis, first, second)
+
+    def input_views(self, expert: int, width: int) -> list[tuple[Tensor, Tensor | None]]:
+        """Gate and up of an expert's first ``width`` channels, as ``[H, n]`` and a bias: views.
+
+        Their outputs, one behind the other, are what the module's ``_apply_gate`` takes.
+        """
+        weight = self._parameter(self.input_name)[expert]
+        weight = weight if self._transposed else weight.t()
+        bias = self._parameter(f"{self.input_name}_bias")[expert] if self.module.has_bias else None
+        if not self.module.has_gate:
+            spans = [(0, width)]
+        elif self.module.is_concatenated:
+            spans = [(0, width), (self.size, self.size + width)] if width < self.size else [(0, 2 * width)]
+        else:
+            spans = [(0, 2 * width)]
+        return [(weight[:, a:b], None if bias is None else bias[a:b]) for a, b in spans]
+
+    def down_view(self, expert: int, width: int) -> tuple[Tensor, Tensor | None]:
+        """The down projection of an expert's first ``width`` channels, as ``[width, H]``, and its bias: views."""
+        weight = self.down[expert]
+        bias = self._parameter("down_proj_bias")[expert] if self.module.has_bias else None
+        return (weight if self._transposed else weight.t())[:width], bias
+
+    # all experts ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def down_column_norms(self) -> Tensor:
+        """``||W_down[e, :, i]||_2``, ``[E, D]``, in float32 (float64 for float64 weights)."""
+        dtype = torch.promote_types(self.float_dtype, torch.float32)
+        with self._loaded():
+            return torch.linalg.vector_norm(self.down, dim=2 if self._transposed else 1, dtype=dtype)
+
+    @torch.no_grad()
+    def input_norms(self) -> Tensor:
+        """Norm of each channel's weights in gate and up together, ``[E, D]``."""
+        dtype = torch.promote_types(self.float_dtype, torch.float32)
+        blocks = 2 if self.module.has_gate else 1
+        shape = (blocks, self.size) if self.module.is_concatenated else (self.size, blocks)
+        with self._loaded():
+            norms = torch.linalg.vector_norm(
+                self._parameter(self.input_name), dim=1 if self._transposed else 2, dtype=dtype
+            )
+        return torch.linalg.vector_norm(norms.unflatten(1, shape), dim=1 if self.module.is_concatenated else 2)
+
+    def _loaded(self) -> AbstractContextManager[object]:
+        """Within: offloaded weights are where they are computed with."""
+        if not hasattr(self.module, "_hf_hook"):
+            return nullcontext()
+        from accelerate.utils import align_module_device
+
+        return align_module_device(self.module)
+
+
+def layout_of(module: nn.Module) -> str:
+    """The layout in words."""
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    words: Sequence[str] = [
+        "3-D",
+        *(["interleaved"] if module.has_gate and not module.is_concatenated else []),
+        *(["transposed"] if module.is_transposed else []),
+        *(["biased"] if module.has_bias else []),
+        *([] if module.has_gate else ["ungated"]),
+    ]
+    return f"experts.{{{name}, down_proj}} ({', '.join(words)})"
