@@ -103,6 +103,8 @@ def _probe(holder: nn.Module, ffn: FFN) -> None:
     """
     if reason := ffn.why_not_plain():
         raise AdapterError(f"{ffn.name} cannot be probed: {reason}.")
+    if any(parameter.device.type == "meta" for parameter in holder.parameters()):
+        raise AdapterError(f"{ffn.name} cannot be probed: it is on the meta device, without weights. Load the model.")
     device = ffn.down.weight.device
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, ffn.hidden_size, generator=generator).to(device)

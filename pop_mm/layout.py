@@ -76,7 +76,7 @@ class Projection:
             return f"{self.name} is a {type(module).__name__}"
         if type(weight) is not nn.Parameter:
             return f"the weight of {self.name} is a {type(weight).__name__}"
-        if weight.device.type == "meta":
+        if weight.device.type == "meta" and hasattr(module, "_hf_hook"):  # else the model is not loaded yet
             return f"the weight of {self.name} is offloaded"
         if not weight.is_floating_point() or weight.dim() != 2:
             return f"the weight of {self.name} is {weight.dtype} with shape {tuple(weight.shape)}"

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..adapters import Adapter, adapter_for, registered_adapters
@@ -70,7 +69,6 @@ def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, str | None]:
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, ImportError, TypeError) as error:
         raise SampleError(f"The model {name!r} cannot be built from its config: {_first_line(error)}.") from error
-    _give_storage(model)
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is None:
         return model, None
@@ -135,20 +133,6 @@ def _packed(plan: FFNPlan, method: str) -> FFNPlan:
     return replace(
         plan, backend="masked", reason=f"the checkpoint is quantised ({method}), and packed weights stay in place"
     )
-
-
-def _give_storage(model: nn.Module) -> None:
-    """Replace meta parameters by ones that look real and take no memory (one number, expanded).
-
-    A parameter on the meta device counts as offloaded, and such FFNs are masked; these weights will be real.
-    """
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, old in module._parameters.items():
-            if old is not None and old.device.type == "meta":
-                if old not in made:
-                    made[old] = nn.Parameter(torch.zeros((), dtype=old.dtype).expand(old.shape), requires_grad=False)
-                module._parameters[name] = made[old]
 
 
 def _first_line(error: Exception) -> str:
