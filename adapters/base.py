@@ -116,7 +116,9 @@ class ExpertPaths:
             )
         top_k = getattr(module.config, self.top_k, None)
         if not isinstance(top_k, int):
-            raise AdapterError(f"{type(module.config).__name__} has no {self.top_k}; it should say how many experts a token uses.")
+            raise AdapterError(
+                f"{type(module.config).__name__} has no {self.top_k}; it should say how many experts a token uses."
+            )
         return Experts(name, index, module, top_k, layout_of(module))
 
 
@@ -142,7 +144,8 @@ class Adapter:
     @classmethod
     def layout(cls) -> str:
         """The layout in words, for the support table."""
-        return "; ".join(dict.fromkeys(paths.layout for paths in (*cls.experts, *cls.ffns)))
+        layouts = [*(paths.layout for paths in cls.experts), *(paths.layout for paths in cls.ffns)]
+        return "; ".join(dict.fromkeys(layouts))
 
     def check(self, model: nn.Module) -> None:
         """Raise :class:`~pop_mm.errors.AdapterError` if this very model cannot be pruned, saying why."""
@@ -158,19 +161,20 @@ class Adapter:
         ]
         if not found:
             raise AdapterError(
-                f"{type(self).__name__} found no decoder layer with {' or '.join(paths)} in {type(model).__name__}: nothing can be "
-                "pruned."
+                f"{type(self).__name__} found no decoder layer with {' or '.join(paths)} in {type(model).__name__}: nothing "
+                "can be pruned."
             )
         return max(found, key=lambda item: len(item[1]))
 
-    def projections(self, model: nn.Module) -> list[FFN | Experts]:
+    def projections(self, model: nn.Module) -> Sequence[FFN | Experts]:
         """One record for each prunable FFN, in the order of execution. Finding none is an error."""
         self.check(model)
         name, layers = self.layers(model)
+        known: list[FFNPaths | ExpertPaths] = [*self.ffns, *self.experts]
         records = [
             ffn
             for index, layer in enumerate(layers)
-            for paths in (*self.ffns, *self.experts)
+            for paths in known
             if (ffn := paths.build(_join(name, str(index)), layer, index)) is not None
         ]
         if not records:

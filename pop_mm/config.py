@@ -18,6 +18,8 @@ _CHOICES = {
     "batch": ("shared", "per_sequence"),
     "backend": ("auto", "masked", "inplace"),
     "variant": ("pop", "static", "full"),
+    "unseen": ("dense", "weights"),
+    "expert_score": ("plain", "routed"),
 }
 
 
@@ -52,6 +54,15 @@ class PopConfig:
     variant : {"pop", "static", "full"}
         For comparison, the paper's ablations: ``static`` keeps the prompt's best channels for every step (no candidates),
         ``full`` chooses among all channels at every step (best quality, computes everything, saves nothing).
+    min_tokens : int
+        Tokens that a routed expert must have seen before it is partitioned.
+    unseen : {"dense", "weights"}
+        What happens to an expert that the prompt sent fewer tokens: it runs ``dense`` until it has seen enough of them
+        while decoding, or it is partitioned at once by the norms of its ``weights``.
+    expert_score : {"plain", "routed"}
+        Whether a token's activations count in an expert's scores as they are, or times the router's weight.
+    prune_shared : bool
+        Whether shared experts, which see every token, are pruned like dense FFNs.
 
     Raises
     ------
@@ -69,6 +80,10 @@ class PopConfig:
     layer_ratios: Mapping[int, float] = field(default_factory=dict)
     round_to: int = 1
     variant: Literal["pop", "static", "full"] = "pop"
+    min_tokens: int = 1
+    unseen: Literal["dense", "weights"] = "dense"
+    expert_score: Literal["plain", "routed"] = "plain"
+    prune_shared: bool = True
 
     def __post_init__(self) -> None:
         _check_number("ratio", self.ratio, upper_open=True)
@@ -78,8 +93,12 @@ class PopConfig:
             if value not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
         get_scorer(self.scorer)
-        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
-            raise ConfigError(f"round_to must be a positive integer; got {self.round_to!r}.")
+        for name in ("round_to", "min_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer; got {value!r}.")
+        if not isinstance(self.prune_shared, bool):
+            raise ConfigError(f"prune_shared must be true or false; got {self.prune_shared!r}.")
         if not isinstance(self.layer_ratios, Mapping):
             raise ConfigError(f"layer_ratios must map layer numbers to FFN ratios; got {self.layer_ratios!r}.")
         for layer, ratio in self.layer_ratios.items():

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
+from .experts import Experts
 from .layout import FFN
 from .partition import Partition, Sizes, dropped_candidates, partition
 from .phase import Forward, Phase
+from .routed import ExpertsState, RoutedExperts
 from .scoring import get_scorer
 from .steplog import StepLog
 
@@ -42,6 +44,16 @@ class FFNState:
         self.candidate_weight: Tensor | None = None
         self.steps = StepLog(sizes)
 
+    def copy(self) -> FFNState:
+        """An independent copy. Tensors are never changed in place, so they are shared."""
+        twin = copy.copy(self)
+        twin.steps = self.steps.copy()
+        return twin
+
+    def invalidate(self) -> None:
+        """The partition so far no longer holds."""
+        self.partition = None
+
     def select_rows(self, rows: Tensor) -> None:
         """Row b is row ``rows[b]`` of before."""
         if self.energy is not None:
@@ -64,8 +76,8 @@ class PromptState:
         Whether a backend has seen the current partition.
     """
 
-    def __init__(self, sizes: Sequence[Sizes], rows: int, cache: Any) -> None:
-        self.ffns = [FFNState(size) for size in sizes]
+    def __init__(self, ffns: Sequence[FFNState | ExpertsState], rows: int, cache: Any) -> None:
+        self.ffns = ffns
         self.rows = rows
         self.tokens: Tensor | None = None
         self.moved = False
@@ -83,11 +95,9 @@ class PromptState:
         return self._cache is not None and self._cache() is not None
 
     def copy(self, cache: Any) -> PromptState:
-        """The same knowledge for a copy of the cache. Tensors are never changed in place, so they are shared."""
+        """The same knowledge for a copy of the cache."""
         twin = copy.copy(self)
-        twin.ffns = [copy.copy(ffn) for ffn in self.ffns]
-        for ffn in twin.ffns:
-            ffn.steps = ffn.steps.copy()
+        twin.ffns = [ffn.copy() for ffn in self.ffns]
         twin.bind(cache)
         return twin
 
@@ -95,7 +105,7 @@ class PromptState:
         """More of the prompt comes: the partitions so far no longer hold."""
         self.moved = False
         for ffn in self.ffns:
-            ffn.partition = None
+            ffn.invalidate()
 
     @property
     def partitioned(self) -> bool:
@@ -116,14 +126,14 @@ class Engine:
 
     Parameters
     ----------
-    ffns : sequence of FFN
-        FFNs that are really pruned.
+    ffns : sequence of FFN or Experts
+        Those that are really pruned.
     sizes : sequence of Sizes
         Of each.
     config : PopConfig
     """
 
-    def __init__(self, ffns: Sequence[FFN], sizes: Sequence[Sizes], config: PopConfig) -> None:
+    def __init__(self, ffns: Sequence[FFN | Experts], sizes: Sequence[Sizes], config: PopConfig) -> None:
         self.ffns = ffns
         self.sizes = sizes
         self.config = config
@@ -137,10 +147,35 @@ class Engine:
 
     def new_state(self, rows: int, cache: Any) -> PromptState:
         """State of a new prompt of ``rows`` sequences."""
-        return PromptState(self.sizes, rows, cache)
+        groups = rows if self.per_sequence else 1
+        states = [
+            FFNState(sizes)
+            if isinstance(ffn, FFN)
+            else ExpertsState(ffn, sizes, groups, torch.promote_types(ffn.float_dtype, torch.float32))
+            for ffn, sizes in zip(self.ffns, self.sizes, strict=True)
+        ]
+        return PromptState(states, rows, cache)
+
+    def ffn(self, index: int) -> FFN:
+        """Number ``index`` of the FFNs, which is not a set of experts."""
+        ffn = self.ffns[index]
+        assert isinstance(ffn, FFN)
+        return ffn
+
+    def routed(self, index: int) -> RoutedExperts:
+        """The algorithm for routed experts, number ``index`` of the FFNs."""
+        experts = self.ffns[index]
+        assert isinstance(experts, Experts)
+        return RoutedExperts(experts, self.sizes[index], self.config, self.channel_weights()[index])
+
+    def settle(self, state: PromptState, cache_length: Callable[[], int]) -> None:
+        """Before a forward: the cache says which steps of the one before it were accepted."""
+        for index, ffn in enumerate(state.ffns):
+            if isinstance(ffn, ExpertsState) and ffn.undecided is not None:
+                self.routed(index).settle(ffn, cache_length())
 
     def channel_weights(self) -> list[Tensor]:
-        """The scorer's weight of each channel of each FFN, ``[D]``; computed once."""
+        """The scorer's weight of each channel of each FFN, ``[D]`` (``[E, D]`` for experts); computed once."""
         if self._weights is None:
             self._weights = [self.scorer.channel_weight(ffn) for ffn in self.ffns]
         return self._weights
@@ -182,12 +217,14 @@ class Engine:
         energy = norm.square()
         if positions is not None:
             energy = energy[..., positions]
-        state: FFNState = forward.state.ffns[index]
+        state = _ffn_state(forward.state, index)
         state.energy = energy if state.energy is None else state.energy + energy
 
     def partition(self, index: int, state: PromptState) -> Partition:
-        """Make (or return) the partition of one FFN from the statistics so far."""
+        """Make (or return) the partition of one FFN, or of a layer's experts, from the statistics so far."""
         ffn = state.ffns[index]
+        if isinstance(ffn, ExpertsState):
+            return self.routed(index).partition(ffn)
         if ffn.partition is None:
             assert ffn.energy is not None
             weight = self.channel_weights()[index]
@@ -264,7 +301,7 @@ class Engine:
                 squared = squared.masked_fill(~forward.valid.unsqueeze(-1), 0)
             scores = squared.sum(0).sqrt_().mul_(weight)
         dropped = dropped_candidates(scores, self.sizes[index])
-        forward.state.ffns[index].steps.add(dropped, ranks)
+        _ffn_state(forward.state, index).steps.add(dropped, ranks)
         return dropped
 
     def chooser(self, index: int, state: PromptState, weight: Tensor, ranks: Tensor) -> Callable[[Tensor], Tensor]:
@@ -272,7 +309,7 @@ class Engine:
 
         The function takes ``[1, |C|]`` and returns ``[1, n]``. It runs once a step and FFN, so it is as short as it can be.
         """
-        sizes, log, device = self.sizes[index], state.ffns[index].steps, weight.device
+        sizes, log, device = self.sizes[index], _ffn_state(state, index).steps, weight.device
         with torch.inference_mode(False):  # buffers that may be written in and out of inference mode
             scores = torch.empty(1, len(weight), dtype=weight.dtype, device=device)
             values = torch.empty(1, sizes.candidates_dropped, dtype=weight.dtype, device=device)
@@ -313,7 +350,7 @@ class Engine:
 
     def _active(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
         """``[q, D]`` or ``[B, q, D]`` boolean: the active channels, at their places in ``h``."""
-        ffn: FFNState = forward.state.ffns[index]
+        ffn = _ffn_state(forward.state, index)
         part = ffn.partition
         assert part is not None and ffn.candidate_weight is not None
         allowed = part.allowed().unsqueeze(-2)
@@ -361,7 +398,7 @@ class Engine:
         def own(t: Tensor) -> Tensor:
             return t[rows] if self.per_sequence else t.expand(len(tokens), *t.shape)
 
-        ffn = state.ffns[index]
+        ffn = _ffn_state(state, index)
         assert ffn.candidate_weight is not None
         active, chosen = own(part.allowed()), own(part.candidates)
         if self.sizes[index].candidates:
@@ -387,16 +424,22 @@ class Engine:
         if not (self.sizes[index].candidates and len(tokens)):
             return _in_place(active, positions)
         places = part.candidates if positions is None else positions[part.candidates]
-        weight = state.ffns[index].candidate_weight
+        weight = _ffn_state(state, index).candidate_weight
         assert weight is not None
         squared = tokens[:, places].to(weight.dtype).square()
         if valid is not None:
             squared = squared.masked_fill(~valid.unsqueeze(-1), 0)
         sums = squared.new_zeros(int(steps.max()) + 1, squared.shape[-1]).index_add_(0, steps, squared)
         dropped = dropped_candidates(sums.sqrt() * weight, self.sizes[index])
-        state.ffns[index].steps.add(dropped)
+        _ffn_state(state, index).steps.add(dropped)
         active = active.expand(len(dropped), -1).scatter(-1, part.candidates[dropped], False)
         return _in_place(active, positions)[steps]
+
+
+def _ffn_state(state: PromptState, index: int) -> FFNState:
+    ffn = state.ffns[index]
+    assert isinstance(ffn, FFNState)
+    return ffn
 
 
 def _decode_positions(forward: Forward, device: torch.device) -> Tensor:

@@ -72,7 +72,10 @@ class Experts:
     @property
     def weight_count(self) -> int:
         """Weights that a token reads: those of its top-k experts, without biases."""
-        return self.top_k * self._parameter(self.input_name).numel() // self.count + self.top_k * self.size * self.hidden_size
+        return (
+            self.top_k * self._parameter(self.input_name).numel() // self.count
+            + self.top_k * self.size * self.hidden_size
+        )
 
     @property
     def float_dtype(self) -> torch.dtype:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import PopConfig
+from .experts import Experts
 from .layout import FFN
 from .partition import Partition, Sizes
 from .phase import Forward, Phase
@@ -17,7 +18,9 @@ from .phase import Forward, Phase
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from .engine import PromptState
+    from .engine import FFNState, PromptState
+
+from .routed import ExpertsState
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class FFNPlan:
 
     Attributes
     ----------
-    ffn : FFN
+    ffn : FFN or Experts
+        All routed experts of a layer have one plan.
     ratio : float
         The FFN's own ratio.
     sizes : Sizes
@@ -36,7 +40,7 @@ class FFNPlan:
         Why this backend.
     """
 
-    ffn: FFN
+    ffn: FFN | Experts
     ratio: float
     sizes: Sizes
     backend: str
@@ -47,7 +51,8 @@ class FFNPlan:
         return {
             "name": self.ffn.name,
             "layer": self.ffn.layer,
-            "expert": self.ffn.expert,
+            "experts": self.ffn.count if isinstance(self.ffn, Experts) else None,
+            "top_k": self.ffn.top_k if isinstance(self.ffn, Experts) else None,
             "role": self.ffn.role,
             "layout": self.ffn.layout,
             "size": self.ffn.size,
@@ -95,23 +100,87 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class ExpertsReport:
+    """What the latest prompt made of a layer's experts. Lists are by expert.
+
+    Attributes
+    ----------
+    prompt_tokens, decode_tokens : list of int
+        Tokens that the router sent to each expert.
+    dense_tokens : list of int
+        Those of the decode tokens for which it ran dense, having no partition yet.
+    partitioned, late, dense : list of int
+        Experts (with ``batch="per_sequence"``: in at least one row) that the prompt partitioned, that got their
+        partition while decoding, and that have none.
+    overlap : float or None
+        Mean share of an expert's R and C that another expert of the layer has in its own; None with fewer than two.
+    overlap_by_chance : float
+        What it would be for random channels.
+    """
+
+    prompt_tokens: list[int]
+    decode_tokens: list[int]
+    dense_tokens: list[int]
+    partitioned: list[int]
+    late: list[int]
+    dense: list[int]
+    overlap: float | None
+    overlap_by_chance: float
+
+    @classmethod
+    def of(cls, state: ExpertsState) -> ExpertsReport:
+        """The report of one prompt and layer."""
+        import torch
+
+        count, sizes = state.experts, state.sizes
+        ready = torch.zeros_like(state.seen, dtype=torch.bool) if state.ready is None else state.ready
+        late = torch.zeros_like(ready) if state.late is None else state.late
+
+        def having(units: torch.Tensor) -> list[int]:
+            found: list[int] = units.unflatten(0, (-1, count)).any(0).nonzero().flatten().tolist()
+            return found
+
+        overlaps = []
+        if state.partition is not None:
+            fronts = state.partition.allowed().float().unflatten(0, (-1, count))
+            for front, chosen in zip(fronts, ready.unflatten(0, (-1, count)), strict=True):
+                mine = front[chosen]
+                if len(mine) > 1:
+                    shared = mine @ mine.t()
+                    overlaps.append(float(shared.sum() - shared.trace()) / (len(mine) * (len(mine) - 1) * sizes.width))
+        return cls(
+            prompt_tokens=state.prompt_tokens.unflatten(0, (-1, count)).sum(0).tolist(),
+            decode_tokens=list(state.decode_tokens),
+            dense_tokens=list(state.dense_tokens),
+            partitioned=having(ready & ~late),
+            late=having(late),
+            dense=having(~ready),
+            overlap=sum(overlaps) / len(overlaps) if overlaps else None,
+            overlap_by_chance=sizes.width / sizes.channels,
+        )
+
+
+@dataclass(frozen=True)
 class FFNReport:
-    """One FFN: the plan, and what the latest prompt made of it.
+    """One FFN, or the experts of one layer: the plan, and what the latest prompt made of it.
 
     Attributes
     ----------
     partition : Partition or None
-        Of the latest prompt; None before the first.
+        Of the latest prompt; None before the first. Experts have one each, along the first axis.
     active_per_step : float or None
         Mean active channels of its decode steps.
     stability : float or None
-        Mean share of a step's kept candidates that the next step keeps too.
+        Mean share of a step's kept candidates that the next step keeps too; not counted for experts.
+    experts : ExpertsReport or None
+        For experts.
     """
 
     plan: FFNPlan
     partition: Partition | None
     active_per_step: float | None
     stability: float | None
+    experts: ExpertsReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -119,6 +188,7 @@ class FFNReport:
             **self.plan.to_dict(),
             "active_per_step": self.active_per_step,
             "candidate_stability": self.stability,
+            "routing": asdict(self.experts) if self.experts is not None else None,
         }
 
 
@@ -200,20 +270,23 @@ def build_report(
         if plan.backend != "dense":
             known = state.ffns[pruned] if state is not None else None
             pruned += 1
-        steps = known.steps if known is not None else None
-        active = steps.mean_active() if steps is not None else None
-        if known is not None and not plan.sizes.candidates and timings.decode_forwards:
-            active = float(plan.sizes.kept)  # without candidates there is no choice that a step could record
-        ffns.append(
-            FFNReport(
-                plan,
-                known.partition if known is not None else None,
-                active,
-                steps.stability() if steps is not None else None,
-            )
-        )
+        ffns.append(_ffn_report(plan, known, timings.decode_forwards > 0))
     tokens = int(state.tokens.sum()) if state is not None and state.tokens is not None else 0
     return Report(config, ffns, tokens, timings, moved_channels, _notes(config, plans, timings))
+
+
+def _ffn_report(plan: FFNPlan, known: FFNState | ExpertsState | None, decoded: bool) -> FFNReport:
+    if known is None:
+        return FFNReport(plan, None, None, None)
+    if isinstance(known, ExpertsState):
+        experts = ExpertsReport.of(known)
+        tokens, dense = sum(experts.decode_tokens), sum(experts.dense_tokens)
+        active = (plan.sizes.kept * (tokens - dense) + plan.sizes.channels * dense) / tokens if tokens else None
+        return FFNReport(plan, known.partition, active, None, experts)
+    active = known.steps.mean_active()
+    if not plan.sizes.candidates and decoded:
+        active = float(plan.sizes.kept)  # without candidates there is no choice that a step could record
+    return FFNReport(plan, known.partition, active, known.steps.stability())
 
 
 def _notes(config: PopConfig, plans: Sequence[FFNPlan], timings: Timings) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .errors import ConfigError
 
 if TYPE_CHECKING:
+    from .experts import Experts
     from .layout import FFN
 
 
@@ -25,8 +26,8 @@ class Scorer(ABC):
     name: str
 
     @abstractmethod
-    def channel_weight(self, ffn: FFN) -> Tensor:
-        """Weight of each channel, ``[D]``, float32 or wider, non-negative. Called once per model."""
+    def channel_weight(self, ffn: FFN | Experts) -> Tensor:
+        """Weight of each channel, ``[D]`` (``[E, D]`` for experts), float32 or wider, not negative. Called once per model."""
 
 
 class WandaScorer(Scorer):
@@ -34,8 +35,8 @@ class WandaScorer(Scorer):
 
     name = "wanda"
 
-    def channel_weight(self, ffn: FFN) -> Tensor:
-        """Column norms of the down projection, ``[D]``."""
+    def channel_weight(self, ffn: FFN | Experts) -> Tensor:
+        """Column norms of the down projection, ``[D]`` or ``[E, D]``."""
         return ffn.down_column_norms()
 
 
@@ -44,10 +45,10 @@ class ActivationScorer(Scorer):
 
     name = "activation"
 
-    def channel_weight(self, ffn: FFN) -> Tensor:
-        """Ones, ``[D]``."""
-        weight = ffn.down.weight
-        return torch.ones(ffn.size, dtype=torch.promote_types(ffn.float_dtype, torch.float32), device=weight.device)
+    def channel_weight(self, ffn: FFN | Experts) -> Tensor:
+        """Ones, ``[D]`` or ``[E, D]``."""
+        dtype = torch.promote_types(ffn.float_dtype, torch.float32)
+        return torch.ones(ffn.channel_shape, dtype=dtype, device=ffn.device)
 
 
 _SCORERS: dict[str, type[Scorer]] = {}

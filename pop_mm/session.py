@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from math import lcm
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .backends.masked import MaskedBackend
 from .config import PopConfig, as_config
 from .engine import Engine, PromptState
 from .errors import AdapterError, ConfigError, NonFiniteError, SessionError
+from .experts import Experts
 from .layout import FFN
 from .partition import Sizes, partition_sizes
 from .phase import Forward, Phase, PhaseTracker
@@ -50,9 +52,14 @@ def plan_ffns(model: nn.Module, config: PopConfig, adapter: Adapter | None = Non
     shared = _shared_storages(model)
     plans = []
     for ffn in records:
-        sizes = partition_sizes(ffn.size, ratios[ffn.layer], config.gamma, config.round_to, config.variant)
+        kept_whole = ffn.role == "shared_expert" and not config.prune_shared
+        ratio = 0.0 if kept_whole else ratios[ffn.layer]
+        round_to = lcm(config.round_to, 16 // ffn.float_dtype.itemsize) if isinstance(ffn, Experts) else config.round_to
+        sizes = partition_sizes(ffn.size, ratio, config.gamma, round_to, config.variant)
         backend, reason = _choose_backend(ffn, sizes, config, shared)
-        plans.append(FFNPlan(ffn, ratios[ffn.layer], sizes, backend, reason))
+        if kept_whole:
+            reason = "prune_shared=False"
+        plans.append(FFNPlan(ffn, ratio, sizes, backend, reason))
     if config.backend == "inplace":
         refused = [plan for plan in plans if plan.backend == "masked"]
         if refused:
@@ -63,7 +70,7 @@ def plan_ffns(model: nn.Module, config: PopConfig, adapter: Adapter | None = Non
     return plans
 
 
-def _choose_backend(ffn: FFN, sizes: Sizes, config: PopConfig, shared: Counter[int]) -> tuple[str, str]:
+def _choose_backend(ffn: FFN | Experts, sizes: Sizes, config: PopConfig, shared: Counter[int]) -> tuple[str, str]:
     if sizes.dense:
         return "dense", "its ratio leaves nothing out"
     if config.backend == "masked":
@@ -71,7 +78,7 @@ def _choose_backend(ffn: FFN, sizes: Sizes, config: PopConfig, shared: Counter[i
     if config.batch == "per_sequence":
         return "masked", "batch='per_sequence' needs a mask for each row; no speed-up"
     reason = ffn.why_not_plain()
-    if reason is None and any(shared[_storage(p.weight)] > 1 for p in ffn.projections):
+    if reason is None and any(shared[_storage(p)] > 1 for module in ffn.modules for p in module.parameters(False)):
         reason = f"{ffn.name} shares its weights with another module"
     if reason is not None:
         return "masked", f"{reason}, so its channels cannot be reordered; no speed-up"
@@ -132,7 +139,7 @@ class Session:
             raise SessionError("This session is attached already.")
         if self.model.training:
             raise SessionError("The model is in training mode; pruning is for inference. Call model.eval() first.")
-        downs = [plan.ffn.down.module for plan in self.plans]
+        downs = [plan.ffn.modules[-1] for plan in self.plans]
         if any(module in _PRUNED_MODULES for module in downs):
             raise SessionError("The model is being pruned by another session; leave that one first.")
         if any(p.device.type == "meta" for p in self.model.parameters()) and not hasattr(self.model, "hf_device_map"):
@@ -146,7 +153,7 @@ class Session:
             for index, backend in enumerate(self._backends):
                 (self._inplace if backend == "inplace" else self._masked).attach(index)
             for index, ffn in enumerate(self._engine.ffns):
-                hook = ffn.down.module.register_load_state_dict_post_hook(self._reload(index))
+                hook = ffn.modules[-1].register_load_state_dict_post_hook(self._reload(index))
                 self._undo.append(hook.remove)
         except BaseException:
             self.detach()
@@ -165,7 +172,7 @@ class Session:
             while self._undo:
                 self._undo.pop()()
             for plan in self.plans:
-                _PRUNED_MODULES.discard(plan.ffn.down.module)
+                _PRUNED_MODULES.discard(plan.ffn.modules[-1])
             self.attached = False
 
     def _reload(self, index: int) -> Callable[..., None]:
@@ -236,6 +243,8 @@ class Session:
 
     def _begin(self, forward: Forward) -> None:
         state: PromptState = forward.state
+        if forward.cache is not None:
+            self._engine.settle(state, lambda: int(forward.cache.get_seq_length()))
         if forward.next_chunk and self.config.prefill == "partition":
             raise ConfigError(
                 "prefill='partition' needs the whole prompt in one forward, since the whole prompt chooses the channels on "

@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from .experts import Experts
 from .report import FFNPlan, Report
 
 if TYPE_CHECKING:
@@ -190,9 +191,9 @@ def _plan_cells(plans: Sequence[FFNPlan]) -> list[str]:
     sizes = plans[0].sizes
     layers = [plan.ffn.layer for plan in plans]
     where = f"{layers[0]}" if layers[0] == layers[-1] else f"{layers[0]}-{layers[-1]}"
-    experts = {plan.ffn.expert for plan in plans} - {None}
-    if experts:
-        where += f" ({len(experts)} {_plural(len(experts), 'expert')})"
+    experts = plans[0].ffn
+    if isinstance(experts, Experts):
+        where += f" ({experts.count} experts, top {experts.top_k})"
     elif plans[0].ffn.role == "shared_expert":
         where += " (shared)"
     return [where, *map(str, (sizes.channels, sizes.retained, sizes.candidates, sizes.pruned))]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ..errors import PhaseError
+from ..experts import Experts
 from ..layout import FFN
 from ..phase import Forward, PhaseTracker
 
 
-def current_forward(tracker: PhaseTracker, ffn: FFN) -> Forward:
+def current_forward(tracker: PhaseTracker, ffn: FFN | Experts) -> Forward:
     """The forward that this FFN runs in. An FFN that was called past the model cannot be attributed."""
     forward = tracker.current
     if forward is None:

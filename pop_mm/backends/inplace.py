@@ -16,104 +16,12 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine, PromptState
+from ..experts import Experts
 from ..layout import FFN, Projection, linear
-from ..partition import Partition, Sizes
 from ..phase import Forward, PhaseTracker
 from .base import current_forward
-
-
-class ChannelOrder:
-    """The present order of one FFN's channels in its weights.
-
-    Attributes
-    ----------
-    channel_at : Tensor
-        ``[D]``: original channel at each position.
-    position_of : Tensor
-        ``[D]``: position of each original channel.
-    moved : bool
-        Whether the order differs from the original one.
-    """
-
-    def __init__(self, ffn: FFN) -> None:
-        self._ffn = ffn
-        self.channel_at = torch.arange(ffn.size, device=ffn.down.weight.device)
-        self.position_of = self.channel_at.clone()
-        self.moved = False
-
-    def target_zones(self, partition: Partition) -> Tensor:
-        """``[D]``: for each position the zone where its channel belongs: 0 retained, 1 candidate, 2 pruned."""
-        zones = torch.zeros_like(self.channel_at, dtype=torch.uint8)
-        zones[self.position_of[partition.candidates]] = 1
-        zones[self.position_of[partition.pruned]] = 2
-        return zones
-
-    def swap(self, first: Tensor, second: Tensor) -> None:
-        """Exchange the channels at positions ``first[i]`` and ``second[i]``."""
-        if not len(first):
-            return
-        self.moved = True
-        first, second = first.to(self.channel_at.device), second.to(self.channel_at.device)
-        self._ffn.swap(first, second)
-        at = self.channel_at.clone()
-        at[first], at[second] = self.channel_at[second], self.channel_at[first]
-        self.channel_at = at
-        self.position_of = torch.empty_like(at).scatter_(0, at, torch.arange(len(at), device=at.device))
-
-    def restore(self) -> None:
-        """Put every channel back: bit for bit, since only whole channels were ever exchanged."""
-        if not self.moved:
-            return
-        for first, second in _involutions(self.channel_at.tolist()):
-            self.swap(torch.tensor(first), torch.tensor(second))
-        assert bool((self.channel_at[1:] > self.channel_at[:-1]).all())
-        self.moved = False
-
-
-def zone_swaps(zones: Tensor, sizes: Sizes) -> list[tuple[Tensor, Tensor]]:
-    """The fewest exchanges that bring every channel into its zone, as two rounds of disjoint swaps.
-
-    Parameters
-    ----------
-    zones : Tensor
-        ``[D]`` on the host, from :meth:`ChannelOrder.target_zones`.
-    """
-    here = torch.tensor([0, 1, 2], dtype=zones.dtype).repeat_interleave(
-        torch.tensor([sizes.retained, sizes.candidates, sizes.pruned])
-    )
-    strayed = {(i, j): ((here == i) & (zones == j)).nonzero().squeeze(-1) for i in range(3) for j in range(3) if i != j}
-    firsts, seconds = [], []
-    for i, j in ((0, 1), (0, 2), (1, 2)):  # pairs that are each in the other's zone
-        n = min(len(strayed[i, j]), len(strayed[j, i]))
-        firsts.append(strayed[i, j][:n])
-        seconds.append(strayed[j, i][:n])
-        strayed[i, j], strayed[j, i] = strayed[i, j][n:], strayed[j, i][n:]
-    # what is left runs round the three zones one way or the other, and takes two exchanges each
-    around = ((0, 1), (1, 2), (2, 0)) if len(strayed[0, 1]) else ((0, 2), (2, 1), (1, 0))
-    a, b, c = (strayed[edge] for edge in around)
-    return [(torch.cat([*firsts, a]), torch.cat([*seconds, b])), (a, c)]
-
-
-def _involutions(channel_at: list[int]) -> list[tuple[list[int], list[int]]]:
-    """Two rounds of disjoint swaps that sort a permutation: every cycle is a product of two reflections."""
-    rounds: list[tuple[list[int], list[int]]] = [([], []), ([], [])]
-    seen = [False] * len(channel_at)
-    for start in range(len(channel_at)):
-        cycle = []
-        position = start
-        while not seen[position]:
-            seen[position] = True
-            cycle.append(position)
-            position = channel_at[position]
-        n = len(cycle)
-        # content of cycle[i] belongs to cycle[i + 1]: reflect i <-> n - 1 - i, then i <-> n - i
-        for (firsts, seconds), total in zip(rounds, (n - 1, n), strict=True):
-            for i in range(n):
-                j = (total - i) % n
-                if i < j:
-                    firsts.append(cycle[i])
-                    seconds.append(cycle[j])
-    return rounds
+from .experts import InplaceExperts
+from .order import ChannelOrder
 
 
 class ResidentCandidates(NamedTuple):
@@ -151,21 +59,44 @@ class InplaceBackend:
         self._engine = engine
         self._tracker = tracker
         self._orders: dict[int, ChannelOrder] = {}
+        self._experts: dict[int, InplaceExperts] = {}
         self._candidates: dict[int, ResidentCandidates] = {}
         self._resident: PromptState | None = None
         self._undo: list[Callable[[], object]] = []
-        self.seconds = 0.0
-        self.moved_channels = 0
+        self._seconds = 0.0
+        self._moved_channels = 0
+
+    @property
+    def seconds(self) -> float:
+        """Time spent moving channels."""
+        return self._seconds + sum(experts.seconds for experts in self._experts.values())
+
+    @property
+    def moved_channels(self) -> int:
+        """Channels moved so far."""
+        return self._moved_channels + sum(experts.moved_channels for experts in self._experts.values())
 
     def attach(self, index: int) -> None:
-        """Take over the projections of FFN number ``index`` of the engine."""
-        ffn = self._engine.ffns[index]
-        order = self._orders[index] = ChannelOrder(ffn)
+        """Take over FFN number ``index`` of the engine."""
+        record = self._engine.ffns[index]
+        if isinstance(record, Experts):
+            self._experts[index] = experts = InplaceExperts(self._engine, index, self._tracker)
+            experts.attach()
+            restore = experts.restore
+        else:
+            order = self._orders[index] = ChannelOrder(record.size, record.device, record.swap)
+            self._replace_forwards(index, record)
+            restore = order.restore
 
         def canonical(*_: Any) -> None:
             self._resident = None
-            order.restore()
+            restore()
 
+        for module in record.modules:
+            self._undo.append(module.register_state_dict_pre_hook(canonical).remove)
+            self._undo.append(module.register_load_state_dict_pre_hook(canonical).remove)
+
+    def _replace_forwards(self, index: int, ffn: FFN) -> None:
         replaced = [(p.module, self._input_forward(index, p)) for p in ffn.inputs]
         replaced.append((ffn.down.module, self._down_forward(index)))
         if ffn.holder is not None and direct_forward_fits(ffn):
@@ -173,15 +104,14 @@ class InplaceBackend:
         for module, forward in replaced:
             module.forward = forward
             self._undo.append(partial(module.__dict__.pop, "forward", None))
-        for projection in ffn.projections:
-            self._undo.append(projection.module.register_state_dict_pre_hook(canonical).remove)
-            self._undo.append(projection.module.register_load_state_dict_pre_hook(canonical).remove)
 
     def detach(self) -> None:
         """Restore the original order and the modules' own forwards."""
         self._resident = None
         for order in self._orders.values():
             order.restore()
+        for experts in self._experts.values():
+            experts.detach()
         while self._undo:
             self._undo.pop()()
 
@@ -200,26 +130,29 @@ class InplaceBackend:
         if state.moved and self._resident is not None and self._resident.alive:
             return False
         started = time.perf_counter()
+        if self._orders:
+            self._place_ffns(state)
+        for experts in self._experts.values():
+            experts.forget_resident()
+        state.moved = True
+        self._resident = state
+        self._seconds += time.perf_counter() - started
+        return True
+
+    def _place_ffns(self, state: PromptState) -> None:
         partitions = {index: self._engine.partition(index, state) for index in self._orders}
         zones = [self._orders[index].target_zones(part) for index, part in partitions.items()]
         # one transfer to the host for all FFNs: how many channels move is not known before
         on_host = torch.cat([z.to(zones[0].device) for z in zones]).cpu().split([len(z) for z in zones])
         for (index, part), zone in zip(partitions.items(), on_host, strict=True):
             order = self._orders[index]
-            for first, second in zone_swaps(zone, part.sizes):
-                order.swap(first, second)
-                self.moved_channels += 2 * len(first)
-            resident = order.channel_at[part.sizes.retained : part.sizes.width]
-            ranks = torch.searchsorted(part.candidates, resident)
+            self._moved_channels += order.place(part, zone)
+            ranks = order.candidates(part)
             weight = state.ffns[index].candidate_weight
             assert weight is not None
             weight = weight[ranks]
             choose = self._engine.chooser(index, state, weight, ranks)
             self._candidates[index] = ResidentCandidates(ranks, weight, choose)
-        state.moved = True
-        self._resident = state
-        self.seconds += time.perf_counter() - started
-        return True
 
     def _input_forward(self, index: int, projection: Projection) -> Callable[[Tensor], Tensor]:
         tracker, module = self._tracker, projection.module
@@ -235,7 +168,7 @@ class InplaceBackend:
         return forward
 
     def _down_forward(self, index: int) -> Callable[[Tensor], Tensor]:
-        ffn, sizes = self._engine.ffns[index], self._engine.sizes[index]
+        ffn, sizes = self._engine.ffn(index), self._engine.sizes[index]
         tracker, module = self._tracker, ffn.down.module
         own_forward = type(module).forward
         narrow = ffn.down.narrow(sizes.width)
@@ -278,7 +211,7 @@ class InplaceBackend:
         Calling three modules costs as much as a fifth of a small FFN: their Python objects have left the cache since
         the layer before. Hooks on the projections are respected: then the module's own forward runs.
         """
-        ffn, sizes, tracker = self._engine.ffns[index], self._engine.sizes[index], self._tracker
+        ffn, sizes, tracker = self._engine.ffn(index), self._engine.sizes[index], self._tracker
         holder, weight = ffn.holder, ffn.down.weight
         assert holder is not None
         own_forward = type(holder).forward

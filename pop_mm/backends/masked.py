@@ -12,12 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Engine
+from ..experts import Experts
 from ..phase import PhaseTracker
 from .base import current_forward
+from .experts import MaskedExperts
 
 
 class MaskedBackend:
-    """One forward pre-hook on each down projection, wherever and however that stores its weights."""
+    """One forward pre-hook on each down projection, wherever and however that stores its weights.
+
+    Routed experts are reached through transformers' ExpertsInterface.
+    """
 
     name = "masked"
 
@@ -28,7 +33,12 @@ class MaskedBackend:
 
     def attach(self, index: int) -> None:
         """Hook FFN number ``index`` of the engine."""
-        ffn = self._engine.ffns[index]
+        if isinstance(self._engine.ffns[index], Experts):
+            experts = MaskedExperts(self._engine, index, self._tracker)
+            experts.attach()
+            self._undo.append(experts.detach)
+            return
+        ffn = self._engine.ffn(index)
 
         @torch.compiler.disable
         def before_down(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

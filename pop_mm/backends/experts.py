@@ -1,0 +1,341 @@
+"""Routed experts on both backends, reached through transformers' ExpertsInterface. Routing is never touched.
+
+The interface picks a function by a name in the config. A session puts its own name there; whatever it does not compute
+itself it hands on to the implementation that was selected before, with the input of the down projections looked at.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine import Engine
+from ..experts import Experts
+from ..layout import linear
+from ..partition import dropped_candidates
+from ..phase import Forward, Phase, PhaseTracker
+from ..routed import ExpertsState, Slots
+from .base import current_forward
+from .order import ChannelOrder
+
+IMPLEMENTATION = "pop_mm"
+_HANDLERS: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@dataclass
+class _Selection:
+    """A config whose implementation is ours for now."""
+
+    config: Any
+    before: str | None
+    users: int = 0
+
+
+_SELECTED: dict[int, _Selection] = {}
+
+
+def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """What transformers calls for every module whose config names :data:`IMPLEMENTATION`."""
+    handler = _HANDLERS.get(module)
+    if handler is not None:
+        return handler(*args, **kwargs)
+    return _stock(module, _SELECTED[id(module.config)].before)(*args, **kwargs)  # another model with the same config
+
+
+def _stock(module: nn.Module, name: str | None) -> Callable[..., Tensor]:
+    """An implementation of transformers, bound to the module."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+    return partial(ALL_EXPERTS_FUNCTIONS.get_interface(name, eager), module)
+
+
+def _select(config: Any) -> Callable[[], None]:
+    """Name our implementation in a config; returns what puts back the one before, once nobody uses ours any more."""
+    from transformers.integrations.moe import ExpertsInterface
+
+    ExpertsInterface.register(IMPLEMENTATION, _dispatch)
+    with _LOCK:
+        selection = _SELECTED.setdefault(id(config), _Selection(config, config._experts_implementation))
+        selection.users += 1
+        config._experts_implementation_internal = IMPLEMENTATION
+
+    def undo() -> None:
+        with _LOCK:
+            selection.users -= 1
+            if not selection.users:
+                config._experts_implementation_internal = selection.before
+                del _SELECTED[id(config)]
+
+    return undo
+
+
+class MaskedExperts:
+    """The reference: the experts as they are, with what is left out zeroed in front of their down projections."""
+
+    def __init__(self, engine: Engine, index: int, tracker: PhaseTracker) -> None:
+        record = engine.ffns[index]
+        assert isinstance(record, Experts)
+        self._engine = engine
+        self._index = index
+        self._record = record
+        self._module: Any = record.module
+        self._tracker = tracker
+        self._local = threading.local()
+        self._undo: list[Callable[[], object]] = []
+
+    def attach(self) -> None:
+        """Take over the module."""
+        module = self._module
+        self._undo.append(_select(module.config))
+        _HANDLERS[module] = self
+        self._undo.append(partial(_HANDLERS.pop, module, None))
+        if module.has_gate:
+            own_gate = module._apply_gate
+
+            def gate(gate_up: Tensor) -> Tensor:
+                return self._look(own_gate(gate_up))
+
+            module.__dict__["_apply_gate"] = gate
+            self._undo.append(partial(module.__dict__.pop, "_apply_gate", None))
+        else:
+            hook = module.act_fn.register_forward_hook(lambda _, __, h: self._look(h))
+            self._undo.append(hook.remove)
+
+    def detach(self) -> None:
+        """Give the module back as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    @torch.compiler.disable
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``: every forward of the experts."""
+        return self._reference(current_forward(self._tracker, self._record), hidden, ids, weights)
+
+    @property
+    def positions(self) -> Tensor | None:
+        """``[E, D]``: where each expert's original channels are, or None if in their own places."""
+        return None
+
+    def _look(self, h: Tensor) -> Tensor:
+        between: Callable[[Tensor], Tensor] | None = getattr(self._local, "between", None)
+        return h if between is None else between(h)
+
+    def _state(self, forward: Forward) -> ExpertsState:
+        state = forward.state.ffns[self._index]
+        assert isinstance(state, ExpertsState)
+        return state
+
+    def _reference(self, forward: Forward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The implementation that was selected before, with the engine's say on the down projections' inputs."""
+        before = _SELECTED[id(self._module.config)].before
+        routed = self._engine.routed(self._index)
+
+        def between(order: Tensor | None, h: Tensor) -> Tensor:
+            slots = Slots.of(forward, ids, weights, order, self._record.count)
+            return routed.apply(forward, self._state(forward), h, slots, self.positions)
+
+        if before in (None, "eager"):
+            return self._eager(hidden, ids, weights, between)
+        if before == "batched_mm":
+            order = None
+        else:  # the others run sorted by expert; what runs as one kernel cannot be looked into, so it is replaced
+            before, order = "grouped_mm", torch.sort(ids.reshape(-1))[1]
+        self._local.between = partial(between, order)
+        try:
+            return _stock(self._module, before)(hidden, ids, weights)
+        finally:
+            self._local.between = None
+
+    def _eager(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, between: Callable[[Tensor | None, Tensor], Tensor]
+    ) -> Tensor:
+        """Expert by expert, as the classes' own forwards do it."""
+        order, counts = self._by_expert(ids)
+        tokens = (order // ids.shape[-1]).split(counts)
+        record, width = self._record, self._record.size
+        parts = [
+            self._inputs(hidden[rows], record.input_views(expert, width))
+            for expert, rows in enumerate(tokens[: record.count])
+            if len(rows)
+        ]
+        if not parts:
+            return torch.zeros_like(hidden)
+        h = between(order[: sum(counts[: record.count])], self._gate(torch.cat(parts)))
+        result, start = torch.zeros_like(hidden), 0
+        share = weights.reshape(-1)[order].split(counts)
+        for expert, rows in enumerate(tokens[: record.count]):
+            if len(rows):
+                out = self._output(h[start : start + len(rows)], record.down_view(expert, width))
+                result.index_add_(0, rows, (out * share[expert].unsqueeze(1)).to(result.dtype))
+                start += len(rows)
+        return result
+
+    def _by_expert(self, ids: Tensor) -> tuple[Tensor, list[int]]:
+        """Slots sorted by expert, and how many each has; another device's come last."""
+        flat = ids.reshape(-1)
+        counts = torch.bincount(flat, minlength=self._record.count + 1).tolist()
+        return torch.argsort(flat, stable=True), counts
+
+    def _inputs(self, rows: Tensor, views: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        parts = [linear(rows, weight, bias) for weight, bias in views]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _gate(self, gate_up: Tensor) -> Tensor:
+        """``[N, 2 D]`` (or ``[N, D]`` without a gate) to ``[N, D]``."""
+        h: Tensor = self._module._apply_gate(gate_up) if self._module.has_gate else self._module.act_fn(gate_up)
+        return h
+
+    def _output(self, h: Tensor, view: tuple[Tensor, Tensor | None]) -> Tensor:
+        out = linear(h, *view)
+        if getattr(self._module, "has_post_expert_norm", False):
+            out = self._module.post_expert_norm(out)
+        return out
+
+
+class InplaceExperts(MaskedExperts):
+    """Reorders the channels of an expert when a decode step first needs it, and decodes on narrow views."""
+
+    def __init__(self, engine: Engine, index: int, tracker: PhaseTracker) -> None:
+        super().__init__(engine, index, tracker)
+        record = self._record
+        self._orders = [
+            ChannelOrder(record.size, record.device, partial(record.swap, expert)) for expert in range(record.count)
+        ]
+        self._positions: Tensor | None = None
+        self._placed: set[int] = set()
+        self._views: dict[int, Any] = {}
+        self._address: tuple[int, int] | None = None
+        self._weight: Tensor | None = None  # [E, |C|], of the candidates as they stand in the weights
+        self.seconds = 0.0
+        self.moved_channels = 0
+
+    def detach(self) -> None:
+        """Restore the original order, and give the module back as it was."""
+        self.restore()
+        super().detach()
+
+    def restore(self) -> None:
+        """Put every channel back."""
+        self.forget_resident()
+        for order in self._orders:
+            order.restore()
+        self._positions = None
+
+    def forget_resident(self) -> None:
+        """Another prompt decodes from now on: every expert has to be placed anew."""
+        self._placed.clear()
+
+    @property
+    def positions(self) -> Tensor | None:
+        """``[E, D]``: where each expert's original channels are, or None if in their own places."""
+        return self._positions
+
+    @torch.compiler.disable
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``: every forward of the experts."""
+        forward = current_forward(self._tracker, self._record)
+        if forward.fast and forward.phase is Phase.DECODE:
+            state = self._state(forward)
+            if state.all_ready or self._ready(state, ids):
+                return self._narrow(forward, state, hidden, ids, weights)
+        return self._reference(forward, hidden, ids, weights)
+
+    def _ready(self, state: ExpertsState, ids: Tensor) -> bool:
+        assert state.ready is not None
+        flat = ids.reshape(-1)
+        return bool(state.ready[flat[flat < self._record.count]].all())
+
+    def _narrow(self, forward: Forward, state: ExpertsState, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """A decode step on R and C of the experts that it needs."""
+        record, sizes = self._record, self._engine.sizes[self._index]
+        if len(ids) == 1 and not self._module._is_expert_parallel:
+            experts, counts, order, rows = ids[0].tolist(), [1] * ids.shape[1], None, None
+        else:
+            order, every = self._by_expert(ids)
+            experts = [expert for expert, count in enumerate(every[: record.count]) if count]
+            counts = [every[expert] for expert in experts]
+            order = order[: sum(counts)]
+            rows = (order // ids.shape[1]).split(counts)
+        if not experts:
+            return torch.zeros_like(hidden)
+        self._place(state, [expert for expert in experts if expert not in self._placed])
+        views = [self._view(expert, sizes.width) for expert in experts]
+        h = self._gate(
+            torch.cat(
+                [
+                    self._inputs(hidden if rows is None else hidden[rows[i]], inputs)
+                    for i, (inputs, _) in enumerate(views)
+                ]
+            )
+        )
+        if sizes.candidates:
+            h = h.clone() if h.requires_grad else h
+            candidates = h[:, sizes.retained :]
+            candidates.scatter_(1, self._choose(forward, candidates, ids, weights, order), 0)
+        out = torch.cat([self._output(part, down) for part, (_, down) in zip(h.split(counts), views, strict=True)])
+        share = weights.reshape(-1, 1) if order is None else weights.reshape(-1)[order].unsqueeze(1)
+        out = out * share
+        for expert, count in zip(experts, counts, strict=True):
+            state.decode_tokens[expert] += count
+        if order is None:
+            return out.sum(0, keepdim=True).to(hidden.dtype)
+        return torch.zeros_like(hidden, dtype=out.dtype).index_add_(0, order // ids.shape[1], out).to(hidden.dtype)
+
+    def _choose(
+        self, forward: Forward, candidates: Tensor, ids: Tensor, weights: Tensor, order: Tensor | None
+    ) -> Tensor:
+        """``[N, n]``: which of the candidates (``[N, |C|]``, as they stand in the weights) each slot leaves out."""
+        assert self._weight is not None
+        if order is None:  # one token: nothing to share, and the router's weight changes no ranking
+            scores = candidates.detach().abs() * self._weight[ids[0]]
+            return dropped_candidates(scores, self._engine.sizes[self._index])
+        slots = Slots.of(forward, ids, weights, order, self._record.count)
+        routed = self._engine.routed(self._index)
+        return routed.choose(forward, candidates, self._weight[slots.expert], slots, slots.column)
+
+    def _view(self, expert: int, width: int) -> Any:
+        address = (self._record.down.data_ptr(), getattr(self._module, self._record.input_name).data_ptr())
+        if address != self._address:
+            self._address = address
+            self._views.clear()
+        if expert not in self._views:
+            self._views[expert] = (
+                self._record.input_views(expert, width),
+                self._record.down_view(expert, width),
+            )
+        return self._views[expert]
+
+    def _place(self, state: ExpertsState, experts: Sequence[int]) -> None:
+        """Bring R and C of these experts to the front."""
+        if not experts:
+            return
+        started = time.perf_counter()
+        part, weight = state.partition, state.candidate_weight
+        assert part is not None and weight is not None
+        if self._weight is None or self._weight.device != weight.device:
+            with torch.inference_mode(False):
+                self._weight = torch.zeros_like(weight)
+        if self._positions is None:
+            with torch.inference_mode(False):
+                self._positions = torch.stack([order.position_of for order in self._orders])
+        zones = torch.stack([self._orders[expert].target_zones(part[expert]) for expert in experts]).cpu()
+        for expert, zone in zip(experts, zones, strict=True):
+            order = self._orders[expert]
+            self.moved_channels += order.place(part[expert], zone)
+            self._positions[expert] = order.position_of
+            self._weight[expert] = weight[expert][order.candidates(part[expert])]
+            self._placed.add(expert)
+        self.seconds += time.perf_counter() - started
+
+
+__all__ = ["InplaceExperts", "MaskedExperts"]

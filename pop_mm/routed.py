@@ -1,0 +1,407 @@
+"""POP for routed experts: every expert has its own partition, from the prompt's tokens that the router sent to it.
+
+A *slot* is one (token, expert) pair. Statistics and partitions are kept by *unit*: one for each expert, or, with
+``batch="per_sequence"``, one for each row and expert. An expert that the prompt hardly reached stays dense until it has
+seen enough tokens. Knows neither how experts are stored nor how they are computed.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import PopConfig
+from .experts import Experts
+from .partition import Partition, Sizes, dropped_candidates, partition
+from .phase import Forward, Phase
+
+_BLOCK = 1 << 22  # activations that are squared at once
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Which token and expert each row of a batch of expert activations belongs to.
+
+    Attributes
+    ----------
+    expert, row : Tensor
+        ``[N]``: the expert's number and the row of the batch.
+    column : Tensor
+        ``[N]``: column of the forward's input.
+    weight : Tensor
+        ``[N]``: the router's weight.
+    valid : Tensor
+        ``[N]``, boolean: false for padding, rows that have finished, and experts that another device holds.
+    """
+
+    expert: Tensor
+    row: Tensor
+    column: Tensor
+    weight: Tensor
+    valid: Tensor
+
+    @classmethod
+    def of(cls, forward: Forward, ids: Tensor, weights: Tensor, order: Tensor | None, experts: int) -> Slots:
+        """Slots of one call of the experts.
+
+        Parameters
+        ----------
+        ids, weights : Tensor
+            ``[B * q, k]``, the router's choice.
+        order : Tensor or None
+            ``[N]``: the flat (token, choice) number of each slot; None if in that very order.
+        """
+        order = torch.arange(ids.numel(), device=ids.device) if order is None else order
+        expert, token = ids.reshape(-1)[order], order // ids.shape[-1]
+        valid = expert < experts  # under expert parallelism a number past the last one marks another device's expert
+        if forward.valid is not None:
+            valid = valid & forward.valid.to(ids.device).reshape(-1)[token]
+        column = token % forward.length
+        return cls(expert.clamp(max=experts - 1), token // forward.length, column, weights.reshape(-1)[order], valid)
+
+    def __getitem__(self, index: Tensor) -> Slots:
+        """Some of the slots."""
+        return Slots(*(getattr(self, name)[index] for name in ("expert", "row", "column", "weight", "valid")))
+
+
+class ExpertsState:
+    """What one prompt knows about the experts of one layer.
+
+    Attributes
+    ----------
+    energy : Tensor
+        Sum of squared activations of each channel over the unit's tokens, ``[U, D]``.
+    seen, prompt_tokens : Tensor
+        ``[U]``: tokens in ``energy``, and those of the prompt among them.
+    partition : Partition or None
+        Of every unit; means something where ``ready``.
+    candidate_weight : Tensor or None
+        The scorer's weight of each candidate, ``[U, |C|]``.
+    ready, late : Tensor or None
+        ``[U]``, boolean: units that have their partition, and those that got it while decoding.
+    decode_tokens, dense_tokens : list of int
+        By expert: tokens that it saw while decoding, and those that it ran dense for.
+    """
+
+    @torch.inference_mode(False)  # buffers that may be written in and out of inference mode
+    def __init__(self, experts: Experts, sizes: Sizes, rows: int, dtype: torch.dtype) -> None:
+        count, device = experts.count, experts.device if experts.device.type != "meta" else torch.device("cpu")
+        self.sizes = sizes
+        self.experts = count
+        self.energy = torch.zeros(rows * count, sizes.channels, dtype=dtype, device=device)
+        self.seen = torch.zeros(rows * count, dtype=torch.int64, device=device)
+        self.prompt_tokens = self.seen.clone()
+        self.partition: Partition | None = None
+        self.candidate_weight: Tensor | None = None
+        self.ready: Tensor | None = None
+        self.late: Tensor | None = None
+        self.decode_tokens = [0] * count
+        self.dense_tokens = [0] * count
+        self.undecided: _Undecided | None = None
+        self._all_ready = False
+
+    @torch.inference_mode(False)
+    def copy(self) -> ExpertsState:
+        """An independent copy."""
+        twin = copy.copy(self)
+        for name in ("energy", "seen", "prompt_tokens"):
+            setattr(twin, name, getattr(self, name).clone())
+        twin.decode_tokens, twin.dense_tokens = list(self.decode_tokens), list(self.dense_tokens)
+        return twin
+
+    def count(self, experts: Tensor, tokens: list[int]) -> None:
+        """Add one token for each of ``experts``."""
+        for expert, more in enumerate(torch.bincount(experts, minlength=self.experts).tolist()):
+            tokens[expert] += more
+
+    def invalidate(self) -> None:
+        """The partitions so far no longer hold."""
+        self.partition = None
+        self.ready = None
+        self._all_ready = False
+
+    @torch.inference_mode(False)
+    def select_rows(self, rows: Tensor) -> None:
+        """Row b is row ``rows[b]`` of before."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.unflatten(0, (-1, self.experts))[rows.to(tensor.device)].flatten(0, 1)
+
+        self.energy, self.seen, self.prompt_tokens = moved(self.energy), moved(self.seen), moved(self.prompt_tokens)
+        if self.partition is not None and self.candidate_weight is not None:
+            part = self.partition
+            self.partition = Partition(moved(part.retained), moved(part.candidates), moved(part.pruned), part.sizes)
+            self.candidate_weight = moved(self.candidate_weight)
+        if self.ready is not None and self.late is not None:
+            self.ready, self.late = moved(self.ready), moved(self.late)
+        self.undecided = None
+
+    @property
+    def all_ready(self) -> bool:
+        """Whether every unit has its partition; the answer is kept once it is yes."""
+        if not self._all_ready and self.ready is not None:
+            self._all_ready = bool(self.ready.all())
+        return self._all_ready
+
+
+@dataclass(frozen=True)
+class _Undecided:
+    """What a forward of several decode steps taught about experts without a partition, until it is known which of the
+    steps were accepted: assisted decoding crops the cache.
+    """
+
+    before: ExpertsState
+    h: Tensor
+    slots: Slots
+    unit: Tensor
+    step: Tensor
+    steps: int
+    cache_length: int
+
+
+class RoutedExperts:
+    """The algorithm for the experts of one layer.
+
+    Parameters
+    ----------
+    experts : Experts
+    sizes : Sizes
+    config : PopConfig
+    weight : Tensor
+        The scorer's weight of each channel, ``[E, D]``.
+    """
+
+    def __init__(self, experts: Experts, sizes: Sizes, config: PopConfig, weight: Tensor) -> None:
+        self.experts = experts
+        self.sizes = sizes
+        self.config = config
+        self.weight = weight
+
+    def _unit(self, slots: Slots) -> Tensor:
+        if self.config.batch == "shared":
+            return slots.expert
+        return slots.row * self.experts.count + slots.expert
+
+    # prefill --------------------------------------------------------------------------------------------------------
+
+    def observe(self, state: ExpertsState, h: Tensor, slots: Slots, positions: Tensor | None) -> None:
+        """Add the squared activations of the prompt's tokens to their experts' statistics.
+
+        Parameters
+        ----------
+        h : Tensor
+            ``[N, D]``, inputs of the down projections.
+        positions : Tensor or None
+            ``[E, D]``: where each expert's original channels are in ``h``; None if in their own places.
+        """
+        self._add(state, h, slots, positions)
+        state.prompt_tokens.index_add_(0, self._unit(slots), slots.valid.long())
+
+    def _add(self, state: ExpertsState, h: Tensor, slots: Slots, positions: Tensor | None) -> None:
+        h, unit = h.detach(), self._unit(slots)
+        for part in torch.arange(len(h), device=h.device).split(max(1, _BLOCK // self.sizes.channels)):
+            values = h[part] if positions is None else h[part].gather(1, positions[slots.expert[part]])
+            squared = self._weighted(values.to(state.energy.dtype), slots.weight[part]).square()
+            squared.masked_fill_(~slots.valid[part].unsqueeze(1), 0)
+            state.energy.index_add_(0, unit[part], squared)
+        state.seen.index_add_(0, unit, slots.valid.long())
+
+    def _weighted(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Activations as the score takes them."""
+        if self.config.expert_score == "routed":
+            return values * weight.detach().to(values.dtype).unsqueeze(1)
+        return values
+
+    def partition(self, state: ExpertsState) -> Partition:
+        """Make (or return) the partitions of all units from the statistics so far."""
+        if state.partition is None:
+            rows = len(state.seen) // self.experts.count
+            weight = self.weight.to(state.energy.device).repeat(rows, 1)
+            scores = weight * state.energy.sqrt()
+            enough = state.seen >= self.config.min_tokens
+            if self.config.unseen == "weights":
+                norms = (
+                    (self.weight * self.experts.input_norms().to(self.weight.device)).to(scores.device).repeat(rows, 1)
+                )
+                scores = scores.where(enough.unsqueeze(1), norms)
+                enough = torch.ones_like(enough)
+            state.partition = partition(scores, self.sizes)
+            state.candidate_weight = weight.gather(1, state.partition.candidates)
+            state.ready, state.late = enough, torch.zeros_like(enough)
+        return state.partition
+
+    # decode ---------------------------------------------------------------------------------------------------------
+
+    def apply(self, forward: Forward, state: ExpertsState, h: Tensor, slots: Slots, positions: Tensor | None) -> Tensor:
+        """The reference path: observe, partition and mask the inputs of the down projections, as the phase asks.
+
+        Parameters
+        ----------
+        h : Tensor
+            ``[N, D]``, all slots of this call.
+        positions : Tensor or None
+            As for :meth:`observe`.
+
+        Returns
+        -------
+        Tensor
+            Like ``h``, zero on the channels that are left out.
+        """
+        if forward.phase is Phase.DECODE:
+            return self._decode(forward, state, h, slots, slots.column, positions)
+        prompt: Tensor | None = None
+        if forward.phase is Phase.MIXED:
+            start = forward.decode_from
+            step = slots.column - (start if isinstance(start, int) else start.to(h.device)[slots.row])
+            prompt, decode = (step < 0).nonzero().squeeze(1), (step >= 0).nonzero().squeeze(1)
+        mine = slots if prompt is None else slots[prompt]
+        self.observe(state, h if prompt is None else h[prompt], mine, positions)
+        if prompt is None and self.config.prefill == "dense":
+            return h
+        self.partition(state)
+        result = h.clone()
+        if self.config.prefill == "partition":
+            allowed = self._allowed(state, mine, positions)
+            if prompt is None:
+                return h.where(allowed, 0)
+            result[prompt] = h[prompt].where(allowed, 0)
+        if prompt is not None and len(decode):
+            result[decode] = self._decode(forward, state, h[decode], slots[decode], step[decode], positions)
+        return result
+
+    def _allowed(self, state: ExpertsState, slots: Slots, positions: Tensor | None) -> Tensor:
+        """``[N, D]`` boolean: R and C of each slot's unit, at their places in ``h``; everything where there is none."""
+        assert state.partition is not None and state.ready is not None
+        unit = self._unit(slots)
+        allowed = _without(state.partition.pruned[unit], self.sizes.channels, slots, positions)
+        return allowed | ~state.ready[unit].unsqueeze(1)
+
+    def _decode(
+        self,
+        forward: Forward,
+        state: ExpertsState,
+        h: Tensor,
+        slots: Slots,
+        step: Tensor,
+        positions: Tensor | None,
+    ) -> Tensor:
+        """Decode steps; ``step`` (``[N]``) numbers them. What is left out of ``h`` is zero."""
+        waiting = None if state.all_ready else self._learn(forward, state, h, slots, step, positions)
+        assert state.partition is not None and state.candidate_weight is not None
+        unit = self._unit(slots)
+        left_out = state.partition.pruned[unit]
+        if self.sizes.candidates:
+            chosen = state.partition.candidates[unit]
+            places = chosen if positions is None else positions[slots.expert].gather(1, chosen)
+            dropped = self.choose(forward, h.gather(1, places), state.candidate_weight[unit], slots, step)
+            left_out = torch.cat([left_out, chosen.gather(1, dropped)], 1)
+        active = _without(left_out, self.sizes.channels, slots, positions)
+        state.count(slots.expert[slots.valid], state.decode_tokens)
+        if waiting is not None:
+            active = active | waiting.unsqueeze(1)
+            state.count(slots.expert[slots.valid & waiting], state.dense_tokens)
+        return h.where(active, 0)
+
+    def choose(self, forward: Forward, candidates: Tensor, weight: Tensor, slots: Slots, step: Tensor) -> Tensor:
+        """Which candidates each slot leaves out: ``[N, n]``, indices into its candidates (paper 3.3).
+
+        With ``batch="shared"`` the tokens that one step sends to one expert share their choice.
+
+        Parameters
+        ----------
+        candidates, weight : Tensor
+            ``[N, |C|]``: activations and the scorer's weights.
+        """
+        values = self._weighted(candidates.detach().to(weight.dtype), slots.weight)
+        if forward.rows == 1 or self.config.batch == "per_sequence":
+            return dropped_candidates(values.abs() * weight, self.sizes)
+        together, group = torch.unique(slots.expert * (forward.length + 1) + step, return_inverse=True)
+        squared = values.square().masked_fill_(~slots.valid.unsqueeze(1), 0)
+        sums = squared.new_zeros(len(together), squared.shape[1]).index_add_(0, group, squared)
+        return dropped_candidates(sums.sqrt_()[group].mul_(weight), self.sizes)
+
+    # experts that the prompt did not reach --------------------------------------------------------------------------
+
+    def _learn(
+        self,
+        forward: Forward,
+        state: ExpertsState,
+        h: Tensor,
+        slots: Slots,
+        step: Tensor,
+        positions: Tensor | None,
+    ) -> Tensor | None:
+        """Let experts without a partition see these tokens, step by step, and partition them once it is enough.
+
+        Returns
+        -------
+        Tensor or None
+            ``[N]``, boolean: slots whose expert had no partition yet at its step, and runs dense.
+        """
+        assert state.ready is not None
+        unit = self._unit(slots)
+        new = (~state.ready[unit]).nonzero().squeeze(1)
+        if not len(new):
+            return None
+        if forward.length > 1 and forward.cache is not None and hasattr(forward.cache, "get_seq_length"):
+            length = int(forward.cache.get_seq_length())
+            steps = int(step.max()) + 1
+            taught = h[new] if positions is None else h[new].gather(1, positions[slots.expert[new]])
+            state.undecided = _Undecided(state.copy(), taught, slots[new], unit[new], step[new], steps, length)
+        waiting = torch.zeros_like(slots.valid)
+        waiting[new] = self._teach(state, h[new], slots[new], unit[new], step[new], positions)
+        return waiting
+
+    def _teach(
+        self,
+        state: ExpertsState,
+        h: Tensor,
+        slots: Slots,
+        unit: Tensor,
+        step: Tensor,
+        positions: Tensor | None,
+    ) -> Tensor:
+        assert state.ready is not None and state.late is not None and state.partition is not None
+        waited = torch.zeros_like(slots.valid)
+        for now in step.unique(sorted=True):
+            here = ((step == now) & ~state.ready[unit]).nonzero().squeeze(1)
+            waited[here] = True
+            self._add(state, h[here], slots[here], positions)
+            done = (~state.ready & (state.seen >= self.config.min_tokens)).nonzero().squeeze(1)
+            if len(done):
+                weight = self.weight.to(h.device)[done % self.experts.count]
+                fresh = partition(weight * state.energy[done].sqrt(), self.sizes)
+                old = state.partition
+                state.partition = Partition(
+                    old.retained.index_copy(0, done, fresh.retained),
+                    old.candidates.index_copy(0, done, fresh.candidates),
+                    old.pruned.index_copy(0, done, fresh.pruned),
+                    self.sizes,
+                )
+                assert state.candidate_weight is not None
+                state.candidate_weight = state.candidate_weight.index_copy(0, done, weight.gather(1, fresh.candidates))
+                state.ready, state.late = state.ready.index_fill(0, done, True), state.late.index_fill(0, done, True)
+        return waited
+
+    def settle(self, state: ExpertsState, cache_length: int) -> None:
+        """Before the next forward: unlearn the steps that were cropped off the cache again."""
+        undecided, state.undecided = state.undecided, None
+        if undecided is None or cache_length >= undecided.cache_length:
+            return
+        accepted = undecided.step < undecided.steps - (undecided.cache_length - cache_length)
+        before = undecided.before
+        for name in ("energy", "seen", "partition", "candidate_weight", "ready", "late"):
+            setattr(state, name, getattr(before, name))  # its tensors are nobody else's
+        state._all_ready = False
+        kept = accepted.nonzero().squeeze(1)
+        self._teach(state, undecided.h[kept], undecided.slots[kept], undecided.unit[kept], undecided.step[kept], None)
+
+
+def _without(left_out: Tensor, channels: int, slots: Slots, positions: Tensor | None) -> Tensor:
+    """``[N, D]`` boolean, false on the channels ``left_out`` (``[N, n]``, original numbers) at their places."""
+    places = left_out if positions is None else positions[slots.expert].gather(1, left_out)
+    active = torch.ones(len(left_out), channels, dtype=torch.bool, device=left_out.device)
+    return active.scatter_(1, places, False)
