@@ -18,7 +18,7 @@ from .report import FFNPlan, Report
 if TYPE_CHECKING:
     from .samples import Sample
 
-_MOST_ROWS = 96  # a table with more rows than this is summed up over experts, then over layers
+_MOST_ROWS = 96  # a table with more rows than this is summed up over layers
 
 
 def report_table(report: Report) -> list[RenderableType]:
@@ -200,7 +200,7 @@ def _plan_cells(plans: Sequence[FFNPlan]) -> list[str]:
 
 
 def _runs(items: Sequence[Any], plan_of: Callable[[Any], FFNPlan], rest: Callable[[Any], object]) -> list[list[Any]]:
-    """Neighbours that share a table row: all that look the same; if too many, experts of a layer; if still, layers."""
+    """Neighbours that share a table row: all that look the same; if these are too many, all of one kind."""
 
     def kind(item: Any) -> tuple[object, ...]:
         plan = plan_of(item)
@@ -208,7 +208,6 @@ def _runs(items: Sequence[Any], plan_of: Callable[[Any], FFNPlan], rest: Callabl
 
     keys: list[Callable[[Any], object]] = [
         lambda item: (kind(item), rest(item)),
-        lambda item: (kind(item), plan_of(item).ffn.layer),
         kind,
     ]
     runs: list[list[Any]] = []

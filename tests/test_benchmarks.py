@@ -57,7 +57,7 @@ def test_decode_fidelity_runs(tiny_folder, tmp_path):
     judged = {verdict["target"]: verdict["passed"] for verdict in result["verdicts"]}
     assert [passed for target, passed in judged.items() if target.startswith("KL")] == [
         None
-    ] * 3  # not the standard setting
+    ] * 4  # not the standard setting
     assert [passed for target, passed in judged.items() if target.startswith("one forward")] == [True, True]
 
 
