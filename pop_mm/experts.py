@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,20 @@ from torch import Tensor, nn
 from .layout import as_integers, swap_channels
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+
+class ExpertViews(NamedTuple):
+    """Weights of some channels of one expert, each as ``[in, out]`` with its bias.
+
+    Attributes
+    ----------
+    inputs : list
+        Gate and up; their outputs one behind the other are what the module's ``_apply_gate`` takes.
+    down : tuple
+    """
+
+    inputs: list[tuple[Tensor, Tensor | None]]
+    down: tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +177,10 @@ class Experts:
         else:
             spans = [(0, 2 * width)]
         return [(weight[:, a:b], None if bias is None else bias[a:b]) for a, b in spans]
+
+    def views(self, expert: int, width: int) -> ExpertViews:
+        """The weights of an expert's first ``width`` channels."""
+        return ExpertViews(self.input_views(expert, width), self.down_view(expert, width))
 
     def down_view(self, expert: int, width: int) -> tuple[Tensor, Tensor | None]:
         """The down projection of an expert's first ``width`` channels, as ``[width, H]``, and its bias: views."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Engine
-from ..experts import Experts
+from ..experts import Experts, ExpertViews
 from ..layout import linear
 from ..partition import dropped_candidates
 from ..phase import Forward, Phase, PhaseTracker
@@ -145,7 +145,8 @@ class MaskedExperts:
             return routed.apply(forward, self._state(forward), h, slots, self.positions)
 
         if before in (None, "eager"):
-            return self._eager(hidden, ids, weights, between)
+            size = self._record.size
+            return run_experts(self._record, hidden, ids, weights, lambda e: self._record.views(e, size), between)
         if before == "batched_mm":
             order = None
         else:  # the others run sorted by expert; what runs as one kernel cannot be looked into, so it is replaced
@@ -155,51 +156,6 @@ class MaskedExperts:
             return _stock(self._module, before)(hidden, ids, weights)
         finally:
             self._local.between = None
-
-    def _eager(
-        self, hidden: Tensor, ids: Tensor, weights: Tensor, between: Callable[[Tensor | None, Tensor], Tensor]
-    ) -> Tensor:
-        """Expert by expert, as the classes' own forwards do it."""
-        order, counts = self._by_expert(ids)
-        tokens = (order // ids.shape[-1]).split(counts)
-        record, width = self._record, self._record.size
-        parts = [
-            self._inputs(hidden[rows], record.input_views(expert, width))
-            for expert, rows in enumerate(tokens[: record.count])
-            if len(rows)
-        ]
-        if not parts:
-            return torch.zeros_like(hidden)
-        h = between(order[: sum(counts[: record.count])], self._gate(torch.cat(parts)))
-        result, start = torch.zeros_like(hidden), 0
-        share = weights.reshape(-1)[order].split(counts)
-        for expert, rows in enumerate(tokens[: record.count]):
-            if len(rows):
-                out = self._output(h[start : start + len(rows)], record.down_view(expert, width))
-                result.index_add_(0, rows, (out * share[expert].unsqueeze(1)).to(result.dtype))
-                start += len(rows)
-        return result
-
-    def _by_expert(self, ids: Tensor) -> tuple[Tensor, list[int]]:
-        """Slots sorted by expert, and how many each has; another device's come last."""
-        flat = ids.reshape(-1)
-        counts = torch.bincount(flat, minlength=self._record.count + 1).tolist()
-        return torch.argsort(flat, stable=True), counts
-
-    def _inputs(self, rows: Tensor, views: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-        parts = [linear(rows, weight, bias) for weight, bias in views]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    def _gate(self, gate_up: Tensor) -> Tensor:
-        """``[N, 2 D]`` (or ``[N, D]`` without a gate) to ``[N, D]``."""
-        h: Tensor = self._module._apply_gate(gate_up) if self._module.has_gate else self._module.act_fn(gate_up)
-        return h
-
-    def _output(self, h: Tensor, view: tuple[Tensor, Tensor | None]) -> Tensor:
-        out = linear(h, *view)
-        if getattr(self._module, "has_post_expert_norm", False):
-            out = self._module.post_expert_norm(out)
-        return out
 
 
 class InplaceExperts(MaskedExperts):
@@ -213,8 +169,8 @@ class InplaceExperts(MaskedExperts):
         ]
         self._positions: Tensor | None = None
         self._placed: set[int] = set()
-        self._views: dict[int, Any] = {}
-        self._address: tuple[int, int] | None = None
+        self._views: dict[int, ExpertViews] = {}
+        self._address = 0
         self._weight: Tensor | None = None  # [E, |C|], of the candidates as they stand in the weights
         self.seconds = 0.0
         self.moved_channels = 0
@@ -257,39 +213,31 @@ class InplaceExperts(MaskedExperts):
 
     def _narrow(self, forward: Forward, state: ExpertsState, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """A decode step on R and C of the experts that it needs."""
-        record, sizes = self._record, self._engine.sizes[self._index]
-        if len(ids) == 1 and not self._module._is_expert_parallel:
-            experts, counts, order, rows = ids[0].tolist(), [1] * ids.shape[1], None, None
-        else:
-            order, every = self._by_expert(ids)
-            experts = [expert for expert, count in enumerate(every[: record.count]) if count]
-            counts = [every[expert] for expert in experts]
-            order = order[: sum(counts)]
-            rows = (order // ids.shape[1]).split(counts)
-        if not experts:
-            return torch.zeros_like(hidden)
-        self._place(state, [expert for expert in experts if expert not in self._placed])
-        views = [self._view(expert, sizes.width) for expert in experts]
-        h = self._gate(
-            torch.cat(
-                [
-                    self._inputs(hidden if rows is None else hidden[rows[i]], inputs)
-                    for i, (inputs, _) in enumerate(views)
-                ]
-            )
-        )
-        if sizes.candidates:
+        sizes = self._engine.sizes[self._index]
+        address = self._record.down.data_ptr()
+        if address != self._address:
+            self._address = address
+            self._views.clear()
+
+        def views(expert: int) -> ExpertViews:
+            if expert not in self._placed:
+                self._place(state, expert)
+            if expert not in self._views:
+                self._views[expert] = self._record.views(expert, sizes.width)
+            return self._views[expert]
+
+        def between(order: Tensor | None, h: Tensor) -> Tensor:
+            if not sizes.candidates:
+                return h
             h = h.clone() if h.requires_grad else h
             candidates = h[:, sizes.retained :]
             candidates.scatter_(1, self._choose(forward, candidates, ids, weights, order), 0)
-        out = torch.cat([self._output(part, down) for part, (_, down) in zip(h.split(counts), views, strict=True)])
-        share = weights.reshape(-1, 1) if order is None else weights.reshape(-1)[order].unsqueeze(1)
-        out = out * share
-        for expert, count in zip(experts, counts, strict=True):
-            state.decode_tokens[expert] += count
-        if order is None:
-            return out.sum(0, keepdim=True).to(hidden.dtype)
-        return torch.zeros_like(hidden, dtype=out.dtype).index_add_(0, order // ids.shape[1], out).to(hidden.dtype)
+            return h
+
+        alone = len(ids) == 1 and not self._module._is_expert_parallel
+        result = run_experts(self._record, hidden, ids, weights, views, between, alone)
+        state.count(ids[ids < self._record.count] if not alone else ids[0], state.decode_tokens)
+        return result
 
     def _choose(
         self, forward: Forward, candidates: Tensor, ids: Tensor, weights: Tensor, order: Tensor | None
@@ -303,39 +251,79 @@ class InplaceExperts(MaskedExperts):
         routed = self._engine.routed(self._index)
         return routed.choose(forward, candidates, self._weight[slots.expert], slots, slots.column)
 
-    def _view(self, expert: int, width: int) -> Any:
-        address = (self._record.down.data_ptr(), getattr(self._module, self._record.input_name).data_ptr())
-        if address != self._address:
-            self._address = address
-            self._views.clear()
-        if expert not in self._views:
-            self._views[expert] = (
-                self._record.input_views(expert, width),
-                self._record.down_view(expert, width),
-            )
-        return self._views[expert]
-
-    def _place(self, state: ExpertsState, experts: Sequence[int]) -> None:
-        """Bring R and C of these experts to the front."""
-        if not experts:
-            return
+    def _place(self, state: ExpertsState, expert: int) -> None:
+        """Bring R and C of an expert to the front."""
         started = time.perf_counter()
-        part, weight = state.partition, state.candidate_weight
-        assert part is not None and weight is not None
-        if self._weight is None or self._weight.device != weight.device:
-            with torch.inference_mode(False):
-                self._weight = torch.zeros_like(weight)
-        if self._positions is None:
-            with torch.inference_mode(False):
+        assert state.partition is not None and state.candidate_weight is not None
+        if self._positions is None or self._weight is None or self._weight.shape != state.candidate_weight.shape:
+            with torch.inference_mode(False):  # buffers that may be written in and out of inference mode
                 self._positions = torch.stack([order.position_of for order in self._orders])
-        zones = torch.stack([self._orders[expert].target_zones(part[expert]) for expert in experts]).cpu()
-        for expert, zone in zip(experts, zones, strict=True):
-            order = self._orders[expert]
-            self.moved_channels += order.place(part[expert], zone)
-            self._positions[expert] = order.position_of
-            self._weight[expert] = weight[expert][order.candidates(part[expert])]
-            self._placed.add(expert)
+                self._weight = torch.zeros_like(state.candidate_weight)
+        part, order = state.partition[expert], self._orders[expert]
+        self.moved_channels += order.place(part, order.target_zones(part).cpu())
+        self._positions[expert] = order.position_of
+        self._weight[expert] = state.candidate_weight[expert][order.candidates(part)]
+        self._placed.add(expert)
         self.seconds += time.perf_counter() - started
 
 
-__all__ = ["InplaceExperts", "MaskedExperts"]
+def run_experts(
+    record: Experts,
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    views: Callable[[int], ExpertViews],
+    between: Callable[[Tensor | None, Tensor], Tensor],
+    alone: bool = False,
+) -> Tensor:
+    """Expert by expert, as the classes' own forwards do it, on any width.
+
+    Parameters
+    ----------
+    hidden, ids, weights : Tensor
+        ``[T, H]``, ``[T, k]``, ``[T, k]``.
+    views : callable
+        The weights of an expert, all of one width K.
+    between : callable
+        Takes the slots' flat (token, choice) numbers (None if in that very order) and the inputs of the down
+        projections, ``[N, K]``; returns what goes into them.
+    alone : bool
+        There is one token, and all its experts are on this device: nothing has to be sorted.
+
+    Returns
+    -------
+    Tensor
+        ``[T, H]``.
+    """
+    module: Any = record.module
+    if alone:
+        order, experts, counts = None, ids[0].tolist(), [1] * ids.shape[1]
+        inputs = [hidden] * len(experts)
+    else:
+        flat = ids.reshape(-1)
+        every = torch.bincount(flat, minlength=record.count)[: record.count].tolist()  # another device's are beyond
+        experts = [expert for expert, count in enumerate(every) if count]
+        if not experts:
+            return torch.zeros_like(hidden)
+        counts = [every[expert] for expert in experts]
+        order = torch.argsort(flat, stable=True)[: sum(counts)]
+        tokens = order // ids.shape[1]
+        inputs = [hidden[rows] for rows in tokens.split(counts)]
+    used = [views(expert) for expert in experts]
+    gate_up = torch.cat(
+        [
+            torch.cat([linear(rows, *view) for view in expert.inputs], -1)
+            for rows, expert in zip(inputs, used, strict=True)
+        ]
+    )
+    h = between(order, module._apply_gate(gate_up) if module.has_gate else module.act_fn(gate_up))
+    out = torch.cat([linear(part, *expert.down) for part, expert in zip(h.split(counts), used, strict=True)])
+    if getattr(module, "has_post_expert_norm", False):
+        out = module.post_expert_norm(out)
+    if order is None:
+        return (out * weights[0].unsqueeze(1)).sum(0, keepdim=True).to(hidden.dtype)
+    out = out * weights.reshape(-1)[order].unsqueeze(1)
+    return torch.zeros_like(hidden).index_add_(0, tokens, out.to(hidden.dtype))
+
+
+__all__ = ["InplaceExperts", "MaskedExperts", "run_experts"]
