@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import PopError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Report = Callable[[str], None]
 _STALE_AFTER = 24 * 3600  # seconds; a younger temporary folder may belong to a fetch that is still running
@@ -159,6 +159,9 @@ SAMPLES: dict[str, Sample] = {
 }
 
 
+_CHOICE = f"Give a folder, a hub id that this machine can reach, or a sample: {', '.join(sorted(SAMPLES))}."
+
+
 def cache_folder() -> Path:
     """Return where samples are kept: ``$POP_MM_CACHE``, else ``$XDG_CACHE_HOME/pop_mm``, else ``~/.cache/pop_mm``."""
     own = os.environ.get("POP_MM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pop_mm")
@@ -264,13 +267,24 @@ def resolve(model: str, *, cache_dir: str | os.PathLike[str] | None = None, prog
     return model
 
 
+def load_config(model: str) -> PretrainedConfig:
+    """Read the config of a sample, a folder or a hub id, without its weights. Raises ``SampleError``."""
+    source = resolve(model)
+    from transformers import AutoConfig
+
+    if (folder := Path(source)).is_dir() and not (folder / "config.json").is_file():
+        raise SampleError(f"The config of {model!r} could not be loaded: there is no config.json in it. {_CHOICE}")
+    with _loading("config", model):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
 def load(model: str, *, dtype: Any = "auto", device: Any = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a sample's name, a folder or a hub id.
 
     Parameters
     ----------
     model : str
-        See ``resolve``.
+        See ``resolve``. Code that comes with a model is not run; load such a model with transformers yourself.
     dtype : str or torch.dtype
         ``"auto"`` is the checkpoint's own dtype, and the sample's ``dtype`` (float32) for a sample.
     device : str or torch.device, optional
@@ -281,18 +295,36 @@ def load(model: str, *, dtype: Any = "auto", device: Any = None) -> tuple[PreTra
     source = resolve(model)
     if model in SAMPLES and dtype == "auto":
         dtype = SAMPLES[model].dtype
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)  # first: it is small, so that a wrong name fails early
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        if "couldn't connect" in reason:
-            reason = "it is not in the local hub cache and the hub cannot be reached"
-        raise SampleError(
-            f"The model {model!r} could not be loaded: {reason}. Give a folder, a hub id that this machine can reach, "
-            f"or a sample: {', '.join(sorted(SAMPLES))}."
-        ) from error
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise SampleError(f"dtype must be 'auto' or a floating-point dtype such as 'bfloat16'; got {dtype!r}.")
+    load_config(model)  # first the smallest files, so that a wrong name fails early and as what it is
+    with _loading("tokenizer", model):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    with _loading("weights", model):
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
     loaded.eval()
     return (loaded if device is None else loaded.to(device)), tokenizer
+
+
+@contextmanager
+def _loading(what: str, model: str) -> Iterator[None]:
+    """Turn whatever a reader raises on missing or damaged files into one plain sentence."""
+    try:
+        yield
+    except Exception as error:
+        first, *more = (str(error).strip() or type(error).__name__).splitlines()
+        reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
+        if "connect" in reason:
+            reason = "it is not in the local hub cache and the hub cannot be reached"
+        elif "instantiate the backend tokenizer" in reason:
+            reason = "there is no tokenizer.json, nor another tokenizer's file; put it there with save_pretrained"
+        elif "ignore_mismatched_sizes" in reason:
+            reason = "their shapes are not those that config.json asks for"
+        elif not isinstance(error, OSError | ImportError) and type(error) is not ValueError:
+            reason = f"{type(error).__name__}: {reason.rstrip('.')}. Its files may be damaged"
+        hint = f" {_CHOICE}" if what == "config" else ""
+        raise SampleError(f"The {what} of {model!r} could not be loaded: {reason.rstrip('.')}.{hint}") from error

@@ -8,34 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import pop_mm.cli
 import pop_mm.cli.generate
 from pop_mm.adapters import support_table
 from pop_mm.cli import main
 from pop_mm.config import PopConfig
-from tiny_models import VOCAB, tiny
+from tiny_folder import WORDS, save
+from tiny_models import tiny
 
 ROOT = Path(__file__).parent.parent
-WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
 PROMPT = "w5 w9 w40 w7 w22"
 ANSWER_KEYS = {"text", "decode_tokens_per_s"}
 INSPECT_KEYS = {
     *("name", "layer", "expert", "role", "layout", "size", "ffn_ratio", "retained", "candidates", "pruned", "kept"),
     *("backend", "reason", "bytes_per_token_dense", "bytes_per_token_pruned"),
 }
-
-
-def save(folder: Path, model_type: str = "llama", template: str | None = None, **settings) -> str:
-    tiny(model_type, **settings).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -320,9 +308,10 @@ MISTAKES = {
     "model path": (["inspect", "--model", "TMP/nosuch"], "there is no such folder"),
     "model id": (["inspect", "--model", "no/such"], "hub cannot be reached"),
     "model id to load": (["generate", "--model", "no/such", "--prompt", "w5"], "hub cannot be reached"),
-    "no config": (["inspect", "--model", "TMP"], "could not be read"),
-    "nothing to load": (["generate", "--model", "TMP", "--prompt", "w5"], "could not be loaded"),
-    "bad config": (["inspect", "--model", "BROKEN"], "could not be read"),
+    "no config": (["inspect", "--model", "TMP"], "there is no config.json in it"),
+    "nothing to load": (["generate", "--model", "TMP", "--prompt", "w5"], "there is no config.json in it"),
+    "bad config": (["inspect", "--model", "BROKEN"], "not a valid JSON file"),
+    "impossible config": (["inspect", "--model", "IMPOSSIBLE"], "cannot be built from its config"),
     "sample": (["inspect", "--model", "smollm2"], "did you mean smollm2-135m"),
     "fetch": (["models", "fetch", "smollm"], "There is no sample 'smollm'"),
     "json and markdown": (["adapters", "--json", "--markdown"], "not both"),
@@ -335,7 +324,14 @@ def test_mistake_ends_with_a_sentence_and_code_2(call, folder, tmp_path, mistake
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
-    places = {"FOLDER": folder, "NONE": "no/such", "BROKEN": str(tmp_path / "broken")}
+    (tmp_path / "impossible").mkdir()
+    (tmp_path / "impossible" / "config.json").write_text('{"model_type": "llama", "intermediate_size": -4}')
+    places = {
+        "IMPOSSIBLE": str(tmp_path / "impossible"),
+        "FOLDER": folder,
+        "NONE": "no/such",
+        "BROKEN": str(tmp_path / "broken"),
+    }
     arguments = [places.get(a, a.replace("TMP", str(tmp_path / "empty"))) for a in arguments]
     code, out, err = call(*arguments)
     assert (code, out) == (2, "")
@@ -360,7 +356,7 @@ def test_damaged_weights(call, folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:2000])
     code, out, err = call("generate", "--model", tmp_path / "copy", "--prompt", PROMPT)
     assert (code, out) == (2, "")
-    assert re.fullmatch(r"Error: .*could not be loaded.*\n", err)
+    assert re.fullmatch(r"Error: The weights of .* could not be loaded: SafetensorError: .*damaged\.\n", err)
 
 
 def test_model_that_cannot_be_pruned(call, tmp_path, capsys):

@@ -1,19 +1,24 @@
 """Samples: names, folders and hub ids; downloads that fail, race or are damaged; the real model."""
 
 import dataclasses
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from pop_mm import samples
 from pop_mm.errors import PopError
 from pop_mm.passages import load_passages
-from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, resolve
+from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_config, resolve
+from tiny_folder import save
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
@@ -239,16 +244,105 @@ def test_did_you_mean(name, cache):
         (ValueError("Unrecognized configuration class.\nmany\nlines"), "Unrecognized configuration class"),
     ],
 )
-def test_load_turns_errors_into_one_sentence(monkeypatch, cache, error, said):
+@pytest.mark.parametrize("read", [load, load_config])
+def test_load_turns_errors_into_one_sentence(monkeypatch, cache, error, said, read):
     import transformers
 
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
-    with pytest.raises(SampleError, match=f"'a/b' could not be loaded: .*{said}. Give a folder") as caught:
-        load("a/b")
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(SampleError, match=f"config of 'a/b' could not be loaded: .*{said}. Give a folder") as caught:
+        read("a/b")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("models") / "llama")
+
+
+def cut(name, size):
+    def damage(folder):
+        (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+    return damage
+
+
+def remove(*names):
+    def damage(folder):
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def change(**settings):
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **settings}))
+
+    return damage
+
+
+DAMAGES = {
+    "header cut": (cut("model.safetensors", 2000), "weights .* SafetensorError: .* Its files may be damaged"),
+    "tensors cut": (cut("model.safetensors", 100_000), "weights .* SafetensorError: .* Its files may be damaged"),
+    "empty weights": (cut("model.safetensors", 0), "weights .* SafetensorError: .* Its files may be damaged"),
+    "no weights": (remove("model.safetensors"), "weights .* no file named model.safetensors"),
+    "other shapes": (change(hidden_size=48), "weights .* shapes are not those that config.json asks for"),
+    "no tokenizer": (
+        remove("tokenizer.json", "tokenizer_config.json"),
+        "tokenizer .* there is no tokenizer.json.*save_",
+    ),
+    "no vocabulary": (remove("tokenizer.json"), "tokenizer .* there is no tokenizer.json"),
+    "cut tokenizer": (write("tokenizer.json", "{"), "tokenizer .* Its files may be damaged"),
+    "empty tokenizer": (write("tokenizer.json", "{}"), "tokenizer .* Its files may be damaged"),
+    "no config": (remove("config.json"), "config .* there is no config.json in it. Give a folder"),
+    "cut config": (write("config.json", "{"), "config .* not a valid JSON file. Give a folder"),
+    "empty config": (write("config.json", "{}"), "config .* Should have a `model_type` key.* Give a folder"),
+    "wrong type": (change(hidden_size="x"), "config .* Field 'hidden_size' expected int, got str"),
+    "unknown type": (write("config.json", '{"model_type": "zork"}'), "config .* model type `zork`"),
+    "encoder-decoder": (write("config.json", '{"model_type": "t5"}'), "weights .* Unrecognized configuration class"),
+    "own code": (
+        write("config.json", '{"model_type": "zork", "auto_map": {"AutoConfig": "a.B"}}'),
+        "config .* contains custom code",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_folder_is_an_error_that_says_what_is_wrong(folder, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks the user"))
+    damage, said = DAMAGES[name]
+    shutil.copytree(folder, tmp_path / "copy")
+    damage(tmp_path / "copy")
+    with pytest.raises(SampleError, match=f"^The {said}") as caught:
+        load(str(tmp_path / "copy"))
+    assert "\n" not in str(caught.value)
+    assert re.search(r"[^.]\.$", str(caught.value))
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int8", "zork", 7, None])
+def test_a_dtype_that_is_none_is_refused(folder, dtype):
+    with pytest.raises(SampleError, match=f"dtype must be 'auto' or a floating-point dtype .*; got {dtype!r}"):
+        load(folder, dtype=dtype)
+
+
+def test_load_gives_the_dtype_asked_for(folder):
+    import torch
+
+    assert load(folder)[0].dtype is torch.float32
+    assert load(folder, dtype="bfloat16")[0].dtype is load(folder, dtype=torch.bfloat16)[0].dtype is torch.bfloat16
+
+
+def test_a_config_alone_can_be_read(folder, tmp_path):
+    shutil.copy(Path(folder) / "config.json", tmp_path)
+    assert load_config(str(tmp_path)).to_dict() == load(folder)[0].config.to_dict() | {"_name_or_path": str(tmp_path)}
 
 
 def test_importing_is_light():

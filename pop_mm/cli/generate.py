@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import PopConfig
-from ..errors import PopError
 from ..samples import load, resolve
 from ..session import prune
 from ..tables import answers_table, report_summary
@@ -143,14 +142,8 @@ def load_model(
     """Load model and tokenizer behind a spinner."""
     kind = torch_dtype(dtype)
     resolve(name)  # a sample is fetched here, with its own progress display
-    try:
-        with spinner(f"Loading {name}"):
-            return load(name, dtype=kind, device=device)
-    except PopError:
-        raise
-    except Exception as error:  # damaged files raise whatever their reader does
-        reason = f"{type(error).__name__}: {error}".rstrip(".")
-        raise CommandError(f"The model {name!r} could not be loaded ({reason}). Its files may be damaged.") from error
+    with spinner(f"Loading {name}"):
+        return load(name, dtype=kind, device=device)
 
 
 def encode(

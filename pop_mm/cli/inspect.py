@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..adapters import Adapter, adapter_for, registered_adapters
 from ..config import PopConfig
 from ..report import FFNPlan
-from ..samples import SAMPLES, SampleError, resolve
+from ..samples import SampleError, load_config, resolve
 from ..session import plan_ffns
 from ..tables import footprint_table, plan_table
 from .generate import load_model, torch_dtype
@@ -55,9 +55,9 @@ def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, str | None]:
 
     A model type without a registered adapter is loaded, since its structure has to be probed.
     """
-    source = resolve(name)
+    resolve(name)  # a sample is fetched here, with its own progress display
     with spinner(f"Reading the config of {name}"):
-        config = load_config(name, source)
+        config = load_config(name)
     if config.model_type not in registered_adapters():
         model, _ = load_model(name, dtype)
         return model, None
@@ -67,27 +67,14 @@ def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, str | None]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, ImportError, TypeError) as error:
-        raise SampleError(f"The model {name!r} cannot be built from its config: {_first_line(error)}.") from error
+    except Exception as error:  # sizes that do not fit raise whatever the model's own code does
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise SampleError(f"The model {name!r} cannot be built from its config: {reason}.") from error
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is None:
         return model, None
     values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
     return model, str(values.get("quant_method", "quantised"))
-
-
-def load_config(name: str, source: str) -> PretrainedConfig:
-    """The config of a folder or hub id; whatever stops that becomes a ``SampleError``."""
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, ImportError) as error:
-        reason = _first_line(error)
-        if "connect" in reason:
-            reason = "it is not in the local hub cache and the hub cannot be reached"
-        raise SampleError(
-            f"The config of {name!r} could not be read: {reason}. Give a folder, a hub id that this machine can reach, "
-            f"or a sample: {', '.join(sorted(SAMPLES))}."
-        ) from error
 
 
 def footprint(model: PreTrainedModel, adapter: Adapter, plans: Sequence[FFNPlan]) -> dict[str, tuple[int, int]]:
@@ -133,7 +120,3 @@ def _packed(plan: FFNPlan, method: str) -> FFNPlan:
     return replace(
         plan, backend="masked", reason=f"the checkpoint is quantised ({method}), and packed weights stay in place"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
