@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -75,8 +77,17 @@ def partition_sizes(channels: int, ratio: float, gamma: float, round_to: int = 1
         |R| + |C| is rounded up to a multiple of this with the best channels of P; ``kept`` does not change.
     variant : {"pop", "static", "full"}
         The paper's ablations (table 6): ``static`` has no candidates, in ``full`` every channel is one.
+
+    Raises
+    ------
+    ConfigError
+        The ratio is so near 1 that no channel is left.
     """
     kept = channels - int(ratio * channels + 1e-6)
+    if kept == 0:
+        raise ConfigError(
+            f"A ratio of {ratio!r} leaves none of an FFN's {channels} channels; it must not exceed {1 - 1 / channels:.6g}."
+        )
     if variant == "full":
         return Sizes(channels, 0, channels, kept)
     half = min(round(gamma * channels / 2), kept, channels - kept) if variant == "pop" else 0

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from .errors import ConfigError
 
+_EXACT = 1e-9  # what floats round away
+_ROUNDING = 1e-3  # what users round away
+
 
 @dataclass(frozen=True)
 class LayerWeights:
@@ -36,8 +39,8 @@ def ffn_ratios(
     Raises
     ------
     ConfigError
-        An override of a layer without an FFN, or an overall ratio that the FFNs alone cannot give; the message names
-        the largest ratio that they can.
+        An override of a layer without an FFN; an overall ratio that the FFNs alone cannot give (the message names the
+        largest ratio that they can), or that overrides of every FFN contradict.
     """
     prunable = [layer for layer, weights in layers.items() if weights.ffn]
     unknown = sorted(set(overrides) - set(prunable))
@@ -45,10 +48,16 @@ def ffn_ratios(
         raise ConfigError(f"layer_ratios names layers {unknown}; layers with a prunable FFN: {_span(prunable)}.")
     free = [layer for layer in prunable if layer not in overrides]
     uniform = ratio
+    total = sum(w.attention + w.ffn for w in layers.values())
+    fixed = sum(r * layers[layer].ffn for layer, r in overrides.items())
+    if scope == "overall" and not free and abs(fixed / total - ratio) > _ROUNDING:
+        raise ConfigError(
+            f"layer_ratios sets every FFN, and these ratios leave out {fixed / total:.1%} overall instead of the ratio of "
+            f"{ratio:g}. Leave a layer out of layer_ratios, or set ratio={fixed / total:.3f}, or scope='ffn', where each "
+            "FFN's own ratio is all that counts."
+        )
     if scope == "overall" and free:
-        total = sum(w.attention + w.ffn for w in layers.values())
         free_ffn = sum(layers[layer].ffn for layer in free)
-        fixed = sum(r * layers[layer].ffn for layer, r in overrides.items())
         uniform = (ratio * total - fixed) / free_ffn
         if uniform >= 1:
             largest = math.floor((free_ffn + fixed) / total * 1000) / 1000  # rounded up, it would not work
@@ -56,11 +65,12 @@ def ffn_ratios(
                 f"An overall ratio of {ratio:g} needs {uniform:.1%} of every FFN, since attention is not pruned. The "
                 f"ratio must stay below {largest:.3f} for this model; or set scope='ffn' to give the FFN's own ratio."
             )
-        if uniform < 0:
+        if fixed / total > ratio + _EXACT:
             raise ConfigError(
                 f"layer_ratios alone leave out {fixed / total:.1%}, more than the overall ratio of {ratio:g}. Lower "
                 "them, or raise the ratio."
             )
+        uniform = max(uniform, 0.0)
     return {layer: overrides.get(layer, uniform) for layer in layers}
 
 

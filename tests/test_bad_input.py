@@ -24,6 +24,9 @@ SETTINGS = [
     ({"ratio": 0.4, "batch": "per_sequence", "backend": "inplace"}, "per_sequence.*Use backend='auto' or 'masked'"),
     ({"ratio": 0.4, "layer_ratios": {7: 0.2}}, r"layer_ratios names layers \[7\]; layers with a prunable FFN: 0 to 1"),
     ({"ratio": 0.4, "round_to": 0}, "round_to must be a positive integer"),
+    ({"ratio": 1 - 1e-12, "scope": "ffn"}, "none of an FFN's 64 channels; it must not exceed 0.984375"),
+    ({"ratio": 0.4, "scope": "ffn", "layer_ratios": {1: 1 - 1e-12}}, "none of an FFN's 64 channels"),
+    ({"ratio": 0.4, "layer_ratios": {0: 0.3, 1: 0.3}}, r"every FFN.* 20\.0% .* 0\.4\. .*ratio=0\.200.*scope='ffn'"),
     ({"ratio": 0.9}, r"overall ratio of 0.9 needs .*must stay below 0\.\d+ for this model; or set scope='ffn'"),
 ]
 
@@ -196,9 +199,9 @@ def test_a_part_of_the_model_called_alone_is_refused(model, backend):
 def test_other_rows_on_a_per_sequence_cache_are_refused(model):
     with pruned(model, batch="per_sequence"), torch.no_grad():
         out = model(prompt(2, LENGTH), use_cache=True)
-        out.past_key_values.batch_select_indices(torch.tensor([0]))
-        with pytest.raises(PopError, match=r"2 rows.*continued with 1"):
-            model(prompt(1, 1), past_key_values=out.past_key_values)
+        out.past_key_values.batch_repeat_interleave(2)
+        with pytest.raises(PopError, match=r"2 rows.*continued with 4"):
+            model(prompt(4, 1), past_key_values=out.past_key_values)
 
 
 def test_a_cache_that_is_not_from_here_cannot_be_adopted(model):

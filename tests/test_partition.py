@@ -6,6 +6,7 @@ from hypothesis import given as hypothesis_given
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from pop_mm import ConfigError
 from pop_mm.partition import Sizes, dropped_candidates, partition, partition_sizes
 
 
@@ -55,6 +56,15 @@ def test_sizes_follow_the_formula(channels, ratio, gamma):
 def test_sizes_by_hand(channels, ratio, gamma, expected):
     sizes = partition_sizes(channels, ratio, gamma)
     assert (sizes.retained, sizes.candidates, sizes.pruned) == expected
+
+
+@pytest.mark.parametrize("channels", [1, 7, 64, 14336])
+@pytest.mark.parametrize("variant", ["pop", "static", "full"])
+def test_a_ratio_that_keeps_no_channel_is_refused(channels, variant):
+    with pytest.raises(ConfigError, match=rf"none of an FFN's {channels} channels") as error:
+        partition_sizes(channels, 1 - 1e-12, 0.1, 1, variant)
+    named = float(str(error.value).split("exceed ")[-1].rstrip("."))
+    assert partition_sizes(channels, named, 0.1, 1, variant).kept in (1, 2)
 
 
 @given(channel_counts, ratios, gammas, st.sampled_from([2, 8, 16, 64, 1000]))

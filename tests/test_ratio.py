@@ -162,7 +162,24 @@ def test_a_layer_without_ffn_cannot_be_overridden_but_counts():
     assert overall(ffn_ratios(0.2, "overall", layers, {0: 0.1}), layers) == pytest.approx(0.2)
 
 
-def test_when_every_ffn_is_overridden_they_are_what_counts():
-    layers = {**LAYERS, 1: LayerWeights(40, 0)}
-    ratios = ffn_ratios(0.2, "overall", layers, {0: 0.1, 2: 0.3})
-    assert (ratios[0], ratios[2]) == (0.1, 0.3)
+# layer 1 has no FFN; 0.1 of 60 and 0.3 of 80 weights are 0.125 of all 240
+ALL = ({**LAYERS, 1: LayerWeights(40, 0)}, {0: 0.1, 2: 0.3})
+
+
+@pytest.mark.parametrize("ratio", [0.125, 0.1254])
+def test_overrides_of_every_ffn_may_give_the_overall_ratio_themselves(ratio):
+    layers, overrides = ALL
+    assert {layer: ffn_ratios(ratio, "overall", layers, overrides)[layer] for layer in overrides} == overrides
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.15, 0.9])
+def test_overrides_of_every_ffn_that_give_another_overall_ratio_are_refused(ratio):
+    with pytest.raises(ConfigError, match=rf"every FFN.* 12\.5% .* {ratio:g}.*ratio=0\.125.*scope='ffn'"):
+        ffn_ratios(ratio, "overall", *ALL)
+    assert {layer: ffn_ratios(ratio, "ffn", *ALL)[layer] for layer in ALL[1]} == ALL[1]
+
+
+def test_overrides_that_give_the_overall_ratio_leave_nothing_to_the_others():
+    ratios = ffn_ratios(60 * 0.21 / 300, "overall", LAYERS, {0: 0.21})  # in floats, a little less than the 0.21
+    assert ratios == pytest.approx({0: 0.21, 1: 0.0, 2: 0.0}, abs=1e-12)
+    assert min(ratios.values()) >= 0
