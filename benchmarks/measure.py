@@ -42,7 +42,7 @@ class Verdict:
 def wide_console() -> Console:
     """A console on stdout; wide enough for the tables where it is no terminal."""
     console = Console()
-    return console if console.is_terminal else Console(width=150)
+    return console if console.is_terminal else Console(width=170)
 
 
 def print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> int:
@@ -156,18 +156,27 @@ class Rounds:
         return [o / v for o, v in zip(self.seconds[over], self.seconds[variant], strict=True)]
 
 
-def alternate(variants: Mapping[str, Callable[[], float]], rounds: int, evict: Evictor, seed: int = 0) -> Rounds:
+def alternate(
+    variants: Mapping[str, Callable[[], float]],
+    rounds: int,
+    evict: Evictor,
+    seed: int = 0,
+    before_round: Callable[[], None] = lambda: None,
+) -> Rounds:
     """Run all variants in every round, in random order, each after an eviction; one round to warm up comes first.
 
     Parameters
     ----------
     variants : mapping of str to callable
         Each runs once and returns its seconds.
+    before_round : callable
+        Called before each round, for inputs that change.
     """
     order = random.Random(seed)
     seconds: list[dict[str, float]] = []
     reads: list[list[float]] = []
     for number in range(rounds + 1):
+        before_round()
         found, read = {}, []
         for name in order.sample(list(variants), len(variants)):
             read.append(evict())
