@@ -7,6 +7,7 @@ import pop_mm
 from modes import LENGTH, backends, generate, pruned
 from observe import differences, fingerprint, prompt, same_afterwards
 from pop_mm import AdapterError, ConfigError, NonFiniteError, PhaseError, PopConfig, PopError, SessionError, prune
+from pop_mm.scoring import Scorer
 from tiny_models import tiny
 
 SETTINGS = [
@@ -31,10 +32,13 @@ SETTINGS = [
 ]
 
 
+@backends
 @pytest.mark.parametrize(("settings", "says"), SETTINGS)
-def test_a_setting_that_makes_no_sense_is_refused_before_anything_changes(model, settings, says):
+def test_a_setting_that_makes_no_sense_is_refused_before_anything_changes(model, backend, settings, says):
+    before = fingerprint(model)
     with pytest.raises(ConfigError, match=f"(?s){says}"):
-        prune(model, **settings)
+        prune(model, **{"backend": backend, **settings})
+    assert differences(before, fingerprint(model)) == []
 
 
 def test_the_maximum_that_the_error_names_is_the_maximum(model):
@@ -63,6 +67,27 @@ def test_an_adapter_that_is_none_is_refused(model, adapter):
 def test_a_thing_that_is_no_model_is_refused(thing):
     with pytest.raises(PopError, match=r"transformers|model"):
         prune(thing, 0.4)
+
+
+class Broken(Scorer):
+    """Fails on the second FFN."""
+
+    name = "tests_broken"
+
+    def channel_weight(self, ffn):
+        return torch.ones(ffn.size, dtype=torch.float64) * (1 // (1 - ffn.layer))
+
+
+@backends
+def test_an_error_while_attaching_leaves_no_trace(model, backend):
+    session = pruned(model, backend, scorer=Broken())
+    with same_afterwards(model):
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                session.attach()
+            assert not session.attached
+    with pruned(model, backend):  # the model does not count as pruned
+        generate(model, prompt())
 
 
 @backends
@@ -171,17 +196,29 @@ def test_decode_activations_that_are_not_finite_rank_last(model, backend):
     "inputs",
     [
         {"input_ids": torch.full((1, 4), 5.0)},
+        {"input_ids": torch.full((1, 4), 96)},
         {"inputs_embeds": torch.zeros(1, 4, 7, dtype=torch.float64)},
+        {"inputs_embeds": torch.zeros(1, 4, 32), "input_ids": torch.full((1, 4), 5)},
         {},
     ],
-    ids=["float ids", "wrong width", "nothing"],
+    ids=["float ids", "unknown id", "wrong width", "two kinds", "nothing"],
 )
 def test_input_of_a_wrong_kind_is_an_error_and_the_session_goes_on(model, backend, inputs):
     with pruned(model, backend):
         expected = generate(model, prompt())[0]
-        with pytest.raises((RuntimeError, ValueError, PopError)):
+        with pytest.raises((RuntimeError, ValueError, IndexError, PopError)):
             model(**inputs)
         assert torch.equal(generate(model, prompt())[0], expected)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_input_of_another_float_dtype_is_what_the_dense_model_makes_of_it(model, backend, dtype):
+    embeds = model.get_input_embeddings()(prompt()).detach().to(dtype)
+    expected = model(inputs_embeds=embeds).logits
+    with pruned(model, backend):
+        assert torch.equal(model(inputs_embeds=embeds).logits, expected)
+        model.generate(inputs_embeds=embeds, max_new_tokens=3)
 
 
 @backends

@@ -184,12 +184,28 @@ def test_gamma_0_is_a_static_mask(model, backend):
         assert all(torch.equal(first, other) for other in others)
 
 
-def test_a_gamma_that_does_not_fit_is_clamped_and_reported(model):
-    with pruned(model, ratio=0.1, gamma=0.9) as session:
+@backends
+def test_a_gamma_that_does_not_fit_is_clamped_and_reported(model, backend):
+    with pruned(model, backend, ratio=0.1, gamma=0.9) as session, Active(model) as seen:
         model.generate(prompt(), max_new_tokens=2)
+    assert [int(active.sum()) for ffn in seen.seen for active in ffn[1:]] == [58] * 2
     sizes = session.report.ffns[0].plan.sizes
     assert (sizes.candidates, sizes.pruned, sizes.kept) == (12, 0, 58)
     assert any("gamma" in note and "clamped" in note for note in session.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "gamma", "parts"), [(0.98, 0.0, (2, 0, 62)), (0.98, 1.0, (0, 4, 60)), (0.5, 1.0, (0, 64, 0))]
+)
+def test_the_ends_of_the_range_are_the_same_on_both_backends(model, ratio, gamma, parts):
+    found = []
+    for backend in BACKENDS:
+        with pruned(model, backend, ratio=ratio, gamma=gamma) as session, Active(model) as seen:
+            tokens = model.generate(prompt(2, LENGTH), max_new_tokens=STEPS)
+        sizes = session.report.ffns[0].plan.sizes
+        assert (sizes.retained, sizes.candidates, sizes.pruned) == parts
+        found.append((tokens.tolist(), seen.sets(2)))
+    assert found[0] == found[1]
 
 
 def test_an_adapter_may_be_given_by_hand(model):
