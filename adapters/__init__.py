@@ -10,6 +10,8 @@ from .base import Adapter, ExpertPaths, FFNPaths, RefusedAdapter
 from .dense import *  # noqa: F403
 from .dense import __all__ as _dense
 from .lookup import adapter_for, support_table
+from .moe import *  # noqa: F403
+from .moe import __all__ as _moe
 from .registry import register_adapter, registered_adapters, unregister_adapter
 
 __all__ = [
@@ -23,4 +25,5 @@ __all__ = [
     "support_table",
     "unregister_adapter",
     *_dense,
+    *_moe,
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -93,7 +93,7 @@ class ExpertPaths:
     experts : str
         Path of the module that transformers dispatches through its ExpertsInterface.
     top_k : str
-        Name of the config's field that says how many experts a token is routed to.
+        Name of the config's field that says how many experts a token is routed to: one number, or one for each layer.
     layout : str
         The layout in words, for the support table.
     """
@@ -111,10 +111,12 @@ class ExpertPaths:
         if not all(hasattr(module, flag) for flag in LAYOUT_FLAGS):
             raise AdapterError(
                 f"{name} is a {type(module).__name__}, which transformers does not dispatch through its ExpertsInterface "
-                "(quantised experts are replaced by modules of their own), so pop_mm cannot reach its channels. Load the "
-                "model without quantisation."
+                "(quantised and LoRA-wrapped experts are replaced by modules of their own), so pop_mm cannot reach its "
+                "channels. Load the model without quantisation, or merge its LoRA weights."
             )
         top_k = getattr(module.config, self.top_k, None)
+        if isinstance(top_k, Sequence):
+            top_k = top_k[index]
         if not isinstance(top_k, int):
             raise AdapterError(
                 f"{type(module.config).__name__} has no {self.top_k}; it should say how many experts a token uses."
@@ -129,11 +131,13 @@ class Adapter:
     ----------
     kind : {"dense", "moe", "vlm"}
     ffns : sequence of FFNPaths
-        Every FFN that a decoder layer can have; shared experts are FFNs with that role.
+        Every FFN that a decoder layer can have; shared experts are FFNs with that role (in a layer without routed
+        experts they share with nobody, and count as dense).
     experts : sequence of ExpertPaths
         Every set of routed experts that a decoder layer can have.
     not_weights : sequence of str
-        Names of modules in a layer that count neither as attention nor as FFN weights (routers).
+        Paths from a decoder layer of modules that count neither as attention nor as FFN weights: routers, the gates of
+        shared experts.
     """
 
     kind: ClassVar[Kind] = "dense"
@@ -144,7 +148,10 @@ class Adapter:
     @classmethod
     def layout(cls) -> str:
         """The layout in words, for the support table."""
-        layouts = [*(paths.layout for paths in cls.experts), *(paths.layout for paths in cls.ffns)]
+        layouts = [experts.layout for experts in cls.experts]
+        for paths in cls.ffns:
+            role = f"{paths.role.replace('_', ' ')}: " if cls.experts else ""
+            layouts.append(role + paths.layout)
         return "; ".join(dict.fromkeys(layouts))
 
     def check(self, model: nn.Module) -> None:
@@ -167,19 +174,31 @@ class Adapter:
         return max(found, key=lambda item: len(item[1]))
 
     def projections(self, model: nn.Module) -> Sequence[FFN | Experts]:
-        """One record for each prunable FFN, in the order of execution. Finding none is an error."""
+        """One record for each prunable FFN, layer by layer. Finding none, or not all experts, is an error."""
         self.check(model)
         name, layers = self.layers(model)
-        known: list[FFNPaths | ExpertPaths] = [*self.ffns, *self.experts]
-        records = [
-            ffn
-            for index, layer in enumerate(layers)
-            for paths in known
-            if (ffn := paths.build(_join(name, str(index)), layer, index)) is not None
-        ]
+        records: list[FFN | Experts] = []
+        for index, layer in enumerate(layers):
+            layer_name = _join(name, str(index))
+            ffns = [ffn for paths in self.ffns if (ffn := paths.build(layer_name, layer, index)) is not None]
+            experts = [e for paths in self.experts if (e := paths.build(layer_name, layer, index)) is not None]
+            self._check_experts(layer_name, layer, experts)
+            records += ffns if experts else [replace(ffn, role="dense") for ffn in ffns]
+            records += experts
         if not records:
             raise AdapterError(f"{type(self).__name__} found no prunable FFN in {type(model).__name__}.")
         return records
+
+    def _check_experts(self, name: str, layer: nn.Module, found: Sequence[Experts]) -> None:
+        """Experts that the adapter does not know would stay unpruned, and nobody would notice."""
+        known = {experts.module for experts in found}
+        for path, module in layer.named_modules():
+            if module not in known and all(hasattr(module, flag) for flag in LAYOUT_FLAGS):
+                raise AdapterError(
+                    f"{type(self).__name__} does not know the experts at {_join(name, path)} ({type(module).__name__}). "
+                    "Without them, most weights would stay unpruned. Register an adapter that lists this path in its "
+                    "experts."
+                )
 
     def layer_weights(self, model: nn.Module, records: Sequence[FFN | Experts]) -> dict[int, LayerWeights]:
         """Attention and FFN weights of every layer (of each FFN's layer, and of layers without one).
@@ -191,7 +210,9 @@ class Adapter:
         result = {}
         for index, layer in enumerate(layers):
             ffns = [ffn for ffn in records if ffn.layer == index]
-            attention = _weight_count(layer, {module for ffn in ffns for module in ffn.modules}, self.not_weights)
+            others = {module for ffn in ffns for module in ffn.modules}
+            others.update(module for path in self.not_weights if (module := find(layer, path)) is not None)
+            attention = _weight_count(layer, others)
             counted = (ffn.weight_count for ffn in ffns if ffn.role != "shared_expert")
             result[index] = LayerWeights(attention, sum(counted))
         return result
@@ -239,7 +260,7 @@ def _features(projection: Projection, side: Literal["out", "in"]) -> int:
     return int(projection.linear_weight().shape[0 if side == "out" else 1])
 
 
-def _weight_count(module: nn.Module, counted: set[nn.Module], skipped: Sequence[str]) -> int:
+def _weight_count(module: nn.Module, counted: set[nn.Module]) -> int:
     """Weights in a module without biases, norms and embeddings; what stands for a linear module counts as that one.
 
     Modules in ``counted``, with all they hold, count nothing; every module that is seen is added to it.
@@ -251,5 +272,4 @@ def _weight_count(module: nn.Module, counted: set[nn.Module], skipped: Sequence[
     if out is not None and inputs is not None:
         return int(out) * int(inputs)
     own = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2)
-    children = (child for name, child in module.named_children() if name not in skipped)
-    return own + sum(_weight_count(child, counted, skipped) for child in children)
+    return own + sum(_weight_count(child, counted) for child in module.children())

@@ -13,6 +13,7 @@ __all__ = [
     "ArceeAdapter",
     "BitNetAdapter",
     "BloomAdapter",
+    "DogeAdapter",
     "FalconAdapter",
     "FusedGateUpAdapter",
     "GPT2Adapter",
@@ -158,6 +159,21 @@ class OPTAdapter(Adapter):
     """OPT and BioGPT: no MLP module; ungated ``layers.N.{fc1, fc2}`` on the layer itself."""
 
     ffns = (FFNPaths(holder="", gate="", up="fc1", down="fc2"),)
+
+
+@register_adapter("doge")
+class DogeAdapter(Adapter):
+    """Doge: ``layers.N.mlp.{gate_proj, up_proj, down_proj}``; its mixtures of experts are refused."""
+
+    ffns = (FFNPaths(),)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse ``is_moe=True``: its experts are single channels, looked up in embedding tables."""
+        if getattr(model.config, "is_moe", False):
+            raise AdapterError(
+                "pop_mm does not prune Doge with is_moe=True: its experts are single channels that it looks up in "
+                "embedding tables, so there is nothing to prune inside an expert."
+            )
 
 
 @register_adapter("gemma3n", "gemma3n_text")
