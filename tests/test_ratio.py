@@ -12,7 +12,8 @@ from pop_mm.adapters import adapter_for
 from pop_mm.ratio import LayerWeights, ffn_ratios
 from tiny_models import tiny
 
-# The paper's Table 8 for dense models: public dimensions, and the FFN ratio in percent at 20 % and 40 % overall.
+# The paper's Table 8: public dimensions, and the FFN ratio in percent at 20 % and 40 % overall. Of experts, the
+# intermediate size is that of a shared or dense FFN, which does not count.
 _LLAMA = {"num_key_value_heads": 8, "vocab_size": 128256}
 TABLE_8 = {
     "Llama-2-7B": ("llama", 4096, 11008, 32, {"vocab_size": 32000}, 29.9, 59.8),
@@ -22,6 +23,51 @@ TABLE_8 = {
     "Llama-3.1-70B": ("llama", 8192, 28672, 64, _LLAMA, 24.3, 48.6),
     "Qwen3-8B": ("qwen3", 4096, 12288, 32, {"num_key_value_heads": 8, "head_dim": 128}, 25.6, 51.1),
     "Qwen3-32B": ("qwen3", 5120, 25600, 64, {"num_key_value_heads": 8, "head_dim": 128}, 24.8, 49.6),
+    "Qwen1.5-MoE-A2.7B": (
+        "qwen2_moe",
+        2048,
+        5632,
+        16,
+        {
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+        29.7,
+        59.4,
+    ),
+    "Qwen2-57B-A14B": (
+        "qwen2_moe",
+        3584,
+        18944,
+        28,
+        {
+            "num_key_value_heads": 4,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2560,
+            "shared_expert_intermediate_size": 20480,
+        },
+        22.7,
+        45.3,
+    ),
+    "Qwen3-30B-A3B": (
+        "qwen3_moe",
+        2048,
+        6144,
+        32,
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        30.0,
+        60.0,
+    ),
 }
 
 
