@@ -53,7 +53,8 @@ def plot_report(report: Report, path: str | Path) -> Path:
 
     Left, one line per layer: its channels in their original order, in bins; each bin is a stack of the shares that are
     retained, candidate and pruned for the latest prompt. Right: of the candidates that a step keeps, the share that the
-    next step keeps too, and what it would be if the choice were made by chance.
+    next step keeps too, and what it would be if the choice were made by chance. Below, for routed experts: how many of
+    the prompt's tokens each one got, and which have no partition or got theirs while decoding.
 
     Parameters
     ----------
@@ -76,11 +77,20 @@ def plot_report(report: Report, path: str | Path) -> Path:
     if pruned and all(ffn.partition is None for ffn in pruned):
         raise PlotError("There is nothing to draw yet: run a prompt in the session first.")
     rows = _rows(report.ffns)
-    figure = Figure(figsize=(11, min(max(0.16 * len(rows) + 2.1, 3.6), 12)), layout="constrained", facecolor="white")
+    routed = [ffn for ffn in report.ffns if ffn.experts is not None]
+    heights = [
+        min(max(0.16 * len(rows) + 2.1, 3.6), 12),
+        *([min(max(0.16 * len(routed) + 1.2, 2), 8)] if routed else []),
+    ]
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
-    _draw_map(left, rows)
-    _draw_stability(right, rows)
+    mosaic = [["map", "stability"], *([["experts", "experts"]] if routed else [])]
+    axes: dict[str, Axes] = figure.subplot_mosaic(mosaic, width_ratios=(3, 1), height_ratios=heights)
+    axes["stability"].sharey(axes["map"])
+    _draw_map(axes["map"], rows)
+    _draw_stability(axes["stability"], rows)
+    if routed:
+        _draw_experts(axes["experts"], routed)
     config = report.config
     figure.suptitle(
         f"POP: ratio {config.ratio:.0%} ({config.scope}), gamma {config.gamma:g}; {report.prompt_tokens} prompt "
@@ -146,7 +156,8 @@ def _draw_stability(axes: Axes, rows: list[list[FFNReport]]) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if not known:
-        text = "no candidates, or\nfewer than two\ndecode steps"
+        routed = all(ffn.experts is not None for row in rows for ffn in row)
+        text = "not counted for\nrouted experts" if routed else "no candidates, or\nfewer than two\ndecode steps"
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center")
         return
     lines, shares = zip(*known, strict=True)
@@ -156,6 +167,31 @@ def _draw_stability(axes: Axes, rows: list[list[FFNReport]]) -> None:
     chance = sizes.candidates_kept / sizes.candidates if sizes.candidates else 0.0
     axes.axvline(chance, color="#404040", linewidth=1, linestyle="--")
     axes.set_xlabel(f"mean {np.mean(shares):.0%}; by chance {chance:.0%} (dashed)")
+
+
+def _draw_experts(axes: Axes, ffns: list[FFNReport]) -> None:
+    """Layers by experts: the share of a layer's routed prompt tokens that each expert got."""
+    found = [ffn.experts for ffn in ffns if ffn.experts is not None]
+    shares = np.full((len(found), max(len(experts.prompt_tokens) for experts in found)), np.nan)
+    for y, experts in enumerate(found):
+        total = max(sum(experts.prompt_tokens), 1)
+        shares[y, : len(experts.prompt_tokens)] = np.array(experts.prompt_tokens) / total
+    image = axes.imshow(shares, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0)
+    for marker, label, lists in (
+        ("x", "dense: too few tokens", [experts.dense for experts in found]),
+        (".", "partitioned while decoding", [experts.late for experts in found]),
+    ):
+        points = [(x, y) for y, numbers in enumerate(lists) for x in numbers]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, color=_COLOURS["candidate"], label=label, linestyle="none")
+    axes.set_xlabel("expert")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label_layers(axes, [[ffn] for ffn in ffns])
+    axes.spines[:].set_visible(False)
+    bar = axes.figure.colorbar(image, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.01)
+    bar.set_label("of the prompt's routed tokens")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
 
 
 def _label_layers(axes: Axes, rows: list[list[FFNReport]]) -> None:
@@ -177,6 +213,8 @@ def _shares(ffn: FFNReport, bins: int) -> NDArray[np.float64]:
         kinds = np.zeros((*ffn.partition.pruned.shape[:-1], channels), dtype=np.int64)
         np.put_along_axis(kinds, ffn.partition.candidates.cpu().numpy(), 1, -1)
         np.put_along_axis(kinds, ffn.partition.pruned.cpu().numpy(), 2, -1)
+        if ffn.experts is not None and len(kinds) == len(ffn.experts.prompt_tokens):
+            kinds[ffn.experts.dense] = 0
         kinds = kinds.reshape(-1, channels)
     share = np.stack([(kinds == kind).mean(0) for kind in range(3)], -1)  # [D, 3]
     edges = np.arange(bins) * channels // bins

@@ -194,13 +194,27 @@ class FFNReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a session did. ``print(report)`` shows a table, :meth:`plot` a picture."""
+    """What a session did. ``print(report)`` shows a table, :meth:`plot` a picture.
+
+    Attributes
+    ----------
+    config : PopConfig
+    ffns : sequence of FFNReport
+    prompt_tokens : int
+        Of the latest prompt.
+    timings : Timings
+    moved_channels : int
+    weights_per_token : int
+        Weights that a decoded token reads from the dense model.
+    notes : sequence of str
+    """
 
     config: PopConfig
     ffns: Sequence[FFNReport]
     prompt_tokens: int
     timings: Timings
     moved_channels: int
+    weights_per_token: int = 0
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -208,12 +222,29 @@ class Report:
         """How many FFNs run on each backend."""
         return dict(Counter(ffn.plan.backend for ffn in self.ffns))
 
+    @property
+    def left_out_share(self) -> float | None:
+        """Share of all weights that a decoded token reads from the dense model which the latest prompt's steps left out.
+
+        The overall ratio counts neither ``lm_head`` nor shared experts (paper, table 8); this does. None before the
+        first step.
+        """
+        parts = [
+            (ffn.plan.ffn.weight_count, ffn.active_per_step / ffn.plan.sizes.channels)
+            for ffn in self.ffns
+            if ffn.active_per_step is not None
+        ]
+        if not parts or not self.weights_per_token:
+            return None
+        return sum(weights * (1 - active) for weights, active in parts) / self.weights_per_token
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as :meth:`to_json` writes them."""
         return {
             "config": self.config.to_dict(),
             "backends": self.backends,
             "prompt_tokens": self.prompt_tokens,
+            "left_out_share": self.left_out_share,
             "forwards": {
                 "prefill": self.timings.prefill_forwards,
                 "decode": self.timings.decode_forwards,
@@ -261,6 +292,7 @@ def build_report(
     state: PromptState | None,
     timings: Timings,
     moved_channels: int,
+    weights_per_token: int,
 ) -> Report:
     """Put the report together from a session's plans and its latest prompt."""
     ffns = []
@@ -272,7 +304,8 @@ def build_report(
             pruned += 1
         ffns.append(_ffn_report(plan, known, timings.decode_forwards > 0))
     tokens = int(state.tokens.sum()) if state is not None and state.tokens is not None else 0
-    return Report(config, ffns, tokens, timings, moved_channels, _notes(config, plans, timings))
+    notes = [*_notes(config, plans, timings), *_expert_notes(ffns)]
+    return Report(config, ffns, tokens, timings, moved_channels, weights_per_token, notes)
 
 
 def _ffn_report(plan: FFNPlan, known: FFNState | ExpertsState | None, decoded: bool) -> FFNReport:
@@ -304,4 +337,20 @@ def _notes(config: PopConfig, plans: Sequence[FFNPlan], timings: Timings) -> lis
         notes.append(
             f"{timings.masked_forwards} decode forwards ran masked, without speed-up: another prompt's channels were in place."
         )
+    return notes
+
+
+def _expert_notes(ffns: Sequence[FFNReport]) -> list[str]:
+    """What the latest prompt did not reach."""
+    layers = [(ffn.plan.ffn.layer, ffn.experts) for ffn in ffns if ffn.experts is not None]
+    waiting = [(layer, found.dense) for layer, found in layers if found.dense]
+    late = sum(len(found.late) for _, found in layers)
+    notes = []
+    if waiting:
+        count = sum(len(experts) for _, experts in waiting)
+        named = ", ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in waiting[:4])
+        more = f" and {len(waiting) - 4} more layers" if len(waiting) > 4 else ""
+        notes.append(f"{count} experts have seen too few tokens to be partitioned, and run dense ({named}{more}).")
+    if late:
+        notes.append(f"{late} experts were partitioned while decoding, from the first tokens that reached them.")
     return notes

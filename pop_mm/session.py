@@ -70,6 +70,22 @@ def plan_ffns(model: nn.Module, config: PopConfig, adapter: Adapter | None = Non
     return plans
 
 
+def weights_per_token(model: nn.Module, adapter: Adapter, plans: Sequence[FFNPlan]) -> dict[str, int]:
+    """Weights that a decoded token reads from the dense model, by part; no biases, norms, routers or embeddings.
+
+    Of routed experts, those count that a token uses.
+    """
+    records = [plan.ffn for plan in plans]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = {"dense": "FFN", "expert": "routed experts", "shared_expert": "shared experts"}
+    parts = {name: sum(ffn.weight_count for ffn in records if ffn.role == role) for role, name in names.items()}
+    return {
+        **{name: count for name, count in parts.items() if count},
+        "attention": sum(weights.attention for weights in adapter.layer_weights(model, records).values()),
+        "lm_head": head.weight.numel() if head is not None else 0,
+    }
+
+
 def _choose_backend(ffn: FFN | Experts, sizes: Sizes, config: PopConfig, shared: Counter[int]) -> tuple[str, str]:
     if sizes.dense:
         return "dense", "its ratio leaves nothing out"
@@ -116,7 +132,9 @@ class Session:
     def __init__(self, model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> None:
         self.model = model
         self.config = config
+        adapter = adapter_for(model) if adapter is None else adapter
         self.plans = plan_ffns(model, config, adapter)
+        self._weights_per_token = sum(weights_per_token(model, adapter, self.plans).values())
         pruned = [plan for plan in self.plans if plan.backend != "dense"]
         self._engine = Engine([plan.ffn for plan in pruned], [plan.sizes for plan in pruned], config)
         self._tracker = PhaseTracker(model, self, rows_matter=self._engine.per_sequence)
@@ -212,7 +230,9 @@ class Session:
         if state is not None and state.tokens is not None and not state.partitioned:
             self._engine.partition_all(state)
         self.timings.moving = self._inplace.seconds
-        return build_report(self.config, self.plans, state, self.timings, self._inplace.moved_channels)
+        return build_report(
+            self.config, self.plans, state, self.timings, self._inplace.moved_channels, self._weights_per_token
+        )
 
     def _require_attached(self, what: str) -> None:
         if not self.attached:

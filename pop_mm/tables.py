@@ -35,7 +35,25 @@ def report_table(report: Report) -> list[RenderableType]:
         active = _span([ffn.active_per_step for ffn in run], _number)
         stay = _span([ffn.stability for ffn in run], lambda share: f"{share:.0%}")
         table.add_row(*_plan_cells([ffn.plan for ffn in run]), active, stay, run[0].plan.backend)
-    return [report_summary(report), table]
+    return [report_summary(report), table, *_routing_table(report)]
+
+
+def _routing_table(report: Report) -> list[RenderableType]:
+    """One row per layer with experts: where the router sent the tokens, and what became of the experts."""
+    layers = [(ffn.plan.ffn.layer, ffn.experts) for ffn in report.ffns if ffn.experts is not None]
+    if not layers:
+        return []
+    table = Table(box=box.SIMPLE_HEAD, title="Routed experts", title_justify="left")
+    for name in ("layer", "prompt tokens\nof an expert", "decode tokens\nof an expert"):
+        table.add_column(name, justify="right")
+    for name in ("partitioned", "late", "dense", "overlap of R and C\n(by chance)"):
+        table.add_column(name, justify="right")
+    for layer, found in layers:
+        overlap = "-" if found.overlap is None else f"{found.overlap:.0%} ({found.overlap_by_chance:.0%})"
+        counts = (len(found.partitioned), len(found.late), len(found.dense))
+        spans = (_span(found.prompt_tokens, _number), _span(found.decode_tokens, _number))
+        table.add_row(str(layer), *spans, *map(str, counts), overlap)
+    return [table]
 
 
 def report_summary(report: Report) -> Text:
@@ -50,6 +68,10 @@ def report_summary(report: Report) -> Text:
             f"{report.prompt_tokens} prompt {_plural(report.prompt_tokens, 'token')} in the latest prompt; prefill "
             f"{_seconds(times.prefill)}, {steps} {_seconds(times.decode)}; before the first step, choosing channels "
             f"{_seconds(times.partitioning)} and moving {report.moved_channels} of them {_seconds(times.moving)}."
+        )
+    if report.left_out_share is not None:
+        lines.append(
+            f"Of all weights that a token reads from the dense model, a decode step left out {report.left_out_share:.1%}."
         )
     if config.variant != "pop":
         lines.append(f"Variant {config.variant!r}, for comparison: not POP itself.")

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PROMPT = "w5 w9 w40 w7 w22"
 ANSWER_KEYS = {"text", "decode_tokens_per_s"}
 INSPECT_KEYS = {
-    *("name", "layer", "expert", "role", "layout", "size", "ffn_ratio", "retained", "candidates", "pruned", "kept"),
+    *("name", "layer", "experts", "top_k", "role", "layout", "size", "ffn_ratio", "retained", "candidates", "pruned", "kept"),
     *("backend", "reason", "bytes_per_token_dense", "bytes_per_token_pruned"),
 }
 

@@ -16,7 +16,7 @@ from ..adapters import Adapter, adapter_for, registered_adapters
 from ..config import PopConfig
 from ..report import FFNPlan
 from ..samples import SampleError, load_config, resolve
-from ..session import plan_ffns
+from ..session import plan_ffns, weights_per_token
 from ..tables import footprint_table, plan_table
 from .generate import load_model, torch_dtype
 from .terminal import quiet, spinner
@@ -84,21 +84,12 @@ def footprint(model: PreTrainedModel, adapter: Adapter, plans: Sequence[FFNPlan]
     token uses.
     """
     size = model.dtype.itemsize
-    head = model.get_output_embeddings()
-    layers = adapter.layer_weights(model, [plan.ffn for plan in plans])
-    pruned = 0.0
-    for layer, weights in layers.items():
-        own = [plan for plan in plans if plan.ffn.layer == layer]
-        whole = sum(plan.ffn.weight_count for plan in own)
-        read = sum(plan.ffn.weight_count * _share_read(plan) for plan in own)
-        pruned += weights.ffn * read / whole if whole else 0
-    attention = size * sum(weights.attention for weights in layers.values())
-    out = size * head.weight.numel() if head is not None else 0
-    return {
-        "FFN": (size * sum(weights.ffn for weights in layers.values()), round(size * pruned)),
-        "attention": (attention, attention),
-        "lm_head": (out, out),
-    }
+    parts = {name: (size * count, size * count) for name, count in weights_per_token(model, adapter, plans).items()}
+    for role, name in (("dense", "FFN"), ("expert", "routed experts"), ("shared_expert", "shared experts")):
+        if name in parts:
+            read = sum(plan.ffn.weight_count * _share_read(plan) for plan in plans if plan.ffn.role == role)
+            parts[name] = parts[name][0], round(size * read)
+    return parts
 
 
 def _share_read(plan: FFNPlan) -> float:
