@@ -149,13 +149,37 @@ def _build_smollm2(target: Path, cache: Path, report: Report) -> None:
             tokenizer.save_pretrained(target)
 
 
+def _upcycled(to: str) -> Callable[[Path, Path, Report], None]:
+    def build(target: Path, cache: Path, report: Report) -> None:
+        from .upcycle import upcycle
+
+        report("fetching smollm2-135m")
+        base = fetch("smollm2-135m", cache_dir=cache, progress=False)
+        report("copying FFNs into experts")
+        upcycle(str(base), to, target, experts=4, top_k=2, progress=False)
+
+    return build
+
+
 SAMPLES: dict[str, Sample] = {
     "smollm2-135m": Sample(
         name="smollm2-135m",
         description="SmolLM2-135M-Instruct, 30 Llama layers with FFNs of 1536 channels (4-bit weights made dense)",
         licence="Apache-2.0",
         build=_build_smollm2,
-    )
+    ),
+    "smollm2-mixtral": Sample(
+        name="smollm2-mixtral",
+        description="smollm2-135m as Mixtral: each FFN copied into 4 experts, of which a token uses 2 (1.5 GB)",
+        licence="Apache-2.0",
+        build=_upcycled("mixtral"),
+    ),
+    "smollm2-qwen2moe": Sample(
+        name="smollm2-qwen2moe",
+        description="smollm2-135m as Qwen2-MoE: 4 routed experts, of which a token uses 2, and a shared one (1.8 GB)",
+        licence="Apache-2.0",
+        build=_upcycled("qwen2_moe"),
+    ),
 }
 
 
@@ -238,7 +262,9 @@ def _stages(name: str, progress: bool) -> Iterator[Report]:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not progress) as bar:
+    console = Console(file=sys.stderr)
+    progress = progress and (console.is_terminal or console.is_jupyter)  # elsewhere, all it leaves is an empty line
+    with Progress(*columns, console=console, transient=True, disable=not progress) as bar:
         task = bar.add_task(name, total=None)
         yield lambda stage: bar.update(task, description=f"{name}: {stage}")
 

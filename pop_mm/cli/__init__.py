@@ -131,6 +131,32 @@ def models_fetch(name: Annotated[str, typer.Argument(help="Name of a sample mode
     typer.echo(folder)
 
 
+@models_app.command("upcycle")
+def models_upcycle(
+    source: Annotated[str, typer.Option(help="A dense model: a sample, a folder or a hub id.", show_default=False)],
+    to: Annotated[str, typer.Option(metavar="mixtral|qwen2_moe|qwen3_moe", help="Type to make.", show_default=False)],
+    output: Annotated[str, typer.Option(metavar="DIR", help="New or empty folder for the model.", show_default=False)],
+    experts: Annotated[int, typer.Option(help="Routed experts of each layer.")] = 4,
+    top_k: Annotated[int, typer.Option(help="Routed experts that a token uses.")] = 2,
+    router_seed: Annotated[int, typer.Option(help="For the random routers, and the noise.")] = 0,
+    perturb: Annotated[float, typer.Option(help="Relative size of noise that makes the experts differ.")] = 0.0,
+) -> None:
+    """Make a Mixture-of-Experts model that computes what a dense one does."""
+    from ..upcycle import logit_difference, upcycle
+    from .terminal import quiet, spinner
+
+    with quiet():
+        made = upcycle(source, to, output, experts=experts, top_k=top_k, router_seed=router_seed, perturb=perturb)
+        with spinner("Comparing the models"):
+            difference, largest = logit_difference(source, made.path)
+    typer.echo(made.path)
+    typer.echo(
+        f"{made.parameters:,} parameters, of which a token uses {made.active_parameters:,} (the source has "
+        f"{made.source_parameters:,})\nlargest logit difference to the source {difference:.1e}, of logits up to "
+        f"{largest:.1f}"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``pop-mm``. A user's mistake ends with code 2 and a plain sentence, Ctrl-C with 130 and nothing.
 
