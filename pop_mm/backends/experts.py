@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Engine
+from ..errors import SessionError
 from ..experts import Experts, ExpertViews
 from ..layout import linear
 from ..partition import dropped_candidates
@@ -48,7 +49,13 @@ def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     handler = _HANDLERS.get(module)
     if handler is not None:
         return handler(*args, **kwargs)
-    return _stock(module, _SELECTED[id(module.config)].before)(*args, **kwargs)  # another model with the same config
+    selection = _SELECTED.get(id(module.config))
+    if selection is None:
+        raise SessionError(
+            "This model was copied while the original was being pruned, so its config names an experts implementation that "
+            "only the session provides. Copy it outside the session, or call model.set_experts_implementation(...)."
+        )
+    return _stock(module, selection.before)(*args, **kwargs)  # another model with the same config
 
 
 def _stock(module: nn.Module, name: str | None) -> Callable[..., Tensor]:
