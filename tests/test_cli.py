@@ -13,6 +13,7 @@ import pop_mm.cli
 import pop_mm.cli.generate
 from pop_mm.adapters import support_table
 from pop_mm.cli import main
+from pop_mm.cli.terminal import write_json
 from pop_mm.config import PopConfig
 from tiny_folder import WORDS, save
 from tiny_models import tiny
@@ -21,7 +22,20 @@ ROOT = Path(__file__).parent.parent
 PROMPT = "w5 w9 w40 w7 w22"
 ANSWER_KEYS = {"text", "decode_tokens_per_s"}
 INSPECT_KEYS = {
-    *("name", "layer", "experts", "top_k", "role", "layout", "size", "ffn_ratio", "retained", "candidates", "pruned", "kept"),
+    *(
+        "name",
+        "layer",
+        "experts",
+        "top_k",
+        "role",
+        "layout",
+        "size",
+        "ffn_ratio",
+        "retained",
+        "candidates",
+        "pruned",
+        "kept",
+    ),
     *("backend", "reason", "bytes_per_token_dense", "bytes_per_token_pruned"),
 }
 
@@ -301,6 +315,16 @@ MISTAKES = {
     "no tokens": (["generate", "--model", "FOLDER", "--prompt", "w5", "--max-new-tokens", "0"], "--max-new-tokens"),
     "context": (["generate", "--model", "FOLDER", "--prompt", "w5", "--max-new-tokens", "500"], "context is 128"),
     "temperature": (["generate", "--model", "FOLDER", "--prompt", "w5", "--temperature", "-1"], "--temperature"),
+    "temperature too low": (
+        ["generate", "--model", "NONE", "--prompt", "w5", "--temperature", "1e-45"],
+        "take 0 (greedy)",
+    ),
+    "temperature too high": (
+        ["generate", "--model", "NONE", "--prompt", "w5", "--temperature", "inf"],
+        "--temperature",
+    ),
+    "seed": (["generate", "--model", "NONE", "--prompt", "w5", "--seed", str(2**63)], "--seed"),
+    "prompt in another encoding": (["generate", "--model", "NONE", "--prompt", "w5 \udcff"], "not valid UTF-8"),
     "json folder": (["generate", "--model", "NONE", "--prompt", "w5", "--json", "TMP/no/a.json"], "a.json cannot be"),
     "json is a folder": (["generate", "--model", "NONE", "--prompt", "w5", "--json", "TMP"], "cannot be written"),
     "plot folder": (["generate", "--model", "NONE", "--prompt", "w5", "--plot", "TMP/no/a.png"], "there is no folder"),
@@ -348,6 +372,23 @@ def test_mistake_in_a_process_shows_no_traceback(folder):
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"Error: .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("command", [["adapters"], ["inspect", "--model", "FOLDER", "--json"]])
+def test_output_that_cannot_be_written_is_a_sentence(folder, command):
+    script = "from pop_mm.cli import main; main()"
+    command = [sys.executable, "-c", script, *(folder if a == "FOLDER" else a for a in command)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"Error: The output cannot be written: No space left on device\.\n", done.stderr)
+
+
+def test_json_on_stdout_fits_any_encoding(capsys):
+    write_json({"text": "caf\xe9"}, "-")
+    out = capsys.readouterr().out
+    assert out.isascii()
+    assert json.loads(out) == {"text": "caf\xe9"}
 
 
 def test_damaged_weights(call, folder, tmp_path):

@@ -49,8 +49,10 @@ def generate(
     prefill: Annotated[str, typer.Option(metavar="dense|partition", help="partition: as in the paper.")] = "dense",
     backend: Backend = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; above 0 the answer is sampled.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="For sampling.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=100, help="0 is greedy; above 0 the answer is sampled.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For sampling.")] = 0,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template, if it has one.")] = True,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: a GPU if there is one.")] = "auto",
@@ -173,6 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _say(str(error))
     except _USAGE_ERROR as error:
         code = _say(error.format_message()) if str(error) else 2
+    except OSError as error:  # of stdout; what a command reads and writes has errors of its own
+        code = _say(f"The output cannot be written: {error.strerror or error}.")
     sys.exit(code if isinstance(code, int) else 0)
 
 

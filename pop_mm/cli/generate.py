@@ -20,6 +20,7 @@ from ..tables import answers_table, report_summary
 from .terminal import CommandError, check_writable, quiet, spinner, write_json
 
 _WARM_UP = 4  # tokens of the prompt and of the answer in a warm-up
+_COLDEST = 0.001  # logits divided by less overflow
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -84,6 +85,12 @@ def run(
     check_outputs(json_file, plot)
     if not prompt.strip():
         raise CommandError("The prompt is empty: give --prompt at least one word.")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise CommandError("The prompt is not valid UTF-8: check the encoding of the terminal or file it comes from.")
+    if 0 < sampling.temperature < _COLDEST:
+        raise CommandError(
+            f"--temperature {sampling.temperature:g} is too near 0 to sample; take 0 (greedy) or {_COLDEST} and more."
+        )
     where = find_device(device)
     with quiet():
         model, tokenizer = load_model(name, dtype, where)

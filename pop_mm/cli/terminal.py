@@ -66,11 +66,11 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 
 
 def write_json(value: object, path: str) -> None:
-    """Write JSON to a file, or to stdout if the path is ``-``."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    """Write JSON to a file, or to stdout if the path is ``-`` (in ASCII, whatever the terminal's encoding)."""
     if path == "-":
-        print(text)
+        print(json.dumps(value, indent=2))
         return
+    text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
     except OSError as error:
