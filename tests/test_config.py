@@ -74,6 +74,10 @@ FULL = {
     "layer_ratios": {0: 0.0, 11: 0.5},
     "round_to": 16,
     "variant": "static",
+    "min_tokens": 3,
+    "unseen": "weights",
+    "expert_score": "routed",
+    "prune_shared": False,
 }
 
 
