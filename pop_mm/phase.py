@@ -133,10 +133,10 @@ class PhaseTracker:
         ):
             original = getattr(self._model, name, None)
             if original is not None:
-                self._undo.append(_set_instance_attribute(self._model, name, functools.wraps(original)(wrap(original))))
+                self._undo.append(set_instance_attribute(self._model, name, functools.wraps(original)(wrap(original))))
         for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
             if hasattr(self._model, name):  # it runs forwards in a thread of its own, which would swallow the error
-                self._undo.append(_set_instance_attribute(self._model, name, _refuse_continuous_batching))
+                self._undo.append(set_instance_attribute(self._model, name, _refuse_continuous_batching))
         pre = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
         post = self._model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
         self._undo += [pre.remove, post.remove]
@@ -379,7 +379,7 @@ def _refuse_continuous_batching(*_: Any, **__: Any) -> None:
     )
 
 
-def _set_instance_attribute(instance: object, name: str, value: object) -> Callable[[], None]:
+def set_instance_attribute(instance: object, name: str, value: object) -> Callable[[], None]:
     """Set an attribute on the instance; returns what puts back exactly what was there."""
     had = name in instance.__dict__
     previous = instance.__dict__.get(name)

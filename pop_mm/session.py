@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapter, adapter_for
+from .backends.experts import IMPLEMENTATION
 from .backends.inplace import InplaceBackend
 from .backends.masked import MaskedBackend
 from .config import PopConfig, as_config
@@ -141,6 +142,8 @@ class Session:
         self._masked = MaskedBackend(self._engine, self._tracker)
         self._inplace = InplaceBackend(self._engine, self._tracker)
         self._backends = [plan.backend for plan in pruned]
+        experts = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
+        self._expert_configs: list[Any] = list({id(module.config): module.config for module in experts}.values())
         self._undo: list[Callable[[], object]] = []
         self._busy = threading.Lock()
         self._owner: threading.Thread | None = None
@@ -253,6 +256,7 @@ class Session:
         if self.model.training:
             raise SessionError("The model was put in training mode inside the session; call model.eval().")
         self._check_rows(forward)
+        self._check_experts()
         self._enter()
         try:
             self._begin(forward)
@@ -307,6 +311,15 @@ class Session:
                 f"The cache was prefilled with {state.rows} rows and is continued with {forward.rows}; with "
                 "batch='per_sequence' every row needs its own partition. Use batch='shared', or prefill all rows."
             )
+
+    def _check_experts(self) -> None:
+        """Experts that are not called through this session would run dense without a word."""
+        for config in self._expert_configs:
+            if config._experts_implementation != IMPLEMENTATION:
+                raise SessionError(
+                    f"The experts implementation was set to {config._experts_implementation!r} inside the session, so the "
+                    "experts would not be pruned. Choose it before the session: the prefill uses it then."
+                )
 
     def _enter(self) -> None:
         """One forward at a time where weights are reordered; the lock of an interrupted forward is taken over."""

@@ -15,11 +15,24 @@ RATIO = 0.4
 BACKENDS = ("masked", "inplace")
 LAYOUTS = ("llama", "phi3", "gpt2", "opt", "starcoder2", "gpt_neox", "falcon", "lfm2")  # one type for each layout
 backends = pytest.mark.parametrize("backend", BACKENDS)
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # of experts
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# concatenated, with a shared expert, transposed and interleaved and biased, with dense layers, ungated, transposed
+EXPERT_LAYOUTS = ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "aria_text")
+expert_layouts = pytest.mark.parametrize("model_type", EXPERT_LAYOUTS)
 
 
 def fresh(model_type="llama", **settings):
     """A model of its own, for tests that change it."""
     return tiny(model_type, torch.float64, **settings)
+
+
+def with_experts(load, model_type, implementation="eager", dtype=None, **settings):
+    """A tiny model with experts; float32 where torch has no kernel for float64."""
+    dtype = dtype or (torch.float32 if implementation == "grouped_mm" else torch.float64)
+    if model_type == "nemotron_h":
+        settings = {"mlp_hidden_act": "gelu", **settings}  # a ReLU zeroes channels by itself
+    return load(model_type, dtype, experts_implementation=implementation, **settings)
 
 
 def pruned(model, backend="masked", **settings):
@@ -99,9 +112,9 @@ MODES = {
 
 
 @cache
-def greedy_run(model, rows, backend):
+def greedy_run(model, rows, backend, **settings):
     """A greedy generation of a pruned model, in a session of its own."""
-    with pruned(model, backend):
+    with pruned(model, backend, **settings):
         return simple(rows)(model)
 
 

@@ -11,11 +11,25 @@ from reference import columns, down_projections
 
 _TRANSFORMERS_OWN = {"config", "generation_config", "_previous_max_cache_length"}  # generate() sets them itself
 _PRODUCTS = {F.linear, torch.mm, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+_GROUPED = {getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)} - {None}
 
 
 def prompt(rows=1, length=9, seed=0):
     """Random token ids [rows, length], never special ones."""
     return torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(100 + seed))
+
+
+class InDouble(TorchFunctionMode):
+    """Norms, routers and softmaxes that compute in float32 stay in float64, so that logits agree to the last digits."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            args = [torch.float64 if a is torch.float32 else a for a in args]
+            kwargs = {key: torch.float64 if a is torch.float32 else a for key, a in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 class Active(TorchFunctionMode):
@@ -71,12 +85,102 @@ class Active(TorchFunctionMode):
         ]
 
 
+class ActiveExperts(TorchFunctionMode):
+    """Records every product with the down projections of routed experts, whichever implementation computes it.
+
+    An expert's original channels are recognised by their rows, bit for bit.
+
+    Attributes
+    ----------
+    seen : list of list of dict
+        As ``reference_moe.MoEPop.expert_active``: of every forward, of each set of experts, by expert: sorted lists of
+        the channels whose activation is not zero, one for each token.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self._model = model
+        self._modules = [module for module in model.modules() if hasattr(module, "is_concatenated")]
+        self._channel = {}
+        for index, module in enumerate(self._modules):
+            for expert, down in enumerate(module.down_proj.detach()):
+                for channel, row in enumerate(down if module.is_transposed else down.t()):
+                    self._channel[_bits(row)] = index, expert, channel
+        self.seen = []
+
+    def __enter__(self):
+        self._hook = self._model.register_forward_pre_hook(lambda *_: self.seen.append([{} for _ in self._modules]))
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        self._hook.remove()
+        for forward in self.seen:
+            for found in (tokens for module in forward for tokens in module.values()):
+                found.sort()
+        return super().__exit__(*args)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.bmm:  # every token brings a copy of its expert
+            for one, other in zip(*args[:2], strict=True):
+                weight, h = (one, other.t()) if other.shape[-1] == 1 else (other, one)
+                self._see(weight, h)
+        elif func in _PRODUCTS or func in _GROUPED:
+            tensors = [a for a in args if isinstance(a, torch.Tensor) and a.dim() > 1]
+            for weight in (t for t in tensors if self._is_down(t)):
+                h = next(t for t in tensors if t is not weight)
+                if func in _GROUPED:
+                    starts = [0, *kwargs["offs"].tolist()]
+                    for expert in range(len(weight)):
+                        self._see(weight[expert], h[starts[expert] : starts[expert + 1]])
+                else:
+                    self._see(weight, h)
+        return func(*args, **(kwargs or {}))
+
+    def _is_down(self, tensor):
+        here = tensor.untyped_storage().data_ptr()
+        return any(m.down_proj.untyped_storage().data_ptr() == here for m in self._modules)
+
+    def _see(self, weight, h):
+        weight, h = weight.detach(), h.detach()
+        rows = weight if _bits(weight[0]) in self._channel else weight.t()
+        if _bits(rows[0]) not in self._channel:
+            return  # not a down projection
+        places = [self._channel[_bits(row)] for row in rows]
+        assert len({place[:2] for place in places}) == 1
+        index, expert, _ = places[0]
+        channels = torch.tensor([channel for *_, channel in places])
+        for token in h:
+            active = channels[token != 0].sort().values.tolist()
+            self.seen[-1][index].setdefault(expert, []).append(active)
+
+
+def _bits(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def of_experts(session):
+    """The reports of a session's routed experts, in the order of execution."""
+    return [ffn for ffn in session.report.ffns if ffn.plan.ffn.role == "expert"]
+
+
+def of_dense(session):
+    """As ``reference.Pop.parts``: those of dense FFNs and shared experts."""
+    return [
+        parts
+        for ffn, parts in zip(session.report.ffns, partitions(session), strict=True)
+        if ffn.plan.ffn.role != "expert"
+    ]
+
+
 def partitions(session):
     """As ``reference.Pop.parts``, from a session's report."""
     found = []
     for ffn in session.report.ffns:
         p = ffn.partition
-        parts = [t.reshape(-1, t.shape[-1]).tolist() for t in (p.retained, p.candidates, p.pruned)]
+        parts = [
+            t.reshape(t.shape[:-1].numel(), -1 if t.numel() else 0).tolist()
+            for t in (p.retained, p.candidates, p.pruned)
+        ]
         found.append([tuple(map(set, row)) for row in zip(*parts, strict=True)])
     return found
 
@@ -84,7 +188,10 @@ def partitions(session):
 def fingerprint(model):
     """Everything of a model that a session could leave behind."""
     found = {"config": str(model.config.to_dict()), "generation": str(model.generation_config.to_dict())}
+    found["implementation"] = str(model.get_experts_implementation())
     for name, module in model.named_modules(remove_duplicate=False):
+        if hasattr(module, "config"):  # some is in no dict of the config
+            found[name, "config"] = sorted((key, str(value)) for key, value in vars(module.config).items())
         found[name, "class"] = type(module)
         for key, value in vars(module).items():
             if key in ("_parameters", "_buffers"):
@@ -104,7 +211,7 @@ def differences(before, after):
         old, new = before[key], after[key]
         if isinstance(old, tuple) and isinstance(old[0], torch.Tensor):
             same = new is not None and old[0] is new[0] and old[1].dtype == new[1].dtype
-            same = same and old[1].numpy().tobytes() == new[1].numpy().tobytes()
+            same = same and _bits(old[1]) == _bits(new[1])
         else:
             same = old == new
         if not same:

@@ -22,7 +22,7 @@ from ..errors import SessionError
 from ..experts import Experts, ExpertViews
 from ..layout import linear
 from ..partition import dropped_candidates
-from ..phase import Forward, Phase, PhaseTracker
+from ..phase import Forward, Phase, PhaseTracker, set_instance_attribute
 from ..routed import ExpertsState, Slots
 from .base import current_forward
 from .order import ChannelOrder
@@ -101,7 +101,14 @@ class MaskedExperts:
         self._undo: list[Callable[[], object]] = []
 
     def attach(self) -> None:
-        """Take over the module."""
+        """Take over the module; if that fails, nothing is left changed."""
+        try:
+            self._take_over()
+        except BaseException:
+            self.detach()
+            raise
+
+    def _take_over(self) -> None:
         module = self._module
         self._undo.append(_select(module.config))
         _HANDLERS[module] = self
@@ -112,8 +119,7 @@ class MaskedExperts:
             def gate(gate_up: Tensor) -> Tensor:
                 return self._look(own_gate(gate_up))
 
-            module.__dict__["_apply_gate"] = gate
-            self._undo.append(partial(module.__dict__.pop, "_apply_gate", None))
+            self._undo.append(set_instance_attribute(module, "_apply_gate", gate))
         else:
             hook = module.act_fn.register_forward_hook(lambda _, __, h: self._look(h))
             self._undo.append(hook.remove)
@@ -243,7 +249,8 @@ class InplaceExperts(MaskedExperts):
 
         alone = len(ids) == 1 and not self._module._is_expert_parallel
         result = run_experts(self._record, hidden, ids, weights, views, between, alone)
-        state.count(ids[ids < self._record.count] if not alone else ids[0], state.decode_tokens)
+        counted = ids if forward.valid is None else ids[forward.valid.reshape(-1)]
+        state.count(counted[counted < self._record.count], state.decode_tokens)
         return result
 
     def _choose(
