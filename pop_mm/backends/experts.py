@@ -22,7 +22,7 @@ from ..errors import SessionError
 from ..experts import Experts, ExpertViews
 from ..layout import linear
 from ..partition import dropped_candidates
-from ..phase import Forward, Phase, PhaseTracker
+from ..phase import Forward, Phase, PhaseTracker, set_instance_attribute
 from ..routed import ExpertsState, Slots
 from .base import current_forward
 from .order import ChannelOrder
@@ -119,7 +119,7 @@ class MaskedExperts:
             def gate(gate_up: Tensor) -> Tensor:
                 return self._look(own_gate(gate_up))
 
-            self._undo.append(_set_instance_attribute(module, "_apply_gate", gate))
+            self._undo.append(set_instance_attribute(module, "_apply_gate", gate))
         else:
             hook = module.act_fn.register_forward_hook(lambda _, __, h: self._look(h))
             self._undo.append(hook.remove)
