@@ -392,9 +392,9 @@ class RoutedExperts:
         if undecided is None or cache_length >= undecided.cache_length:
             return
         accepted = undecided.step < undecided.steps - (undecided.cache_length - cache_length)
-        before = undecided.before
+        before = undecided.before.copy()  # a copy of the cache may have to unlearn the same steps
         for name in ("energy", "seen", "partition", "candidate_weight", "ready", "late"):
-            setattr(state, name, getattr(before, name))  # its tensors are nobody else's
+            setattr(state, name, getattr(before, name))
         state._all_ready = False
         kept = accepted.nonzero().squeeze(1)
         self._teach(state, undecided.h[kept], undecided.slots[kept], undecided.unit[kept], undecided.step[kept], None)
