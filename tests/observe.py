@@ -104,8 +104,8 @@ class ActiveExperts(TorchFunctionMode):
         self._channel = {}
         for index, module in enumerate(self._modules):
             for expert, down in enumerate(module.down_proj.detach()):
-                for channel, row in enumerate(down if module.is_transposed else down.t()):
-                    self._channel[_bits(row)] = index, expert, channel
+                for channel, row in enumerate(_rows(down if module.is_transposed else down.t())):
+                    self._channel[row] = index, expert, channel
         self.seen = []
 
     def __enter__(self):
@@ -142,16 +142,20 @@ class ActiveExperts(TorchFunctionMode):
 
     def _see(self, weight, h):
         weight, h = weight.detach(), h.detach()
-        rows = weight if _bits(weight[0]) in self._channel else weight.t()
-        if _bits(rows[0]) not in self._channel:
+        rows = _rows(weight if _rows(weight[:1])[0] in self._channel else weight.t())
+        if rows[0] not in self._channel:
             return  # not a down projection
-        places = [self._channel[_bits(row)] for row in rows]
+        places = [self._channel[row] for row in rows]
         assert len({place[:2] for place in places}) == 1
         index, expert, _ = places[0]
         channels = torch.tensor([channel for *_, channel in places])
         for token in h:
             active = channels[token != 0].sort().values.tolist()
             self.seen[-1][index].setdefault(expert, []).append(active)
+
+
+def _rows(matrix):
+    return [row.tobytes() for row in matrix.contiguous().view(torch.uint8).numpy()]
 
 
 def _bits(tensor):
