@@ -112,6 +112,12 @@ class Experts:
         return "gate_up_proj" if self.module.has_gate else "up_proj"
 
     @property
+    def _blocks(self) -> tuple[tuple[int, int], int]:
+        """Shape of an expert's gate and up outputs, and which of its axes tells gate from up; the other is the channel."""
+        blocks = 2 if self.module.has_gate else 1
+        return ((blocks, self.size), 0) if self.module.is_concatenated else ((self.size, blocks), 1)
+
+    @property
     def _transposed(self) -> bool:
         return bool(self.module.is_transposed)
 
@@ -143,17 +149,14 @@ class Experts:
 
     def channel_matrices(self, expert: int) -> Iterator[tuple[Tensor, int]]:
         """Every matrix of an expert in which a row (axis 0) or a column (axis 1) is a channel: views."""
-        blocks = 2 if self.module.has_gate else 1
-        shape = (blocks, self.size) if self.module.is_concatenated else (self.size, blocks)
-        weight = self._parameter(self.input_name)[expert]
-        for block in range(blocks):
-            if self._transposed:
-                yield weight.unflatten(1, shape).select(1 if self.module.is_concatenated else 2, block), 1
-            else:
-                yield weight.unflatten(0, shape).select(0 if self.module.is_concatenated else 1, block), 0
+        shape, axis = self._blocks
+        outputs = int(self._transposed)
+        weight = self._parameter(self.input_name)[expert].unflatten(outputs, shape)
+        for block in range(shape[axis]):
+            yield weight.select(outputs + axis, block), outputs
             if self.module.has_bias:
                 bias = self._parameter(f"{self.input_name}_bias")[expert].unflatten(0, shape)
-                yield bias.select(0 if self.module.is_concatenated else 1, block).unsqueeze(1), 0
+                yield bias.select(axis, block).unsqueeze(1), 0
         yield self.down[expert], int(not self._transposed)
 
     @torch.no_grad()
@@ -201,13 +204,12 @@ class Experts:
     def input_norms(self) -> Tensor:
         """Norm of each channel's weights in gate and up together, ``[E, D]``."""
         dtype = torch.promote_types(self.float_dtype, torch.float32)
-        blocks = 2 if self.module.has_gate else 1
-        shape = (blocks, self.size) if self.module.is_concatenated else (self.size, blocks)
+        shape, axis = self._blocks
         with self._loaded():
             norms = torch.linalg.vector_norm(
                 self._parameter(self.input_name), dim=1 if self._transposed else 2, dtype=dtype
             )
-        return torch.linalg.vector_norm(norms.unflatten(1, shape), dim=1 if self.module.is_concatenated else 2)
+        return torch.linalg.vector_norm(norms.unflatten(1, shape), dim=1 + axis)
 
     def _loaded(self) -> AbstractContextManager[object]:
         """Within: offloaded weights are where they are computed with."""

@@ -156,7 +156,6 @@ class _Undecided:
     before: ExpertsState
     h: Tensor
     slots: Slots
-    unit: Tensor
     step: Tensor
     steps: int
     cache_length: int
@@ -203,7 +202,7 @@ class RoutedExperts:
     def _add(self, state: ExpertsState, h: Tensor, slots: Slots, positions: Tensor | None) -> None:
         h, unit = h.detach(), self._unit(slots)
         for part in torch.arange(len(h), device=h.device).split(max(1, _BLOCK // self.sizes.channels)):
-            values = h[part] if positions is None else h[part].gather(1, positions[slots.expert[part]])
+            values = _in_original_order(h[part], slots.expert[part], positions)
             squared = self._weighted(values.to(state.energy.dtype), slots.weight[part]).square()
             squared.masked_fill_(~slots.valid[part].unsqueeze(1), 0)
             state.energy.index_add_(0, unit[part], squared)
@@ -223,10 +222,8 @@ class RoutedExperts:
             scores = weight * state.energy.sqrt()
             enough = state.seen >= self.config.min_tokens
             if self.config.unseen == "weights":
-                norms = (
-                    (self.weight * self.experts.input_norms().to(self.weight.device)).to(scores.device).repeat(rows, 1)
-                )
-                scores = scores.where(enough.unsqueeze(1), norms)
+                norms = self.experts.input_norms().to(scores.device).repeat(rows, 1)
+                scores = scores.where(enough.unsqueeze(1), weight * norms)
                 enough = torch.ones_like(enough)
             state.partition = partition(scores, self.sizes)
             state.candidate_weight = weight.gather(1, state.partition.candidates)
@@ -295,7 +292,7 @@ class RoutedExperts:
         left_out = state.partition.pruned[unit]
         if self.sizes.candidates:
             chosen = state.partition.candidates[unit]
-            places = chosen if positions is None else positions[slots.expert].gather(1, chosen)
+            places = _places(chosen, slots, positions)
             dropped = self.choose(forward, h.gather(1, places), state.candidate_weight[unit], slots, step)
             left_out = torch.cat([left_out, chosen.gather(1, dropped)], 1)
         active = _without(left_out, self.sizes.channels, slots, positions)
@@ -342,34 +339,26 @@ class RoutedExperts:
             ``[N]``, boolean: slots whose expert had no partition yet at its step, and runs dense.
         """
         assert state.ready is not None
-        unit = self._unit(slots)
-        new = (~state.ready[unit]).nonzero().squeeze(1)
+        new = (~state.ready[self._unit(slots)]).nonzero().squeeze(1)
         if not len(new):
             return None
-        if forward.length > 1 and forward.cache is not None and hasattr(forward.cache, "get_seq_length"):
+        taught, mine = _in_original_order(h[new], slots.expert[new], positions), slots[new]
+        if forward.length > 1 and forward.cache is not None:
             length = int(forward.cache.get_seq_length())
-            steps = int(step.max()) + 1
-            taught = h[new] if positions is None else h[new].gather(1, positions[slots.expert[new]])
-            state.undecided = _Undecided(state.copy(), taught, slots[new], unit[new], step[new], steps, length)
+            state.undecided = _Undecided(state.copy(), taught, mine, step[new], int(step.max()) + 1, length)
         waiting = torch.zeros_like(slots.valid)
-        waiting[new] = self._teach(state, h[new], slots[new], unit[new], step[new], positions)
+        waiting[new] = self._teach(state, taught, mine, step[new])
         return waiting
 
-    def _teach(
-        self,
-        state: ExpertsState,
-        h: Tensor,
-        slots: Slots,
-        unit: Tensor,
-        step: Tensor,
-        positions: Tensor | None,
-    ) -> Tensor:
+    def _teach(self, state: ExpertsState, h: Tensor, slots: Slots, step: Tensor) -> Tensor:
+        """Add tokens to the statistics, step by step; ``h`` is in original order. Which slots had no partition, ``[N]``."""
         assert state.ready is not None and state.late is not None and state.partition is not None
+        unit = self._unit(slots)
         waited = torch.zeros_like(slots.valid)
         for now in step.unique(sorted=True):
             here = ((step == now) & ~state.ready[unit]).nonzero().squeeze(1)
             waited[here] = True
-            self._add(state, h[here], slots[here], positions)
+            self._add(state, h[here], slots[here], None)
             done = (~state.ready & (state.seen >= self.config.min_tokens)).nonzero().squeeze(1)
             if len(done):
                 weight = self.weight.to(h.device)[done % self.experts.count]
@@ -397,11 +386,20 @@ class RoutedExperts:
             setattr(state, name, getattr(before, name))
         state._all_ready = False
         kept = accepted.nonzero().squeeze(1)
-        self._teach(state, undecided.h[kept], undecided.slots[kept], undecided.unit[kept], undecided.step[kept], None)
+        self._teach(state, undecided.h[kept], undecided.slots[kept], undecided.step[kept])
 
 
 def _without(left_out: Tensor, channels: int, slots: Slots, positions: Tensor | None) -> Tensor:
     """``[N, D]`` boolean, false on the channels ``left_out`` (``[N, n]``, original numbers) at their places."""
-    places = left_out if positions is None else positions[slots.expert].gather(1, left_out)
     active = torch.ones(len(left_out), channels, dtype=torch.bool, device=left_out.device)
-    return active.scatter_(1, places, False)
+    return active.scatter_(1, _places(left_out, slots, positions), False)
+
+
+def _places(channels: Tensor, slots: Slots, positions: Tensor | None) -> Tensor:
+    """``[N, n]``: where original channels of each slot's expert are in ``h``."""
+    return channels if positions is None else positions[slots.expert].gather(1, channels)
+
+
+def _in_original_order(h: Tensor, expert: Tensor, positions: Tensor | None) -> Tensor:
+    """``[N, D]``: ``h`` with every channel in its own place."""
+    return h if positions is None else h.gather(1, positions[expert])

@@ -22,7 +22,7 @@ from ..errors import SessionError
 from ..experts import Experts, ExpertViews
 from ..layout import linear
 from ..partition import dropped_candidates
-from ..phase import Forward, Phase, PhaseTracker, set_instance_attribute
+from ..phase import Forward, PhaseTracker, set_instance_attribute
 from ..routed import ExpertsState, Slots
 from .base import current_forward
 from .order import ChannelOrder
@@ -97,18 +97,14 @@ class MaskedExperts:
         self._record = record
         self._module: Any = record.module
         self._tracker = tracker
+        self._positions: Tensor | None = (
+            None  # [E, D]: where each expert's original channels are, if not in their own places
+        )
         self._local = threading.local()
         self._undo: list[Callable[[], object]] = []
 
     def attach(self) -> None:
-        """Take over the module; if that fails, nothing is left changed."""
-        try:
-            self._take_over()
-        except BaseException:
-            self.detach()
-            raise
-
-    def _take_over(self) -> None:
+        """Take over the module. If that fails, :meth:`detach` undoes what was done."""
         module = self._module
         self._undo.append(_select(module.config))
         _HANDLERS[module] = self
@@ -134,11 +130,6 @@ class MaskedExperts:
         """``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``: every forward of the experts."""
         return self._reference(current_forward(self._tracker, self._record), hidden, ids, weights)
 
-    @property
-    def positions(self) -> Tensor | None:
-        """``[E, D]``: where each expert's original channels are, or None if in their own places."""
-        return None
-
     def _look(self, h: Tensor) -> Tensor:
         between: Callable[[Tensor], Tensor] | None = getattr(self._local, "between", None)
         return h if between is None else between(h)
@@ -155,7 +146,7 @@ class MaskedExperts:
 
         def between(order: Tensor | None, h: Tensor) -> Tensor:
             slots = Slots.of(forward, ids, weights, order, self._record.count)
-            return routed.apply(forward, self._state(forward), h, slots, self.positions)
+            return routed.apply(forward, self._state(forward), h, slots, self._positions)
 
         if before in (None, "eager"):
             size = self._record.size
@@ -180,7 +171,6 @@ class InplaceExperts(MaskedExperts):
         self._orders = [
             ChannelOrder(record.size, record.device, partial(record.swap, expert)) for expert in range(record.count)
         ]
-        self._positions: Tensor | None = None
         self._placed: set[int] = set()
         self._views: dict[int, ExpertViews] = {}
         self._address = 0
@@ -204,16 +194,11 @@ class InplaceExperts(MaskedExperts):
         """Another prompt decodes from now on: every expert has to be placed anew."""
         self._placed.clear()
 
-    @property
-    def positions(self) -> Tensor | None:
-        """``[E, D]``: where each expert's original channels are, or None if in their own places."""
-        return self._positions
-
     @torch.compiler.disable
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``: every forward of the experts."""
         forward = current_forward(self._tracker, self._record)
-        if forward.fast and forward.phase is Phase.DECODE:
+        if forward.fast:
             state = self._state(forward)
             if state.all_ready or self._ready(state, ids):
                 return self._narrow(forward, state, hidden, ids, weights)

@@ -35,8 +35,8 @@ class MaskedBackend:
         """Hook FFN number ``index`` of the engine."""
         if isinstance(self._engine.ffns[index], Experts):
             experts = MaskedExperts(self._engine, index, self._tracker)
-            experts.attach()
             self._undo.append(experts.detach)
+            experts.attach()
             return
         ffn = self._engine.ffn(index)
 
