@@ -139,6 +139,7 @@ class Engine:
         self.config = config
         self.scorer = get_scorer(config.scorer)
         self._weights: list[Tensor] | None = None
+        self._routed: dict[int, RoutedExperts] = {}
 
     @property
     def per_sequence(self) -> bool:
@@ -164,9 +165,8 @@ class Engine:
 
     def routed(self, index: int) -> RoutedExperts:
         """The algorithm for routed experts, number ``index`` of the FFNs."""
-        experts = self.ffns[index]
-        assert isinstance(experts, Experts)
-        return RoutedExperts(experts, self.sizes[index], self.config, self.channel_weights()[index])
+        self.channel_weights()
+        return self._routed[index]
 
     def settle(self, state: PromptState, cache_length: Callable[[], int]) -> None:
         """Before a forward: the cache says which steps of the one before it were accepted."""
@@ -177,12 +177,20 @@ class Engine:
     def channel_weights(self) -> list[Tensor]:
         """The scorer's weight of each channel of each FFN, ``[D]`` (``[E, D]`` for experts); computed once."""
         if self._weights is None:
-            self._weights = [self.scorer.channel_weight(ffn) for ffn in self.ffns]
+            self._weights = [self._read(index) for index in range(len(self.ffns))]
         return self._weights
 
     def weights_loaded(self, index: int) -> None:
         """FFN number ``index`` has new weights, in the original channel order."""
-        self.channel_weights()[index] = self.scorer.channel_weight(self.ffns[index])
+        self.channel_weights()[index] = self._read(index)
+
+    def _read(self, index: int) -> Tensor:
+        """What the weights of an FFN say about its channels; they must be in the original order."""
+        ffn = self.ffns[index]
+        weight = self.scorer.channel_weight(ffn)
+        if isinstance(ffn, Experts):
+            self._routed[index] = RoutedExperts(ffn, self.sizes[index], self.config, weight)
+        return weight
 
     # prefill --------------------------------------------------------------------------------------------------------
 

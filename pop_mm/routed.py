@@ -162,7 +162,7 @@ class _Undecided:
 
 
 class RoutedExperts:
-    """The algorithm for the experts of one layer.
+    """The algorithm for the experts of one layer. It is made while their channels are in the original order.
 
     Parameters
     ----------
@@ -178,6 +178,7 @@ class RoutedExperts:
         self.sizes = sizes
         self.config = config
         self.weight = weight
+        self.weight_score = weight * experts.input_norms().to(weight.device) if config.unseen == "weights" else None
 
     def _unit(self, slots: Slots) -> Tensor:
         if self.config.batch == "shared":
@@ -221,9 +222,8 @@ class RoutedExperts:
             weight = self.weight.to(state.energy.device).repeat(rows, 1)
             scores = weight * state.energy.sqrt()
             enough = state.seen >= self.config.min_tokens
-            if self.config.unseen == "weights":
-                norms = self.experts.input_norms().to(scores.device).repeat(rows, 1)
-                scores = scores.where(enough.unsqueeze(1), weight * norms)
+            if self.weight_score is not None:
+                scores = scores.where(enough.unsqueeze(1), self.weight_score.to(scores.device).repeat(rows, 1))
                 enough = torch.ones_like(enough)
             state.partition = partition(scores, self.sizes)
             state.candidate_weight = weight.gather(1, state.partition.candidates)

@@ -27,6 +27,7 @@ from observe import (
     InDouble,
     of_dense,
     of_experts,
+    partitions,
     prompt,
     same_afterwards,
 )
@@ -604,3 +605,15 @@ def test_another_implementation_chosen_inside_a_session_is_an_error(load, backen
         with pytest.raises(SessionError, match="'batched_mm' inside the session"):
             generate(model, prompt())
     assert model.get_experts_implementation() == {"": "eager"}
+
+
+def test_unseen_experts_are_ranked_by_their_weights_in_any_order_of_the_channels(load):
+    model = with_experts(load, "mixtral")
+    short, long = prompt(1, 1, seed=3), prompt(1, 12)
+    with pruned(model, "masked", unseen="weights") as session:
+        generate(model, short)
+        expected = partitions(session)
+    with pruned(model, "inplace", unseen="weights") as session:
+        generate(model, long)  # leaves the channels in its own order
+        generate(model, short)
+        assert partitions(session) == expected
