@@ -69,9 +69,6 @@ class Handler(Protocol):
     def new_state(self, rows: int, cache: Any) -> Any:
         """State of a new prompt."""
 
-    def select_rows(self, state: Any, rows: Tensor) -> None:
-        """Called when the rows of a prompt's cache were exchanged: row b is row ``rows[b]`` of before."""
-
     def begin(self, forward: Forward) -> None:
         """Called before the model's forward."""
 
@@ -108,7 +105,7 @@ class PhaseTracker:
         The model whose ``forward`` and ``generate`` the user calls.
     handler : Handler
     rows_matter : bool
-        Whether the handler wants to know when a cache's rows are exchanged.
+        Whether states want to know (``select_rows``) when their cache's rows are exchanged.
     """
 
     def __init__(self, model: nn.Module, handler: Handler, rows_matter: bool = False) -> None:
@@ -178,7 +175,7 @@ class PhaseTracker:
         self._states[cache] = state
         for name in _ROW_METHODS if self._rows_matter else ():
             if hasattr(type(cache), name):
-                vars(cache)[name] = _RowMethod(cache, name, functools.partial(self._handler.select_rows, state))
+                vars(cache)[name] = _RowMethod(cache, name, state.select_rows)
 
     # generate -------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .config import PopConfig
 from .experts import Experts
 from .layout import FFN
@@ -76,6 +78,7 @@ class Timings:
         Seconds in forwards of each phase; scoring in one forward counts as prefill.
     partitioning, moving : float
         Seconds spent making partitions and moving channels before the first decode step of each prompt; not in ``decode``.
+        Only an expert's channels move later, when a step first needs it, and that is in ``decode`` too.
     masked_forwards : int
         Decode forwards that ran masked though FFNs are in place: another prompt's order was resident.
     """
@@ -130,8 +133,6 @@ class ExpertsReport:
     @classmethod
     def of(cls, state: ExpertsState) -> ExpertsReport:
         """The report of one prompt and layer."""
-        import torch
-
         count, sizes = state.experts, state.sizes
         ready = torch.zeros_like(state.seen, dtype=torch.bool) if state.ready is None else state.ready
         late = torch.zeros_like(ready) if state.late is None else state.late

@@ -28,6 +28,7 @@ from .phase import Forward, Phase, PhaseTracker
 from .ratio import ffn_ratios
 from .report import FFNPlan, Report, Timings, build_report
 
+PART_NAMES = {"dense": "FFN", "expert": "routed experts", "shared_expert": "shared experts"}  # by role, for tables
 _PRUNED_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -78,8 +79,7 @@ def weights_per_token(model: nn.Module, adapter: Adapter, plans: Sequence[FFNPla
     """
     records = [plan.ffn for plan in plans]
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = {"dense": "FFN", "expert": "routed experts", "shared_expert": "shared experts"}
-    parts = {name: sum(ffn.weight_count for ffn in records if ffn.role == role) for role, name in names.items()}
+    parts = {name: sum(ffn.weight_count for ffn in records if ffn.role == role) for role, name in PART_NAMES.items()}
     return {
         **{name: count for name, count in parts.items() if count},
         "attention": sum(weights.attention for weights in adapter.layer_weights(model, records).values()),
@@ -133,9 +133,8 @@ class Session:
     def __init__(self, model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> None:
         self.model = model
         self.config = config
-        adapter = adapter_for(model) if adapter is None else adapter
-        self.plans = plan_ffns(model, config, adapter)
-        self._weights_per_token = sum(weights_per_token(model, adapter, self.plans).values())
+        self._adapter = adapter_for(model) if adapter is None else adapter
+        self.plans = plan_ffns(model, config, self._adapter)
         pruned = [plan for plan in self.plans if plan.backend != "dense"]
         self._engine = Engine([plan.ffn for plan in pruned], [plan.sizes for plan in pruned], config)
         self._tracker = PhaseTracker(model, self, rows_matter=self._engine.per_sequence)
@@ -233,9 +232,8 @@ class Session:
         if state is not None and state.tokens is not None and not state.partitioned:
             self._engine.partition_all(state)
         self.timings.moving = self._inplace.seconds
-        return build_report(
-            self.config, self.plans, state, self.timings, self._inplace.moved_channels, self._weights_per_token
-        )
+        read = sum(weights_per_token(self.model, self._adapter, self.plans).values())
+        return build_report(self.config, self.plans, state, self.timings, self._inplace.moved_channels, read)
 
     def _require_attached(self, what: str) -> None:
         if not self.attached:
@@ -246,10 +244,6 @@ class Session:
     def new_state(self, rows: int, cache: Any) -> PromptState:
         """State of a new prompt (called by the phase tracker)."""
         return self._engine.new_state(rows, cache)
-
-    def select_rows(self, state: PromptState, rows: Tensor) -> None:
-        """The rows of a prompt's cache were exchanged (called by the phase tracker)."""
-        state.select_rows(rows)
 
     def begin(self, forward: Forward) -> None:
         """Before a forward (called by the phase tracker)."""

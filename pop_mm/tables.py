@@ -66,7 +66,7 @@ def report_summary(report: Report) -> Text:
         steps = f"{times.decode_forwards} decode {_plural(times.decode_forwards, 'step')}"
         lines.append(
             f"{report.prompt_tokens} prompt {_plural(report.prompt_tokens, 'token')} in the latest prompt; prefill "
-            f"{_seconds(times.prefill)}, {steps} {_seconds(times.decode)}; before the first step, choosing channels "
+            f"{_seconds(times.prefill)}, {steps} {_seconds(times.decode)}; choosing channels "
             f"{_seconds(times.partitioning)} and moving {report.moved_channels} of them {_seconds(times.moving)}."
         )
     if report.left_out_share is not None:

@@ -16,7 +16,7 @@ from ..adapters import Adapter, adapter_for, registered_adapters
 from ..config import PopConfig
 from ..report import FFNPlan
 from ..samples import SampleError, load_config, resolve
-from ..session import plan_ffns, weights_per_token
+from ..session import PART_NAMES, plan_ffns, weights_per_token
 from ..tables import footprint_table, plan_table
 from .generate import load_model, torch_dtype
 from .terminal import quiet, spinner
@@ -85,7 +85,7 @@ def footprint(model: PreTrainedModel, adapter: Adapter, plans: Sequence[FFNPlan]
     """
     size = model.dtype.itemsize
     parts = {name: (size * count, size * count) for name, count in weights_per_token(model, adapter, plans).items()}
-    for role, name in (("dense", "FFN"), ("expert", "routed experts"), ("shared_expert", "shared experts")):
+    for role, name in PART_NAMES.items():
         if name in parts:
             read = sum(plan.ffn.weight_count * _share_read(plan) for plan in plans if plan.ffn.role == role)
             parts[name] = parts[name][0], round(size * read)
