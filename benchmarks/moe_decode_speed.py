@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from speed_ffn import PositionCache
+from speed_ffn import PositionCache, fill
 from torch import Tensor, nn
 from transformers import MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -177,12 +177,7 @@ class ExpertsStack(nn.Module):
 
 def build(shape: Shape) -> ExpertsStack:
     """A stack of random experts in eval mode."""
-    stack = ExpertsStack(shape).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in stack.parameters():
-            parameter.uniform_(-0.03, 0.03, generator=generator)
-    return stack.requires_grad_(False)
+    return fill(ExpertsStack(shape))
 
 
 def twins(stack: ExpertsStack, shape: Shape) -> list[nn.Module]:

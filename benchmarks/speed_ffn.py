@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.table import Table
@@ -27,6 +27,7 @@ import pop_mm
 from measure import Evictor, Verdict, alternate, last_level_cache, quartiles
 from pop_mm.report import Report
 
+Stack = TypeVar("Stack", bound=nn.Module)
 GAMMA = 0.1
 PROMPT_TOKENS = 16
 SIMILAR = 0.1  # share of R and C that the second prompt replaces
@@ -139,12 +140,16 @@ class FFNStack(nn.Module):
 
 def build(shape: Shape, layers: int) -> FFNStack:
     """A stack of random FFNs in eval mode."""
-    stack = FFNStack(shape, layers).eval()
+    return fill(FFNStack(shape, layers))
+
+
+def fill(stack: Stack) -> Stack:
+    """Random weights; in eval mode."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in stack.parameters():
             parameter.uniform_(-0.03, 0.03, generator=generator)
-    return stack.requires_grad_(False)
+    return stack.eval().requires_grad_(False)
 
 
 def twins(stack: FFNStack, width: int) -> list[LlamaMLP]:

@@ -1,4 +1,4 @@
-"""What tests of experts do with the channels of a model: exchange them, compute them, look at them."""
+"""What tests do with the channels of a model: exchange them, compute them, look at them."""
 
 import torch
 

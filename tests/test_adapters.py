@@ -3,6 +3,7 @@ from importlib import metadata
 
 import pytest
 import torch
+from channels import bits, logits, records_of, same_bits
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -21,7 +22,6 @@ from pop_mm.adapters import (
 )
 from tiny_models import DENSE_MODELS, tiny
 
-IDS = torch.randint(1, 96, (2, 9), generator=torch.Generator().manual_seed(1))
 GEMMA3N = {
     "vocab_size_per_layer_input": 96,
     "hidden_size_per_layer_input": 8,
@@ -43,28 +43,6 @@ def _same_registry():
         unregister_adapter(name)
     for name, cls in before.items():
         register_adapter(name)(cls)
-
-
-def records_of(model):
-    return adapter_for(model).projections(model)
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
-
-
-def bits(model):
-    """Every parameter and buffer as integers."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return {
-        name: tensor.clone().view(kinds[tensor.element_size()]) if tensor.is_floating_point() else tensor.clone()
-        for name, tensor in model.state_dict().items()
-    }
-
-
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # --- dense models: the records are the model's own function --------------------------------------------------------

@@ -136,3 +136,15 @@ def test_order_of_the_methods_on_a_real_model(fidelity):
     summary = fidelity.summarise(scores)
     static, pop1, pop2, full = (summary[name]["kl"].value for name in METHODS)
     assert static > pop1 > pop2 > full > 0
+
+
+def test_moe_decode_speed_runs(tmp_path):
+    done = run("moe_decode_speed.py", "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [row["width"] for row in result["results"]] == [80, 24]
+    for row in result["results"]:
+        assert row["byte_ratio"] == 2
+        assert row["quotient"] == pytest.approx(row["speedup"] / 2)
+        assert set(row["milliseconds"]) == {"pruned", "same", "views", "eager", "batched_mm", "grouped_mm"}
+    assert [verdict["passed"] for verdict in result["verdicts"]] == [None] * 4  # not the real shapes

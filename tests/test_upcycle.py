@@ -14,7 +14,7 @@ from pop_mm import upcycle as module
 from pop_mm.cli import main
 from pop_mm.errors import PopError
 from pop_mm.passages import load_passages
-from pop_mm.samples import SAMPLES, Sample, SampleError, cache_folder, fetch, load
+from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load
 from pop_mm.upcycle import UpcycleError, logit_difference, upcycle
 from tiny_models import VOCAB, tiny
 
@@ -147,7 +147,6 @@ def test_tokenizer_and_generation_config(tmp_path, llama):
     assert tokenizer("w5 w9")["input_ids"] == [5, 9]
 
 
-@pytest.mark.skipif(not (cache_folder() / "smollm2-135m-v1").is_dir(), reason="smollm2-135m is not in the cache")
 @pytest.mark.parametrize("to", ["mixtral", "qwen2_moe"])
 def test_smollm2(tmp_path, to):
     dense, tokenizer = load("smollm2-135m")
