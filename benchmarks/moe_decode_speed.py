@@ -51,6 +51,8 @@ from measure import (
 from pop_mm.adapters import Adapter, ExpertPaths
 from pop_mm.backends.experts import run_experts
 from pop_mm.experts import Experts, ExpertViews
+from pop_mm.kernels import Matvec
+from pop_mm.kernels import load as load_kernel
 
 GAMMA = 0.1
 KEPT = 0.5  # K / D
@@ -202,7 +204,8 @@ def run_stock(modules: Sequence[nn.Module], name: str, x: Tensor, routes: Tensor
 class SameImplementation:
     """The session's own function on plain modules, ``width`` channels wide, with nothing chosen."""
 
-    def __init__(self, modules: Sequence[nn.Module], top_k: int, width: int) -> None:
+    def __init__(self, modules: Sequence[nn.Module], top_k: int, width: int, matvec: Matvec | None) -> None:
+        self._matvec = matvec
         self._records = [Experts("", index, module, top_k) for index, module in enumerate(modules)]
         self._views: list[dict[int, ExpertViews]] = [
             {expert: record.views(expert, width) for expert in range(record.count)} for record in self._records
@@ -212,13 +215,14 @@ class SameImplementation:
         """Seconds of one pass."""
         started = time.perf_counter()
         for record, views, ids in zip(self._records, self._views, routes, strict=True):
-            run_experts(record, x, ids, weights, views.__getitem__, lambda _, h: h, alone=True)
+            run_experts(record, x, ids, weights, views.__getitem__, lambda _, h: h, True, self._matvec)
         return time.perf_counter() - started
 
 
 @torch.no_grad()
-def measure_shape(shape: Shape, rounds: int, evict: Evictor) -> Result:
+def measure_shape(shape: Shape, rounds: int, evict: Evictor, kernels: str) -> Result:
     """All variants of one shape."""
+    matvec = load_kernel(kernels)
     stack = build(shape)
     plain = twins(stack, shape)
     generator = torch.Generator().manual_seed(1)
@@ -238,7 +242,7 @@ def measure_shape(shape: Shape, rounds: int, evict: Evictor) -> Result:
     def weights(tokens: int) -> Tensor:
         return torch.full((tokens, shape.top_k), 1 / shape.top_k, dtype=torch.bfloat16)
 
-    config = pop_mm.PopConfig(ratio=1 - KEPT + GAMMA / 2, scope="ffn", gamma=GAMMA, backend="inplace")
+    config = pop_mm.PopConfig(ratio=1 - KEPT + GAMMA / 2, scope="ffn", gamma=GAMMA, backend="inplace", kernels=kernels)
     session = pop_mm.prune(stack, config, adapter=ExpertsAdapter())
     width = session.plans[0].sizes.width
     with session:
@@ -247,7 +251,7 @@ def measure_shape(shape: Shape, rounds: int, evict: Evictor) -> Result:
         for token in range(everyone.shape[1]):  # the first use of each expert moves its channels
             stack(hidden(1), cache, everyone[:, token : token + 1], weights(1))
         moving = session.report.timings.moving
-        same, views = (SameImplementation(plain, shape.top_k, k) for k in (shape.intermediate, width))
+        same, views = (SameImplementation(plain, shape.top_k, k, matvec) for k in (shape.intermediate, width))
         x, share, ids = hidden(1), weights(1), routes(1)
 
         def pruned() -> float:
@@ -295,10 +299,11 @@ def measure_shape(shape: Shape, rounds: int, evict: Evictor) -> Result:
     )
 
 
-def show(console: Console, results: Sequence[Result]) -> None:
+def show(console: Console, results: Sequence[Result], kernels: str) -> None:
     """One row a shape."""
     table = Table(
-        title=f"Experts of one layer, one token, bf16, gamma {GAMMA:g}: dense against in place, choosing included",
+        title=f"Experts of one layer, one token, bf16, gamma {GAMMA:g}: dense against in place, choosing included; "
+        f"{kernels} kernels",
         caption="same: the same implementation on all channels; views: on K channels, none chosen; reached: speed-up over "
         "same / (D/K).\nmove, restore: once a prompt (or session) and expert, in dense steps of that expert.",
     )
@@ -351,6 +356,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=tuple(SHAPES), help="one model instead of both")
     parser.add_argument("--rounds", type=int, help="rounds (15)")
     parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument(
+        "--kernels", choices=("auto", "stock", "compiled"), default="auto", help="of pruned, same and views"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, 2 rounds: does it run?")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(argv)
@@ -368,9 +376,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = []
     with Progress(console=Console(file=sys.stderr), transient=True, refresh_per_second=1) as progress:
         for name in progress.track([args.only] if args.only else list(shapes), description="experts"):
-            results.append(measure_shape(shapes[name], rounds, evict))
+            results.append(measure_shape(shapes[name], rounds, evict, args.kernels))
             gc.collect()
-    show(console, results)
+    show(console, results, "compiled" if load_kernel(args.kernels) else "stock")
     found = verdicts(results, not args.quick)
     if args.json:
         result = {

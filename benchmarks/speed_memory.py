@@ -39,7 +39,11 @@ def child(mode: str, model_name: str, prompt: int, new_tokens: int, threads: int
     model, tokenizer = load(model_name)
     ids = tokenizer(next(iter(load_passages().values())), return_tensors="pt").input_ids[:, :prompt]
     can_reset = _reset_peak()
-    session = pop_mm.prune(model, ratio=RATIO, backend="inplace") if mode == "inplace" else contextlib.nullcontext()
+    session = (
+        pop_mm.prune(model, ratio=RATIO, backend="inplace", kernels="stock")
+        if mode == "inplace"
+        else contextlib.nullcontext()
+    )
     with session:
         model.generate(
             ids,

@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from .kernels import Rows
 from .layout import as_integers, swap_channels
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
-class ExpertViews(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ExpertViews:
     """Weights of some channels of one expert, each as ``[in, out]`` with its bias.
 
     Attributes
@@ -31,6 +34,13 @@ class ExpertViews(NamedTuple):
 
     inputs: list[tuple[Tensor, Tensor | None]]
     down: tuple[Tensor, Tensor | None]
+
+    @cached_property
+    def rows(self) -> tuple[Rows, Rows] | None:
+        """The same for the compiled kernel, if that can read them."""
+        inputs, down = [weight.t() for weight, _ in self.inputs], [self.down[0].t()]
+        biased = any(bias is not None for _, bias in (*self.inputs, self.down))
+        return None if biased or not (Rows.fit(inputs) and Rows.fit(down)) else (Rows(inputs), Rows(down))
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,8 +36,10 @@ def with_experts(load, model_type, implementation="eager", dtype=None, **setting
 
 
 def pruned(model, backend="masked", **settings):
-    """A session whose ratio is that of each FFN."""
-    return prune(model, PopConfig(**{"ratio": RATIO, "scope": "ffn", "backend": backend, **settings}))
+    """A session whose ratio is that of each FFN; with torch's kernels, since the tests look at torch's products."""
+    return prune(
+        model, PopConfig(**{"ratio": RATIO, "scope": "ffn", "backend": backend, "kernels": "stock", **settings})
+    )
 
 
 def alone(model, ids, **settings):

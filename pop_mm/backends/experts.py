@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..engine import Engine
 from ..errors import SessionError
 from ..experts import Experts, ExpertViews
+from ..kernels import Matvec
 from ..layout import linear
 from ..partition import dropped_candidates
 from ..phase import Forward, PhaseTracker, set_instance_attribute
@@ -165,9 +166,10 @@ class MaskedExperts:
 class InplaceExperts(MaskedExperts):
     """Reorders the channels of an expert when a decode step first needs it, and decodes on narrow views."""
 
-    def __init__(self, engine: Engine, index: int, tracker: PhaseTracker) -> None:
+    def __init__(self, engine: Engine, index: int, tracker: PhaseTracker, matvec: Matvec | None = None) -> None:
         super().__init__(engine, index, tracker)
         record = self._record
+        self._matvec = matvec
         self._orders = [
             ChannelOrder(record.size, record.device, partial(record.swap, expert)) for expert in range(record.count)
         ]
@@ -233,7 +235,12 @@ class InplaceExperts(MaskedExperts):
             return h
 
         alone = len(ids) == 1 and not self._module._is_expert_parallel
-        result = run_experts(self._record, hidden, ids, weights, views, between, alone)
+        matvec = self._matvec if alone and forward.single else None
+        result = run_experts(self._record, hidden, ids, weights, views, between, alone, matvec)
+        if alone and forward.valid is None:
+            for expert in ids[0].tolist():
+                state.decode_tokens[expert] += 1
+            return result
         counted = ids if forward.valid is None else ids[forward.valid.reshape(-1)]
         state.count(counted[counted < self._record.count], state.decode_tokens)
         return result
@@ -274,6 +281,7 @@ def run_experts(
     views: Callable[[int], ExpertViews],
     between: Callable[[Tensor | None, Tensor], Tensor],
     alone: bool = False,
+    matvec: Matvec | None = None,
 ) -> Tensor:
     """Expert by expert, as the classes' own forwards do it, on any width.
 
@@ -288,6 +296,8 @@ def run_experts(
         projections, ``[N, K]``; returns what goes into them.
     alone : bool
         There is one token, and all its experts are on this device: nothing has to be sorted.
+    matvec : Matvec, optional
+        The compiled kernel, for one token alone.
 
     Returns
     -------
@@ -309,14 +319,22 @@ def run_experts(
         tokens = order // ids.shape[1]
         inputs = [hidden[rows] for rows in tokens.split(counts)]
     used = [views(expert) for expert in experts]
-    gate_up = torch.cat(
-        [
-            torch.cat([linear(rows, *view) for view in expert.inputs], -1)
-            for rows, expert in zip(inputs, used, strict=True)
-        ]
-    )
+    packed = [r for expert in used if (r := expert.rows) and r[0].dtype is hidden.dtype] if matvec is not None else []
+    compiled = matvec if len(packed) == len(used) else None
+    if compiled is not None:
+        gate_up = compiled([inward for inward, _ in packed], hidden).view(len(used), -1)
+    else:
+        gate_up = torch.cat(
+            [
+                torch.cat([linear(x, *view) for view in expert.inputs], -1)
+                for x, expert in zip(inputs, used, strict=True)
+            ]
+        )
     h = between(order, module._apply_gate(gate_up) if module.has_gate else module.act_fn(gate_up))
-    out = torch.cat([linear(part, *expert.down) for part, expert in zip(h.split(counts), used, strict=True)])
+    if compiled is not None:
+        out = compiled([outward for _, outward in packed], h)
+    else:
+        out = torch.cat([linear(part, *expert.down) for part, expert in zip(h.split(counts), used, strict=True)])
     if getattr(module, "has_post_expert_norm", False):
         out = module.post_expert_norm(out)
     if order is None:

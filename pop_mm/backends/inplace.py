@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..engine import Engine, PromptState
 from ..experts import Experts
+from ..kernels import Matvec, Rows
 from ..layout import FFN, Projection, linear
 from ..phase import Forward, PhaseTracker
 from .base import current_forward
@@ -55,9 +56,10 @@ class InplaceBackend:
 
     name = "inplace"
 
-    def __init__(self, engine: Engine, tracker: PhaseTracker) -> None:
+    def __init__(self, engine: Engine, tracker: PhaseTracker, matvec: Matvec | None = None) -> None:
         self._engine = engine
         self._tracker = tracker
+        self._matvec = matvec
         self._orders: dict[int, ChannelOrder] = {}
         self._experts: dict[int, InplaceExperts] = {}
         self._candidates: dict[int, ResidentCandidates] = {}
@@ -80,7 +82,7 @@ class InplaceBackend:
         """Take over FFN number ``index`` of the engine."""
         record = self._engine.ffns[index]
         if isinstance(record, Experts):
-            self._experts[index] = experts = InplaceExperts(self._engine, index, self._tracker)
+            self._experts[index] = experts = InplaceExperts(self._engine, index, self._tracker, self._matvec)
             experts.attach()
             restore = experts.restore
         else:
@@ -114,6 +116,17 @@ class InplaceBackend:
             experts.detach()
         while self._undo:
             self._undo.pop()()
+
+    def begin(self, forward: Forward) -> None:
+        """Before a decode step: say how the FFNs may compute it."""
+        forward.fast = self.place(forward.state)
+        forward.single = (
+            forward.fast
+            and self._matvec is not None
+            and forward.rows == forward.length == 1
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+        )
 
     def place(self, state: PromptState) -> bool:
         """Bring a prompt's R and C to the front, if it may be the resident one.
@@ -196,7 +209,7 @@ class InplaceBackend:
         def zero_dropped(h: Tensor, current: Forward) -> None:
             here = resident[index]
             if current.rows == current.length == 1:  # the common step
-                alone = h.view(1, -1).narrow(1, retained, count)
+                alone = (h if h.dim() == 2 else h.view(1, -1)).narrow(1, retained, count)
                 alone.scatter_(1, here.choose(alone), 0)
                 return
             candidates = h.view(current.rows, current.length, -1)[..., retained:]
@@ -218,7 +231,8 @@ class InplaceBackend:
         bypassed = [*(p.module for p in ffn.projections), ffn.activation]
         hooks = [h for m in bypassed if m is not None for h in (m._forward_hooks, m._forward_pre_hooks)]
         parameters = ffn.down.module._parameters
-        compute = direct_forward(ffn, sizes.width, self._zero_dropped(index) if sizes.candidates else None)
+        zero_dropped = self._zero_dropped(index) if sizes.candidates else None
+        compute = direct_forward(ffn, sizes.width, zero_dropped, self._matvec)
         address = weight.data_ptr()
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -229,24 +243,43 @@ class InplaceBackend:
             if parameters["weight"] is not weight or weight.data_ptr() != address:
                 weight = ffn.down.weight
                 address = weight.data_ptr()
-                compute = direct_forward(ffn, sizes.width, self._zero_dropped(index) if sizes.candidates else None)
+                compute = direct_forward(ffn, sizes.width, zero_dropped, self._matvec)
             return compute(x, current)
 
         return forward
 
 
 def direct_forward(
-    ffn: FFN, width: int, zero_dropped: Callable[[Tensor, Forward], None] | None
+    ffn: FFN, width: int, zero_dropped: Callable[[Tensor, Forward], None] | None, matvec: Matvec | None = None
 ) -> Callable[[Tensor, Forward | None], Tensor]:
-    """An FFN as one function on views of its first ``width`` channels: ``act(gate) * up`` or ``act(up)``, then down."""
+    """An FFN as one function on views of its first ``width`` channels: ``act(gate) * up`` or ``act(up)``, then down.
+
+    A single token takes the compiled kernel, if there is one and it can read the weights.
+    """
     inputs = [view for p in ffn.inputs for view in p.narrow_views(width)]
     gate, gate_bias = inputs[0]
     up, up_bias = inputs[1] if len(inputs) == 2 else (None, None)
     (down, down_bias) = ffn.down.narrow_views(width)[0]
     assert ffn.activation is not None
     activation = ffn.activation.forward
+    matrices = [weight.t() for weight, _ in inputs], [down.t()]
+    readable = matvec is not None and all(map(Rows.fit, matrices))
+    wide, narrow = map(Rows, matrices) if readable else (None, None)
 
     def compute(x: Tensor, current: Forward | None) -> Tensor:
+        if wide is not None and narrow is not None and current is not None and current.single and x.dtype is wide.dtype:
+            assert matvec is not None
+            products = matvec([wide], x.reshape(1, -1))
+            for product, (_, bias) in zip(products, inputs, strict=True):
+                if bias is not None:
+                    product.add_(bias)
+            h = activation(products[:1])
+            if up is not None:
+                h = h.mul_(products[1:])
+            if zero_dropped is not None:
+                zero_dropped(h, current)
+            out = matvec([narrow], h)
+            return (out if down_bias is None else out.add_(down_bias)).view(x.shape)
         rows = x.reshape(-1, x.shape[-1])
         h = activation(linear(rows, gate, gate_bias))
         if up is not None:

@@ -1,0 +1,172 @@
+"""A compiled matrix-vector kernel for decoding one token on a CPU. Its absence costs nothing but speed.
+
+Stock kernels read weights at a third to a half of the memory's speed at batch 1, and pay a fixed price for every call, so
+that narrow weights gain little. This one is a page of C that the machine's own compiler turns into a library on first use
+(about a second; kept in the cache folder).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from struct import pack
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+_SOURCE = Path(__file__).with_name("matvec.c")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+
+class Rows:
+    """Matrices for :class:`Matvec`, ``[n_i, m]`` each, as the kernel takes them.
+
+    Attributes
+    ----------
+    blocks : bytes
+        Address, rows and row stride of each.
+    weights : tuple of Tensor
+        Kept, so that the memory is.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.weights = tuple(weights)
+        self.dtype = weights[0].dtype
+        self.count = len(weights)
+        self.total = sum(len(weight) for weight in weights)
+        self.blocks = b"".join(pack("=qqq", weight.data_ptr(), len(weight), weight.stride(0)) for weight in weights)
+
+    @staticmethod
+    def fit(weights: Sequence[Tensor]) -> bool:
+        """Whether the kernel can read these: on the CPU, float32 or bfloat16, with contiguous rows."""
+        return all(
+            weight.device.type == "cpu" and weight.dtype in _DTYPES and (weight.stride(1) == 1 or weight.shape[1] == 1)
+            for weight in weights
+        )
+
+
+class Matvec:
+    """``y = W x`` for several matrices in one call; sums in float32.
+
+    Parameters
+    ----------
+    library : ctypes.CDLL
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        self._functions = {dtype: getattr(library, f"matvec_{name}") for dtype, name in _DTYPES.items()}
+        for function in self._functions.values():
+            function.argtypes = [ctypes.c_char_p, *[integer], pointer, integer, integer, pointer, pointer, ctypes.c_int]
+            function.restype = None
+
+    def __call__(self, rows: Sequence[Rows], x: Tensor) -> Tensor:
+        """All products, one behind the other.
+
+        Parameters
+        ----------
+        rows : sequence of Rows
+            All of one dtype and with the same number of rows in every matrix.
+        x : Tensor
+            ``[1, m]`` for all matrices, or ``[matrices, m]``, one for each; of the weights' dtype.
+
+        Returns
+        -------
+        Tensor
+            ``[matrices, n]``.
+        """
+        count, total = sum(r.count for r in rows), sum(r.total for r in rows)
+        x = x.contiguous()
+        inputs, m = x.shape
+        out = torch.empty(count, total // count, dtype=x.dtype)
+        wide = x if x.dtype is torch.float32 else torch.empty(x.shape, dtype=torch.float32)
+        self._functions[x.dtype](
+            rows[0].blocks if len(rows) == 1 else b"".join([r.blocks for r in rows]),
+            count,
+            x.data_ptr(),
+            m if inputs > 1 else 0,
+            m,
+            wide.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def load(wanted: str) -> Matvec | None:
+    """The kernel, or None for stock kernels.
+
+    Parameters
+    ----------
+    wanted : {"auto", "stock", "compiled"}
+        ``auto`` does without where no compiler is found.
+
+    Raises
+    ------
+    ConfigError
+        ``compiled`` was asked for and cannot be had.
+    """
+    if wanted == "stock":
+        return None
+    library = _library()
+    if isinstance(library, str):
+        if wanted == "compiled":
+            raise ConfigError(
+                f"kernels='compiled' needs a C compiler with OpenMP: {library}. Install gcc, name a compiler in CC, or "
+                "use kernels='auto'."
+            )
+        return None
+    return Matvec(library)
+
+
+def why_not() -> str | None:
+    """Why there is no compiled kernel, or None if there is."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The library, made on first use; or why there is none."""
+    from ..samples import cache_folder
+
+    compiler = shutil.which(os.environ.get("CC") or "gcc") or shutil.which("cc")
+    if compiler is None:
+        return "none was found"
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+        facts = (_SOURCE.read_text(), " ".join(_FLAGS), version, _cpu())
+        key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+        path = cache_folder() / "kernels" / f"matvec-{key}.so"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                made = Path(folder, path.name)
+                command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+                if done.returncode:
+                    return f"{compiler} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}"
+                made.replace(path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _cpu() -> str:
+    """What the code is compiled for: a cache folder may be shared by machines that differ."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return f"{platform.machine()} {platform.processor()}"
+    lines = info.read_text().split("\n\n")[0].splitlines()
+    return "\n".join(line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features"))

@@ -1,0 +1,198 @@
+"""The compiled kernel: right for every shape, taken only where it may be, and missed by nobody."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pop_mm.kernels as kernels
+from modes import generate, pruned
+from observe import prompt
+from pop_mm import ConfigError, PopConfig, prune
+from pop_mm.kernels import Matvec, Rows
+from tiny_models import tiny
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the kernel ran: one entry a call, the number of its matrices."""
+    found = []
+    original = Matvec.__call__
+
+    def call(self, rows, x):
+        found.append(sum(r.count for r in rows))
+        return original(self, rows, x)
+
+    monkeypatch.setattr(Matvec, "__call__", call)
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    matrices=st.integers(1, 4),
+    rows=st.integers(1, 21),
+    columns=st.integers(1, 90),
+    gap=st.integers(0, 9),
+    shared=st.booleans(),
+    threads=st.integers(1, 5),
+)
+def test_products_are_those_of_float64(dtype, matrices, rows, columns, gap, shared, threads):
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    wide = torch.randn(matrices, rows, columns + gap, generator=generator).to(dtype)
+    x = torch.randn(1 if shared else matrices, columns, generator=generator).to(dtype)
+    narrow = [matrix[:, :columns] for matrix in wide]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = kernels.load("compiled")([Rows(narrow[:1]), *([Rows(narrow[1:])] if matrices > 1 else [])], x)
+    finally:
+        torch.set_num_threads(before)
+    expected = torch.stack([m.double() @ v.double() for m, v in zip(narrow, x.expand(matrices, -1), strict=True)])
+    assert found.dtype == dtype
+    scale = torch.stack(
+        [m.double().abs() @ v.double().abs() for m, v in zip(narrow, x.expand(matrices, -1), strict=True)]
+    )
+    assert bool(((found.double() - expected).abs() <= 4 * torch.finfo(dtype).eps * scale + 1e-30).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_so(dtype):
+    weight = torch.ones(6, 40, dtype=dtype)
+    weight[1, 3], weight[2, 39], weight[3, 0] = float("nan"), float("inf"), float("-inf")
+    found = kernels.load("compiled")([Rows([weight])], torch.ones(1, 40, dtype=dtype))[0]
+    assert found.isnan().tolist() == [False, True, False, False, False, False]
+    assert found[2] == float("inf") and found[3] == float("-inf") and found[0] == 40
+
+
+def test_what_the_kernel_cannot_read():
+    plain = torch.zeros(4, 8)
+    assert Rows.fit([plain, plain[:, :3], plain[::2], plain.bfloat16()])
+    assert not Rows.fit([plain, plain.t()])
+    assert not Rows.fit([plain.double()])
+    assert not Rows.fit([plain.half()])
+    assert not Rows.fit([plain.to("meta")])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "model_type", ["llama", "phi3", "gpt_neox", "mixtral", "qwen2_moe", "nemotron_h", "deepseek_v3"]
+)
+def test_decoding_is_that_of_torchs_kernels(model_type, dtype, calls):
+    model = tiny(model_type, dtype)
+    runs = {}
+    for name in ("stock", "compiled"):
+        with pruned(model, "inplace", kernels=name) as session:
+            runs[name] = generate(model, prompt(), 8, do_sample=False)
+        report = session.report.to_dict()
+        assert report["kernels"] == name
+        runs[name] += ([ffn["active_per_step"] for ffn in report["ffns"]],)
+        assert bool(calls) == (name == "compiled")
+    (_, stock, stock_active), (_, found, active) = runs["stock"], runs["compiled"]
+    assert active == stock_active
+    # the first pruned step starts from the same dense prefill; in bfloat16 a later one may choose other channels
+    steps = 2 if dtype == torch.bfloat16 else len(stock)
+    close = 0.1 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(found[:steps], stock[:steps], rtol=0, atol=close * float(stock.abs().max()))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_oss", "opt"])
+def test_layouts_that_the_kernel_does_not_take_decode_by_torchs(model_type):
+    model = tiny(model_type, torch.float32)
+    with pruned(model, "inplace", kernels="stock"):
+        expected = generate(model, prompt(), 5)
+    with pruned(model, "inplace", kernels="compiled"):
+        found = generate(model, prompt(), 5)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-4)
+
+
+def _cached(model):
+    with torch.no_grad():
+        return model(prompt(), use_cache=True).past_key_values
+
+
+def test_one_token_without_autograd_takes_it(calls):
+    model = tiny("llama", torch.float32)
+    with pruned(model, "inplace", kernels="compiled"):
+        cache = _cached(model)
+        assert not calls  # prefill
+        with torch.no_grad():
+            model(prompt(length=1), past_key_values=cache)
+        assert calls == [2, 1] * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("case", ["autograd", "autocast", "two tokens", "two rows", "float64", "stock", "masked"])
+def test_nothing_else_does(case, calls):
+    model = tiny("llama", torch.float64 if case == "float64" else torch.float32)
+    backend = "masked" if case == "masked" else "inplace"
+    with pruned(model, backend, kernels="stock" if case == "stock" else "auto") as session:
+        if case == "two rows":
+            generate(model, prompt(2), 3)
+        elif case == "two tokens":
+            with session.split(4), torch.no_grad():
+                model(prompt())
+        else:
+            cache = _cached(model)
+            with torch.set_grad_enabled(case == "autograd"), torch.autocast("cpu", enabled=case == "autocast"):
+                logits = model(prompt(length=1), past_key_values=cache).logits
+            assert logits.requires_grad == (case == "autograd")
+    assert not calls
+
+
+def test_weights_that_are_replaced_are_used(calls):
+    model = tiny("llama", torch.float32)
+    other = tiny("llama", torch.float32)
+    with torch.no_grad():
+        for p in other.model.layers[0].mlp.parameters():
+            p.mul_(1.5)
+    with pruned(other, "inplace", kernels="stock"):
+        expected = generate(other, prompt(), 4)[1]
+    with pruned(model, "inplace", kernels="compiled"):
+        generate(model, prompt(), 3)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            getattr(model.model.layers[0].mlp, name).load_state_dict(
+                getattr(other.model.layers[0].mlp, name).state_dict(), assign=True
+            )
+        found = generate(model, prompt(), 4)[1]
+    assert calls
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    kernels._library.cache_clear()
+    yield
+    kernels._library.cache_clear()
+
+
+def test_without_a_compiler_nothing_is_lost_but_speed(no_compiler):
+    model = tiny("llama", torch.float32)
+    with prune(model, PopConfig(0.4)) as session:
+        generate(model, prompt(), 3)
+    assert session.report.to_dict()["kernels"] == "stock"
+    with pytest.raises(ConfigError, match=r"kernels='compiled' needs a C compiler .*: none was found. Install gcc"):
+        prune(model, PopConfig(0.4, kernels="compiled"))
+
+
+def test_a_compiler_that_fails_is_named(no_compiler, monkeypatch, tmp_path):
+    broken = tmp_path / "broken-cc"
+    broken.write_text("#!/bin/sh\necho 'no such option' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("POP_MM_CACHE", str(tmp_path / "cache"))
+    assert "broken-cc failed: no such option" in kernels.why_not()
+    with pytest.raises(ConfigError, match="broken-cc failed: no such option"):
+        prune(tiny("llama", torch.float32), PopConfig(0.4, kernels="compiled"))
+
+
+def test_a_cache_folder_that_cannot_be_written_is_no_error(no_compiler, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("POP_MM_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert kernels.load("auto") is None
+    assert kernels.why_not() is not None
