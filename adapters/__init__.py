@@ -13,6 +13,8 @@ from .lookup import adapter_for, support_table
 from .moe import *  # noqa: F403
 from .moe import __all__ as _moe
 from .registry import register_adapter, registered_adapters, unregister_adapter
+from .vlm import *  # noqa: F403
+from .vlm import __all__ as _vlm
 
 __all__ = [
     "Adapter",
@@ -26,4 +28,5 @@ __all__ = [
     "unregister_adapter",
     *_dense,
     *_moe,
+    *_vlm,
 ]

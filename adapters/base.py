@@ -107,7 +107,7 @@ class ExpertPaths:
         module = find(layer, self.experts)
         if module is None:
             return None
-        name = _join(layer_name, self.experts)
+        name = join(layer_name, self.experts)
         if not all(hasattr(module, flag) for flag in LAYOUT_FLAGS):
             raise AdapterError(
                 f"{name} is a {type(module).__name__}, which transformers does not dispatch through its ExpertsInterface "
@@ -159,7 +159,7 @@ class Adapter:
 
     def layers(self, model: nn.Module) -> tuple[str, nn.ModuleList]:
         """Name and list of the decoder layers: the longest ModuleList whose items hold an FFN or experts."""
-        paths = [_join(ffn.holder, ffn.down) for ffn in self.ffns] + [experts.experts for experts in self.experts]
+        paths = [join(ffn.holder, ffn.down) for ffn in self.ffns] + [experts.experts for experts in self.experts]
         found = [
             (name, module)
             for name, module in model.named_modules()
@@ -176,17 +176,21 @@ class Adapter:
     def projections(self, model: nn.Module) -> Sequence[FFN | Experts]:
         """One record for each prunable FFN, layer by layer. Finding none, or not all experts, is an error."""
         self.check(model)
-        name, layers = self.layers(model)
+        records = self.records(*self.layers(model), model)
+        if not records:
+            raise AdapterError(f"{type(self).__name__} found no prunable FFN in {type(model).__name__}.")
+        return records
+
+    def records(self, name: str, layers: nn.ModuleList, model: nn.Module) -> list[FFN | Experts]:
+        """One record for each prunable FFN of these layers; ``name`` is theirs in ``model``."""
         records: list[FFN | Experts] = []
         for index, layer in enumerate(layers):
-            layer_name = _join(name, str(index))
+            layer_name = join(name, str(index))
             ffns = [ffn for paths in self.ffns if (ffn := paths.build(layer_name, layer, index)) is not None]
             experts = [e for paths in self.experts if (e := paths.build(layer_name, layer, index)) is not None]
             self._check_experts(layer_name, layer, experts)
             records += ffns if experts else [replace(ffn, role="dense") for ffn in ffns]
             records += experts
-        if not records:
-            raise AdapterError(f"{type(self).__name__} found no prunable FFN in {type(model).__name__}.")
         return records
 
     def _check_experts(self, name: str, layer: nn.Module, found: Sequence[Experts]) -> None:
@@ -195,7 +199,7 @@ class Adapter:
         for path, module in layer.named_modules():
             if module not in known and all(hasattr(module, flag) for flag in LAYOUT_FLAGS):
                 raise AdapterError(
-                    f"{type(self).__name__} does not know the experts at {_join(name, path)} ({type(module).__name__}). "
+                    f"{type(self).__name__} does not know the experts at {join(name, path)} ({type(module).__name__}). "
                     "Without them, most weights would stay unpruned. Register an adapter that lists this path in its "
                     "experts."
                 )
@@ -216,6 +220,10 @@ class Adapter:
             counted = (ffn.weight_count for ffn in ffns if ffn.role != "shared_expert")
             result[index] = LayerWeights(attention, sum(counted))
         return result
+
+    def modality_token_ids(self, model: nn.Module) -> dict[str, int]:
+        """Which token id stands for the positions of which other modality ("image", "video") in ``input_ids``."""
+        return {}
 
 
 class RefusedAdapter(Adapter):
@@ -248,7 +256,8 @@ def find(module: nn.Module | None, path: str) -> nn.Module | None:
     return module
 
 
-def _join(*parts: str) -> str:
+def join(*parts: str) -> str:
+    """A dotted path of these parts, leaving out empty ones."""
     return ".".join(filter(None, parts))
 
 

@@ -61,6 +61,15 @@ __all__ = [
     "seed_oss",
     "vaultgemma",
     "youtu",
+    # language towers
+    "emu3_text_model",
+    "mllama_text_model",
+    "paddleocr_vl_text",
+    "qwen2_5_omni_text",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3_5_text",
+    "qwen3_vl_text",
 )
 class LlamaAdapter(Adapter):
     """Llama and its kin: ``layers.N.mlp.{gate_proj, up_proj, down_proj}``."""
@@ -68,7 +77,7 @@ class LlamaAdapter(Adapter):
     ffns = (FFNPaths(),)
 
 
-@register_adapter("phi3", "glm", "glm4")
+@register_adapter("phi3", "glm", "glm4", "glm4v_text", "glm_ocr_text")
 class FusedGateUpAdapter(Adapter):
     """Phi-3 and GLM: gate and up in one matrix, gate rows first: ``layers.N.mlp.{gate_up_proj, down_proj}``."""
 

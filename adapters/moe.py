@@ -63,7 +63,7 @@ class GptOssAdapter(_MoEAdapter):
             )
 
 
-@register_adapter("qwen3_moe", "beam", "mellum", "mimo_v2_flash")
+@register_adapter("qwen3_moe", "beam", "mellum", "mimo_v2_flash", "qwen3_omni_moe_text", "qwen3_vl_moe_text")
 class Qwen3MoeAdapter(_MoEAdapter):
     """Qwen3-MoE and others: ``layers.N.mlp.experts``, or a dense ``layers.N.mlp.{gate_proj, up_proj, down_proj}``."""
 
@@ -93,6 +93,7 @@ class Qwen2MoeAdapter(_MoEAdapter):
     "exaone_moe",
     "glm4_moe",
     "glm4_moe_lite",
+    "glm4v_moe_text",
     "glm_moe_dsa",
     "hy_v3",
     "hy_v4",

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pop_mm.errors import AdapterError
+from pop_mm.experts import Experts
 from pop_mm.layout import FFN, Projection
 
 from .base import Adapter, FFNPaths, find
@@ -32,9 +33,8 @@ class StructuralAdapter(Adapter):
     again on the other half alone. If the results differ, the channels are not independent and the model is refused.
     """
 
-    def projections(self, model: nn.Module) -> list[FFN]:
+    def records(self, name: str, layers: nn.ModuleList, model: nn.Module) -> list[FFN | Experts]:
         """As in :class:`Adapter`, for the first known set of names that fits every decoder layer."""
-        name, layers = _decoder_layers(model)
         children = {name for layer in layers for name, _ in layer.named_children()}
         if any("experts" in path.split(".") for path, _ in layers.named_modules()):
             raise AdapterError(
@@ -47,7 +47,7 @@ class StructuralAdapter(Adapter):
                 records = _records(paths, name, layers)
                 if len(records) == len(layers):
                     _probe_all(layers, records, holder)
-                    return records
+                    return list(records)
         raise AdapterError(
             f"the {len(layers)} layers at {name!r} hold {', '.join(sorted(children))}, and none of these has the gate, "
             "up and down projections of an FFN under a known name in every layer."
@@ -60,7 +60,13 @@ class StructuralAdapter(Adapter):
 
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    wanted = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    config = getattr(model, "config", None)
+    wanted = getattr(config, "num_hidden_layers", None)
+    if wanted is None and hasattr(config, "text_config"):
+        raise AdapterError(
+            "it has several towers, and nothing says which is the language model: that takes a subclass of "
+            "pop_mm.adapters.VisionLanguageAdapter whose tower is the path to it."
+        )
     fitting: list[tuple[str, nn.ModuleList]] = []
     for name, module in lists:
         nested = any(name.startswith(f"{outer}.") for outer, _ in fitting)

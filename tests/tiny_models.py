@@ -343,13 +343,13 @@ def tiny(
             model = getattr(transformers, _CLASSES[model_type])._from_config(config, **experts)
         else:
             model = AutoModelForCausalLM.from_config(config, **experts)
-        _randomise(model)
+        randomise(model)
     model.generation_config.do_sample = False
     return model.to(dtype).eval()
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module) -> None:
     """Weights at unit gain; norms, biases and the like around their initial values."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
