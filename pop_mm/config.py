@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from .errors import ConfigError
+from .modality import MODALITIES
 from .scoring import Scorer, get_scorer
 
 _CHOICES = {
@@ -20,6 +21,7 @@ _CHOICES = {
     "variant": ("pop", "static", "full"),
     "unseen": ("dense", "weights"),
     "expert_score": ("plain", "routed"),
+    "kernels": ("auto", "stock", "compiled"),
 }
 
 
@@ -63,6 +65,13 @@ class PopConfig:
         Whether a token's activations count in an expert's scores as they are, or times the router's weight.
     prune_shared : bool
         Whether shared experts, which see every token, are pruned like dense FFNs.
+    modality_weights : mapping of str to float
+        How much a modality ("text", "image", "video") counts in the prompt's scores of a vision-language model: the
+        squared activations of its tokens are multiplied by this. 1 for those that are not named, which is the paper's
+        plain norm over all prompt tokens. Experts learn from decoded tokens as text.
+    kernels : {"auto", "stock", "compiled"}
+        How FFNs in place decode a single token on a CPU: by torch's kernels, or by a faster one that the machine's C
+        compiler makes on first use; ``auto`` takes that where it can be had. Sums are rounded differently.
 
     Raises
     ------
@@ -84,6 +93,8 @@ class PopConfig:
     unseen: Literal["dense", "weights"] = "dense"
     expert_score: Literal["plain", "routed"] = "plain"
     prune_shared: bool = True
+    modality_weights: Mapping[str, float] = field(default_factory=dict)
+    kernels: Literal["auto", "stock", "compiled"] = "auto"
 
     def __post_init__(self) -> None:
         _check_number("ratio", self.ratio, upper_open=True)
@@ -106,6 +117,8 @@ class PopConfig:
                 raise ConfigError(f"layer_ratios: a layer is an integer from 0; got {layer!r}.")
             _check_number(f"layer_ratios[{layer}]", ratio, upper_open=True)
         object.__setattr__(self, "layer_ratios", dict(self.layer_ratios))
+        _check_modality_weights(self.modality_weights)
+        object.__setattr__(self, "modality_weights", dict(self.modality_weights))
         if self.backend == "inplace" and self.batch == "per_sequence":
             raise ConfigError(
                 "backend='inplace' holds one partition in the weights, so it cannot serve batch='per_sequence'. "
@@ -116,6 +129,7 @@ class PopConfig:
         """Plain values, as :meth:`from_dict` takes them. An own scorer appears by its name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["scorer"] = self.scorer if isinstance(self.scorer, str) else self.scorer.name
+        values["modality_weights"] = dict(self.modality_weights)
         values["layer_ratios"] = {str(layer): ratio for layer, ratio in self.layer_ratios.items()}
         return values
 
@@ -163,6 +177,18 @@ def _check_number(name: str, value: object, *, upper_open: bool) -> None:
         raise ConfigError(f"{name} must be a number in {interval}; got {value!r}.")
     if value < 0 or value > 1 or (upper_open and value == 1):
         raise ConfigError(f"{name} must lie in {interval}; got {value}.")
+
+
+def _check_modality_weights(weights: object) -> None:
+    if not isinstance(weights, Mapping):
+        raise ConfigError(f"modality_weights must map modalities to numbers; got {weights!r}.")
+    for name, weight in weights.items():
+        if name not in MODALITIES:
+            raise ConfigError(f"modality_weights: a modality is one of {', '.join(MODALITIES)}; got {name!r}.")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+            raise ConfigError(f"modality_weights[{name!r}] must be a number from 0; got {weight!r}.")
+    if all(weights.get(name, 1) == 0 for name in MODALITIES):
+        raise ConfigError("modality_weights are all 0, so nothing would count.")
 
 
 def as_config(config: PopConfig | float | None, settings: Mapping[str, Any]) -> PopConfig:

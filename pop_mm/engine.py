@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
 from .experts import Experts
 from .layout import FFN
+from .modality import TEXT, weighted_sum
 from .partition import Partition, Sizes, dropped_candidates, partition
 from .phase import Forward, Phase
 from .routed import ExpertsState, RoutedExperts
@@ -30,8 +31,8 @@ class FFNState:
 
     Attributes
     ----------
-    energy : Tensor or None
-        Sum of squared activations of each channel over the prompt's tokens, ``[D]`` or ``[B, D]``.
+    energies : mapping of int to Tensor
+        Modality -> sum of squared activations of each channel over its tokens of the prompt, ``[D]`` or ``[B, D]``.
     partition : Partition or None
     candidate_weight : Tensor
         The scorer's weight of each candidate, ``[..., |C|]``.
@@ -39,10 +40,19 @@ class FFNState:
     """
 
     def __init__(self, sizes: Sizes) -> None:
-        self.energy: Tensor | None = None
+        self.energies: Mapping[int, Tensor] = {}
         self.partition: Partition | None = None
         self.candidate_weight: Tensor | None = None
         self.steps = StepLog(sizes)
+
+    def add(self, modality: int, energy: Tensor) -> None:
+        """Count more tokens of one modality."""
+        before = self.energies.get(modality)
+        self.energies = {**self.energies, modality: energy if before is None else before + energy}
+
+    def energy(self, weights: Mapping[str, float]) -> Tensor | None:
+        """All modalities together, each times its weight; None before the first token."""
+        return weighted_sum(self.energies, weights)
 
     def copy(self) -> FFNState:
         """An independent copy. Tensors are never changed in place, so they are shared."""
@@ -56,9 +66,9 @@ class FFNState:
 
     def select_rows(self, rows: Tensor) -> None:
         """Row b is row ``rows[b]`` of before."""
-        if self.energy is not None:
-            rows = rows.to(self.energy.device)
-            self.energy = self.energy[rows]
+        for energy in self.energies.values():
+            rows = rows.to(energy.device)
+        self.energies = {modality: energy[rows] for modality, energy in self.energies.items()}
         if self.partition is not None:
             assert self.candidate_weight is not None
             self.partition, self.candidate_weight = self.partition[rows], self.candidate_weight[rows]
@@ -70,8 +80,8 @@ class PromptState:
 
     Attributes
     ----------
-    tokens : Tensor
-        ``[B]``: prompt tokens counted so far.
+    tokens_of : mapping of int to Tensor
+        Modality -> ``[B]``: prompt tokens counted so far.
     moved : bool
         Whether a backend has seen the current partition.
     """
@@ -79,11 +89,16 @@ class PromptState:
     def __init__(self, ffns: Sequence[FFNState | ExpertsState], rows: int, cache: Any) -> None:
         self.ffns = ffns
         self.rows = rows
-        self.tokens: Tensor | None = None
+        self.tokens_of: Mapping[int, Tensor] = {}
         self.moved = False
         self._cache: Any = None
         if cache is not None:
             self.bind(cache)
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """``[B]``: prompt tokens counted so far, of all modalities."""
+        return weighted_sum(self.tokens_of, {})
 
     def bind(self, cache: Any) -> None:
         """Name the cache that this state belongs to."""
@@ -115,8 +130,7 @@ class PromptState:
     def select_rows(self, rows: Tensor) -> None:
         """Row b of the batch is row ``rows[b]`` of before (beam search reorders them); for ``batch="per_sequence"``."""
         self.rows = len(rows)
-        if self.tokens is not None:
-            self.tokens = self.tokens[rows.to(self.tokens.device)]
+        self.tokens_of = {modality: tokens[rows.to(tokens.device)] for modality, tokens in self.tokens_of.items()}
         for ffn in self.ffns:
             ffn.select_rows(rows)
 
@@ -131,15 +145,20 @@ class Engine:
     sizes : sequence of Sizes
         Of each.
     config : PopConfig
+    modalities : int
+        How many the model can have: 1 is text alone.
     """
 
-    def __init__(self, ffns: Sequence[FFN | Experts], sizes: Sequence[Sizes], config: PopConfig) -> None:
+    def __init__(
+        self, ffns: Sequence[FFN | Experts], sizes: Sequence[Sizes], config: PopConfig, modalities: int = 1
+    ) -> None:
         self.ffns = ffns
         self.sizes = sizes
         self.config = config
         self.scorer = get_scorer(config.scorer)
         self._weights: list[Tensor] | None = None
         self._routed: dict[int, RoutedExperts] = {}
+        self._modalities = modalities
 
     @property
     def per_sequence(self) -> bool:
@@ -150,9 +169,7 @@ class Engine:
         """State of a new prompt of ``rows`` sequences."""
         groups = rows if self.per_sequence else 1
         states = [
-            FFNState(sizes)
-            if isinstance(ffn, FFN)
-            else ExpertsState(ffn, sizes, groups, torch.promote_types(ffn.float_dtype, torch.float32))
+            FFNState(sizes) if isinstance(ffn, FFN) else ExpertsState(ffn, sizes, groups, self._modalities)
             for ffn, sizes in zip(self.ffns, self.sizes, strict=True)
         ]
         return PromptState(states, rows, cache)
@@ -196,13 +213,13 @@ class Engine:
 
     def count_tokens(self, forward: Forward) -> None:
         """Add this forward's prompt tokens to the state's count."""
-        prompt = self._prompt_positions(forward, torch.device("cpu") if forward.valid is None else forward.valid.device)
-        if prompt is None:
-            tokens = torch.full((forward.rows,), forward.length)
-        else:
-            tokens = prompt.sum(-1)
         state: PromptState = forward.state
-        state.tokens = tokens if state.tokens is None else state.tokens + tokens.to(state.tokens.device)
+        counts = dict(state.tokens_of)
+        for modality, mask in self._prompt_by_modality(forward, _where(forward)):
+            tokens = torch.full((forward.rows,), forward.length) if mask is None else mask.sum(-1)
+            before = counts.get(modality)
+            counts[modality] = tokens if before is None else before + tokens.to(before.device)
+        state.tokens_of = counts
 
     def observe(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> None:
         """Add the squared activations of the prompt's tokens, in float32 or wider; padding never counts.
@@ -214,19 +231,16 @@ class Engine:
         positions : Tensor or None
             ``[D]``: where each original channel is in ``h``; None if in its own place.
         """
-        prompt = self._prompt_positions(forward, h.device)
         dtype = torch.promote_types(h.dtype, torch.float32)
-        if self.per_sequence:
-            counted = h if prompt is None else h.masked_fill(~prompt.unsqueeze(-1), 0)
-            norm = torch.linalg.vector_norm(counted, dim=1, dtype=dtype)
-        else:
-            counted = h.flatten(0, 1) if prompt is None else h[prompt]
-            norm = torch.linalg.vector_norm(counted, dim=0, dtype=dtype)
-        energy = norm.square()
-        if positions is not None:
-            energy = energy[..., positions]
-        state = _ffn_state(forward.state, index)
-        state.energy = energy if state.energy is None else state.energy + energy
+        for modality, mask in self._prompt_by_modality(forward, h.device):
+            if self.per_sequence:
+                counted = h if mask is None else h.masked_fill(~mask.unsqueeze(-1), 0)
+                norm = torch.linalg.vector_norm(counted, dim=1, dtype=dtype)
+            else:
+                counted = h.flatten(0, 1) if mask is None else h[mask]
+                norm = torch.linalg.vector_norm(counted, dim=0, dtype=dtype)
+            energy = norm.square()
+            _ffn_state(forward.state, index).add(modality, energy if positions is None else energy[..., positions])
 
     def partition(self, index: int, state: PromptState) -> Partition:
         """Make (or return) the partition of one FFN, or of a layer's experts, from the statistics so far."""
@@ -234,11 +248,22 @@ class Engine:
         if isinstance(ffn, ExpertsState):
             return self.routed(index).partition(ffn)
         if ffn.partition is None:
-            assert ffn.energy is not None
-            weight = self.channel_weights()[index]
-            ffn.partition = partition(weight * ffn.energy.sqrt(), self.sizes[index])
-            ffn.candidate_weight = weight[ffn.partition.candidates]
+            ffn.partition = self.rank(index, state, self.config.modality_weights)
+            ffn.candidate_weight = self.channel_weights()[index][ffn.partition.candidates]
         return ffn.partition
+
+    def rank(self, index: int, state: PromptState, modality_weights: Mapping[str, float]) -> Partition:
+        """The partition of one FFN that these weights of the modalities would make (for experts: of every unit).
+
+        An FFN that the prompt did not run (a cross-attention layer without an image) has nothing but its weights to go by.
+        """
+        ffn = state.ffns[index]
+        if isinstance(ffn, ExpertsState):
+            return partition(self.routed(index).scores(ffn, modality_weights), self.sizes[index])
+        energy, weight = ffn.energy(modality_weights), self.channel_weights()[index]
+        if energy is not None:
+            return partition(weight * energy.sqrt(), self.sizes[index])
+        return partition(weight.expand(state.rows, -1) if self.per_sequence else weight, self.sizes[index])
 
     def partition_all(self, state: PromptState) -> None:
         """Make every partition that is missing; before the first decode step."""
@@ -248,23 +273,31 @@ class Engine:
 
     def check_prompt(self, state: PromptState) -> None:
         """Raise :class:`PhaseError` if the prompt (or, per sequence, one of its rows) has no token to go by."""
-        assert state.tokens is not None
-        short = state.tokens == 0 if self.per_sequence else state.tokens.sum().reshape(1) == 0
-        if bool(short.any()):
+        weights = self.config.modality_weights
+        for counted in {}, weights:  # first all tokens, then those that count
+            tokens = weighted_sum(state.tokens_of, counted)
+            assert tokens is not None
+            short = tokens == 0 if self.per_sequence else tokens.sum().reshape(1) == 0
+            if not bool(short.any()):
+                continue
             which = f"Row {int(short.nonzero()[0])} of the prompt" if self.per_sequence else "The prompt"
+            if counted:
+                raise PhaseError(
+                    f"{which} has no token of a modality that counts (modality_weights={dict(weights)}), so there is "
+                    "nothing to rank channels by. Give such a token, or raise the weight of what the prompt has."
+                )
             raise PhaseError(
                 f"{which} is empty: it has no position that is a token (padding does not count). Give at least one token."
             )
 
     def check_finite(self, state: PromptState) -> None:
         """Raise :class:`NonFiniteError` if the prompt's statistics are not finite; one look for all FFNs."""
-        sums = [ffn.energy.sum() for ffn in state.ffns if ffn.energy is not None]
-        if not sums:
+        totals = [(i, energy.sum()) for i, ffn in enumerate(state.ffns) if (energy := ffn.energy({})) is not None]
+        if not totals:
             return
-        finite = torch.stack([s.to(sums[0].device) for s in sums]).isfinite()
+        finite = torch.stack([s.to(totals[0][1].device) for _, s in totals]).isfinite()
         if not bool(finite.all()):
-            seen = [i for i, ffn in enumerate(state.ffns) if ffn.energy is not None]
-            first = self.ffns[seen[int((~finite).nonzero()[0])]]
+            first = self.ffns[totals[int((~finite).nonzero()[0])][0]]
             raise NonFiniteError(
                 f"The activations of {first.name} are NaN or infinite in the prompt, so its channels cannot be ranked. "
                 "Check the weights and inputs, or run the model in bfloat16 or float32 if it overflows in float16."
@@ -277,6 +310,15 @@ class Engine:
             return valid
         prompt = ~_decode_positions(forward, device)
         return prompt if valid is None else prompt & valid.to(device)
+
+    def _prompt_by_modality(self, forward: Forward, device: torch.device) -> list[tuple[int, Tensor | None]]:
+        """Each modality of the prompt's tokens in this forward, with ``[B, q]``: which positions those are; None if all."""
+        prompt = self._prompt_positions(forward, device)
+        if forward.positions is None:
+            return [(TEXT, prompt)]
+        modality = forward.positions.modality.to(device)
+        masks = [(m, modality == m) for m in forward.positions.present]
+        return [(m, mask if prompt is None else mask & prompt.to(device)) for m, mask in masks]
 
     # decode ---------------------------------------------------------------------------------------------------------
 
@@ -323,7 +365,8 @@ class Engine:
             values = torch.empty(1, sizes.candidates_dropped, dtype=weight.dtype, device=device)
 
         def choose(candidates: Tensor) -> Tensor:
-            torch.mul(candidates.detach(), weight, out=scores).abs_()
+            candidates = candidates.detach() if candidates.requires_grad else candidates
+            torch.mul(candidates, weight, out=scores).abs_()
             return dropped_candidates(scores, sizes, (values, log.slot(ranks, device)))
 
         return choose
@@ -442,6 +485,13 @@ class Engine:
         _ffn_state(state, index).steps.add(dropped)
         active = active.expand(len(dropped), -1).scatter(-1, part.candidates[dropped], False)
         return _in_place(active, positions)[steps]
+
+
+def _where(forward: Forward) -> torch.device:
+    """Where what is known about the positions of a forward is."""
+    if forward.positions is not None:
+        return forward.positions.modality.device
+    return torch.device("cpu") if forward.valid is None else forward.valid.device
 
 
 def _ffn_state(state: PromptState, index: int) -> FFNState:

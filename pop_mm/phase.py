@@ -11,7 +11,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PhaseError
+from .modality import Positions, positions_of
 
 
 class Phase(Enum):
@@ -44,12 +45,16 @@ class Forward:
         B and q of this forward's input.
     valid : Tensor or None
         ``[B, q]`` boolean, false on padding and on rows that have finished; None if every position counts.
+    positions : Positions or None
+        The modality of each position of a prompt; None if all is text.
     decode_from : int or Tensor
         For MIXED: first decode column of this forward, for all rows or ``[B]``.
     next_chunk : bool
         A further chunk of a prompt whose prefill ``generate`` has split.
     fast : bool
         Set by the backend: FFNs may compute R and C only.
+    single : bool
+        Set by the backend: and they may do so by the compiled kernel, which takes one token and knows no autograd.
     """
 
     phase: Phase
@@ -57,10 +62,12 @@ class Forward:
     rows: int
     length: int
     valid: Tensor | None = None
+    positions: Positions | None = None
     decode_from: int | Tensor = 0
     next_chunk: bool = False
     cache: Any = None
     fast: bool = False
+    single: bool = False
 
 
 class Handler(Protocol):
@@ -106,10 +113,19 @@ class PhaseTracker:
     handler : Handler
     rows_matter : bool
         Whether states want to know (``select_rows``) when their cache's rows are exchanged.
+    modality_token_ids : mapping of str to int
+        Modality -> token id of its positions.
     """
 
-    def __init__(self, model: nn.Module, handler: Handler, rows_matter: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        handler: Handler,
+        rows_matter: bool = False,
+        modality_token_ids: Mapping[str, int] | None = None,
+    ) -> None:
         self._model = model
+        self._modality_token_ids = modality_token_ids or {}
         self._rows_matter = rows_matter
         self._handler = handler
         self._local = threading.local()
@@ -279,6 +295,9 @@ class PhaseTracker:
             self._attribute_without_cache(forward, prepared)
         else:
             self._attribute_cached(forward, prepared, inputs)
+        if self._modality_token_ids and forward.phase is not Phase.DECODE:
+            past = 0 if cache is None else int(cache.get_seq_length())
+            forward.positions = positions_of(inputs, self._modality_token_ids, past)
         return forward
 
     def _attribute_split(self, forward: Forward, split: int | Tensor) -> None:

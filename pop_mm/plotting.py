@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -23,7 +23,7 @@ _MOST_ROWS = 160  # lines; more FFNs than that (experts) are averaged over a lay
 _HEIGHT = 24  # pixels of a stack in the map, and below it as a gap:
 _GAP = 3
 # Okabe and Ito's blue and orange, and a light grey: told apart with every colour vision and in print.
-_COLOURS = {"retained": "#0072B2", "candidate": "#E69F00", "pruned": "#E4E4E4"}
+COLOURS = {"retained": "#0072B2", "candidate": "#E69F00", "pruned": "#E4E4E4"}
 
 
 class PlotError(PopError):
@@ -76,7 +76,7 @@ def plot_report(report: Report, path: str | Path) -> Path:
     pruned = [ffn for ffn in report.ffns if ffn.plan.backend != "dense"]
     if pruned and all(ffn.partition is None for ffn in pruned):
         raise PlotError("There is nothing to draw yet: run a prompt in the session first.")
-    rows = _rows(report.ffns)
+    rows = lines_of(report.ffns)
     routed = [ffn for ffn in report.ffns if ffn.experts is not None]
     heights = [
         min(max(0.16 * len(rows) + 2.1, 3.6), 12),
@@ -87,7 +87,7 @@ def plot_report(report: Report, path: str | Path) -> Path:
     mosaic = [["map", "stability"], *([["experts", "experts"]] if routed else [])]
     axes: dict[str, Axes] = figure.subplot_mosaic(mosaic, width_ratios=(3, 1), height_ratios=heights)
     axes["stability"].sharey(axes["map"])
-    _draw_map(axes["map"], rows)
+    draw_legend(axes["map"], COLOURS, draw_map(axes["map"], rows))
     _draw_stability(axes["stability"], rows)
     if routed:
         _draw_experts(axes["experts"], routed)
@@ -99,6 +99,11 @@ def plot_report(report: Report, path: str | Path) -> Path:
         x=0.01,
         ha="left",
     )
+    return save(figure, target)
+
+
+def save(figure: Figure, target: Path) -> Path:
+    """Write the picture, or raise :class:`PlotError`."""
     try:
         figure.savefig(target, dpi=150)
     except OSError as error:
@@ -106,21 +111,44 @@ def plot_report(report: Report, path: str | Path) -> Path:
     return target
 
 
-def _rows(ffns: Sequence[FFNReport]) -> list[list[FFNReport]]:
+def lines_of(ffns: Sequence[FFNReport]) -> list[list[FFNReport]]:
     """What makes up one line of the picture: an FFN, or if there are very many, a layer's FFNs."""
     if len(ffns) <= _MOST_ROWS:
         return [[ffn] for ffn in ffns]
     return [list(group) for _, group in groupby(ffns, lambda ffn: ffn.plan.ffn.layer)]
 
 
-def _draw_map(axes: Axes, rows: list[list[FFNReport]]) -> None:
+def draw_map(
+    axes: Axes,
+    rows: list[list[FFNReport]],
+    colours: Mapping[str, str] = COLOURS,
+    kinds_of: Callable[[FFNReport], NDArray[np.int64]] | None = None,
+) -> dict[str, float]:
+    """One line per FFN (or layer): its channels in bins, each a stack of the shares of each kind.
+
+    Parameters
+    ----------
+    rows : list of list of FFNReport
+        What makes up each line.
+    colours : mapping of str to str
+        Name of each kind to its colour.
+    kinds_of : callable, optional
+        The kind of each channel, ``[..., D]``, indices into ``colours``; by default retained, candidate, pruned.
+
+    Returns
+    -------
+    dict of str to float
+        Share of all channels that is of each kind.
+    """
+    kinds_of = _kinds if kinds_of is None else kinds_of
     sizes = {ffn.plan.sizes.channels for row in rows for ffn in row}
-    bins = min(max(sizes), _MOST_BINS)
-    shares = np.stack([np.mean([_shares(ffn, bins) for ffn in row], axis=0) for row in rows])  # [rows, bins, 3]
-    palette = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in _COLOURS.values()])
-    # A stack as pixels, the retained at its bottom: pixel y shows the first kind whose cumulated share lies above it.
+    bins, count = min(max(sizes), _MOST_BINS), len(colours)
+    found = [[kinds_of(ffn) for ffn in row] for row in rows]
+    shares = np.stack([np.mean([_binned(k, bins, count) for k in row], axis=0) for row in found])  # [rows, bins, kinds]
+    palette = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in colours.values()])
+    # A stack as pixels, the first kind at its bottom: pixel y shows the first kind whose cumulated share lies above it.
     height = 1 - (np.arange(_HEIGHT) + 0.5) / _HEIGHT
-    kinds = (height[None, :, None, None] > shares.cumsum(-1)[:, None]).sum(-1).clip(max=2)  # [rows, height, bins]
+    kinds = (height[None, :, None, None] > shares.cumsum(-1)[:, None]).sum(-1).clip(max=count - 1)
     image = np.concatenate([palette[kinds], np.ones((len(rows), _GAP, bins, 3))], 1)
     same = len(sizes) == 1
     axes.imshow(
@@ -133,12 +161,26 @@ def _draw_map(axes: Axes, rows: list[list[FFNReport]]) -> None:
     axes.set_xlabel(f"channel in the model's own order{per_bin}" if same else "channel (position in its FFN, %)")
     _label_layers(axes, rows)
     axes.spines[:].set_visible(False)
-    totals = np.mean([_totals(ffn) for row in rows for ffn in row], axis=0)
+    totals = np.mean([_binned(k, 1, count)[0] for row in found for k in row], axis=0)
+    return dict(zip(colours, totals.tolist(), strict=True))
+
+
+def draw_legend(axes: Axes, colours: Mapping[str, str], shares: Mapping[str, float], title: str | None = None) -> None:
+    """Above the map: what each colour stands for, and its share of all channels."""
     handles = [
-        Patch(facecolor=colour, edgecolor="#808080", linewidth=0.5, label=f"{name} {share:.1%}")
-        for (name, colour), share in zip(_COLOURS.items(), totals, strict=True)
+        Patch(facecolor=colour, edgecolor="#808080", linewidth=0.5, label=f"{name} {shares[name]:.1%}")
+        for name, colour in colours.items()
     ]
-    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2)
+    axes.legend(
+        handles=handles,
+        title=title,
+        alignment="left",
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(handles),
+        frameon=False,
+        borderaxespad=0.2,
+    )
 
 
 def _draw_stability(axes: Axes, rows: list[list[FFNReport]]) -> None:
@@ -161,8 +203,8 @@ def _draw_stability(axes: Axes, rows: list[list[FFNReport]]) -> None:
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center")
         return
     lines, shares = zip(*known, strict=True)
-    axes.hlines(lines, 0, shares, color=_COLOURS["candidate"], linewidth=1.5)
-    axes.plot(shares, lines, "o", color=_COLOURS["candidate"], markersize=4)
+    axes.hlines(lines, 0, shares, color=COLOURS["candidate"], linewidth=1.5)
+    axes.plot(shares, lines, "o", color=COLOURS["candidate"], markersize=4)
     sizes = rows[lines[0]][0].plan.sizes
     chance = sizes.candidates_kept / sizes.candidates if sizes.candidates else 0.0
     axes.axvline(chance, color="#404040", linewidth=1, linestyle="--")
@@ -183,7 +225,7 @@ def _draw_experts(axes: Axes, ffns: list[FFNReport]) -> None:
     ):
         points = [(x, y) for y, numbers in enumerate(lists) for x in numbers]
         if points:
-            axes.plot(*zip(*points, strict=True), marker, color=_COLOURS["candidate"], label=label, linestyle="none")
+            axes.plot(*zip(*points, strict=True), marker, color=COLOURS["candidate"], label=label, linestyle="none")
     axes.set_xlabel("expert")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label_layers(axes, [[ffn] for ffn in ffns])
@@ -202,11 +244,8 @@ def _label_layers(axes: Axes, rows: list[list[FFNReport]]) -> None:
     axes.set_ylabel("layer")
 
 
-def _shares(ffn: FFNReport, bins: int) -> NDArray[np.float64]:
-    """``[bins, 3]``: the share of each bin's channels that is retained, candidate, pruned; means over a batch's rows.
-
-    An FFN without a partition is dense: all of it is retained.
-    """
+def _kinds(ffn: FFNReport) -> NDArray[np.int64]:
+    """``[rows, D]``: 0 retained, 1 candidate, 2 pruned. An FFN without a partition is dense: all of it is retained."""
     channels = ffn.plan.sizes.channels
     kinds = np.zeros((1, channels), dtype=np.int64)
     if ffn.partition is not None:
@@ -215,17 +254,15 @@ def _shares(ffn: FFNReport, bins: int) -> NDArray[np.float64]:
         np.put_along_axis(kinds, ffn.partition.pruned.cpu().numpy(), 2, -1)
         if ffn.experts is not None and len(kinds) == len(ffn.experts.prompt_tokens):
             kinds[ffn.experts.dense] = 0
-        kinds = kinds.reshape(-1, channels)
-    share = np.stack([(kinds == kind).mean(0) for kind in range(3)], -1)  # [D, 3]
+    return kinds.reshape(-1, channels)
+
+
+def _binned(kinds: NDArray[np.int64], bins: int, count: int) -> NDArray[np.float64]:
+    """``[bins, count]``: the share of each bin's channels that is of each kind; means over rows."""
+    channels = kinds.shape[-1]
+    share = np.stack([(kinds == kind).mean(0) for kind in range(count)], -1)  # [D, count]
     edges = np.arange(bins) * channels // bins
     if channels <= bins:
         return share[edges]
     width = np.diff(np.append(edges, channels))
     return np.add.reduceat(share, edges, axis=0) / width[:, None]
-
-
-def _totals(ffn: FFNReport) -> tuple[float, float, float]:
-    sizes = ffn.plan.sizes
-    if ffn.partition is None:
-        return 1.0, 0.0, 0.0
-    return sizes.retained / sizes.channels, sizes.candidates / sizes.channels, sizes.pruned / sizes.channels

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from .config import PopConfig
 from .experts import Experts
 from .layout import FFN
+from .modality import MODALITIES
 from .partition import Partition, Sizes
 from .phase import Forward, Phase
 
@@ -175,6 +177,8 @@ class FFNReport:
         Mean share of a step's kept candidates that the next step keeps too; not counted for experts.
     experts : ExpertsReport or None
         For experts.
+    alone : mapping of str to Partition
+        Modality -> the partition that its tokens alone would make; of prompts with more than text.
     """
 
     plan: FFNPlan
@@ -182,6 +186,24 @@ class FFNReport:
     active_per_step: float | None
     stability: float | None
     experts: ExpertsReport | None = None
+    alone: Mapping[str, Partition] = field(default_factory=dict)
+
+    @property
+    def modality_overlap(self) -> dict[str, float]:
+        """Modality -> share of R and C that would be in R or C if its tokens alone had chosen.
+
+        By chance it would be the share of channels that are in R and C. Experts that the prompt did not reach are left
+        out.
+        """
+        if self.partition is None:
+            return {}
+        mine, found = self.partition.allowed(), {}
+        for name, part in self.alone.items():
+            shared = (mine & part.allowed()).sum(-1) / self.plan.sizes.width
+            if self.experts is not None and shared.numel() == len(self.experts.prompt_tokens):
+                shared = shared[[tokens > 0 for tokens in self.experts.prompt_tokens]]
+            found[name] = float(shared.mean()) if shared.numel() else math.nan
+        return {name: share for name, share in found.items() if math.isfinite(share)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -189,6 +211,7 @@ class FFNReport:
             **self.plan.to_dict(),
             "active_per_step": self.active_per_step,
             "candidate_stability": self.stability,
+            "modality_overlap": self.modality_overlap,
             "routing": asdict(self.experts) if self.experts is not None else None,
         }
 
@@ -207,6 +230,10 @@ class Report:
     moved_channels : int
     weights_per_token : int
         Weights that a decoded token reads from the dense model.
+    kernels : {"stock", "compiled"}
+        How FFNs in place decode a single token.
+    modality_tokens : mapping of str to int
+        Modality -> tokens of the latest prompt.
     notes : sequence of str
     """
 
@@ -216,6 +243,8 @@ class Report:
     timings: Timings
     moved_channels: int
     weights_per_token: int = 0
+    kernels: str = "stock"
+    modality_tokens: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -244,7 +273,9 @@ class Report:
         return {
             "config": self.config.to_dict(),
             "backends": self.backends,
+            "kernels": self.kernels,
             "prompt_tokens": self.prompt_tokens,
+            "modality_tokens": dict(self.modality_tokens),
             "left_out_share": self.left_out_share,
             "forwards": {
                 "prefill": self.timings.prefill_forwards,
@@ -294,19 +325,27 @@ def build_report(
     timings: Timings,
     moved_channels: int,
     weights_per_token: int,
+    kernels: str,
+    alone: Sequence[Mapping[str, Partition]] = (),
 ) -> Report:
-    """Put the report together from a session's plans and its latest prompt."""
+    """Put the report together from a session's plans and its latest prompt.
+
+    ``alone`` has, for each FFN that is not dense, the partitions that single modalities would make.
+    """
     ffns = []
     pruned = 0
     for plan in plans:
         known = None
+        by_modality: Mapping[str, Partition] = {}
         if plan.backend != "dense":
             known = state.ffns[pruned] if state is not None else None
+            by_modality = alone[pruned] if alone else {}
             pruned += 1
-        ffns.append(_ffn_report(plan, known, timings.decode_forwards > 0))
-    tokens = int(state.tokens.sum()) if state is not None and state.tokens is not None else 0
+        ffns.append(replace(_ffn_report(plan, known, timings.decode_forwards > 0), alone=by_modality))
+    counts = {} if state is None else {MODALITIES[m]: int(tokens.sum()) for m, tokens in state.tokens_of.items()}
+    tokens = sum(counts.values())
     notes = [*_notes(config, plans, timings), *_expert_notes(ffns)]
-    return Report(config, ffns, tokens, timings, moved_channels, weights_per_token, notes)
+    return Report(config, ffns, tokens, timings, moved_channels, weights_per_token, kernels, counts, notes)
 
 
 def _ffn_report(plan: FFNPlan, known: FFNState | ExpertsState | None, decoded: bool) -> FFNReport:

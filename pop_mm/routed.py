@@ -8,13 +8,15 @@ seen enough tokens. Knows neither how experts are stored nor how they are comput
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from .config import PopConfig
 from .experts import Experts
+from .modality import MODALITIES, weighted_sum
 from .partition import Partition, Sizes, dropped_candidates, partition
 from .phase import Forward, Phase
 
@@ -35,6 +37,8 @@ class Slots:
         ``[N]``: the router's weight.
     valid : Tensor
         ``[N]``, boolean: false for padding, rows that have finished, and experts that another device holds.
+    modality : Tensor
+        ``[N]``: index of the token's modality.
     """
 
     expert: Tensor
@@ -42,6 +46,7 @@ class Slots:
     column: Tensor
     weight: Tensor
     valid: Tensor
+    modality: Tensor
 
     @classmethod
     def of(cls, forward: Forward, ids: Tensor, weights: Tensor, order: Tensor | None, experts: int) -> Slots:
@@ -60,11 +65,15 @@ class Slots:
         if forward.valid is not None:
             valid = valid & forward.valid.to(ids.device).reshape(-1)[token]
         column = token % forward.length
-        return cls(expert.clamp(max=experts - 1), token // forward.length, column, weights.reshape(-1)[order], valid)
+        modality = torch.zeros_like(expert)
+        if forward.positions is not None:
+            modality = forward.positions.modality.to(ids.device).reshape(-1)[token].long()
+        row, weight = token // forward.length, weights.reshape(-1)[order]
+        return cls(expert.clamp(max=experts - 1), row, column, weight, valid, modality)
 
     def __getitem__(self, index: Tensor) -> Slots:
         """Some of the slots."""
-        return Slots(*(getattr(self, name)[index] for name in ("expert", "row", "column", "weight", "valid")))
+        return Slots(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 class ExpertsState:
@@ -72,10 +81,10 @@ class ExpertsState:
 
     Attributes
     ----------
-    energy : Tensor
-        Sum of squared activations of each channel over the unit's tokens, ``[U, D]``.
+    energies : Tensor
+        Sum of squared activations of each channel over the unit's tokens of each modality, ``[M, U, D]``.
     seen, prompt_tokens : Tensor
-        ``[U]``: tokens in ``energy``, and those of the prompt among them.
+        ``[U]``: tokens whose modality counts, and all of the prompt.
     partition : Partition or None
         Of every unit; means something where ``ready``.
     candidate_weight : Tensor or None
@@ -87,11 +96,12 @@ class ExpertsState:
     """
 
     @torch.inference_mode(False)  # buffers that may be written in and out of inference mode
-    def __init__(self, experts: Experts, sizes: Sizes, rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, experts: Experts, sizes: Sizes, rows: int, modalities: int) -> None:
+        dtype = torch.promote_types(experts.float_dtype, torch.float32)
         count, device = experts.count, experts.device if experts.device.type != "meta" else torch.device("cpu")
         self.sizes = sizes
         self.experts = count
-        self.energy = torch.zeros(rows * count, sizes.channels, dtype=dtype, device=device)
+        self.energies = torch.zeros(modalities, rows * count, sizes.channels, dtype=dtype, device=device)
         self.seen = torch.zeros(rows * count, dtype=torch.int64, device=device)
         self.prompt_tokens = self.seen.clone()
         self.partition: Partition | None = None
@@ -103,11 +113,17 @@ class ExpertsState:
         self.undecided: _Undecided | None = None
         self._all_ready = False
 
+    def energy(self, weights: Mapping[str, float]) -> Tensor:
+        """``[U, D]``: all modalities together, each times its weight."""
+        total = weighted_sum(dict(enumerate(self.energies)), weights)
+        assert total is not None
+        return total
+
     @torch.inference_mode(False)
     def copy(self) -> ExpertsState:
         """An independent copy."""
         twin = copy.copy(self)
-        for name in ("energy", "seen", "prompt_tokens"):
+        for name in ("energies", "seen", "prompt_tokens"):
             setattr(twin, name, getattr(self, name).clone())
         twin.decode_tokens, twin.dense_tokens = list(self.decode_tokens), list(self.dense_tokens)
         return twin
@@ -130,7 +146,8 @@ class ExpertsState:
         def moved(tensor: Tensor) -> Tensor:
             return tensor.unflatten(0, (-1, self.experts))[rows.to(tensor.device)].flatten(0, 1)
 
-        self.energy, self.seen, self.prompt_tokens = moved(self.energy), moved(self.seen), moved(self.prompt_tokens)
+        self.energies = torch.stack([moved(energy) for energy in self.energies])
+        self.seen, self.prompt_tokens = moved(self.seen), moved(self.prompt_tokens)
         if self.partition is not None and self.candidate_weight is not None:
             part = self.partition
             self.partition = Partition(moved(part.retained), moved(part.candidates), moved(part.pruned), part.sizes)
@@ -202,12 +219,18 @@ class RoutedExperts:
 
     def _add(self, state: ExpertsState, h: Tensor, slots: Slots, positions: Tensor | None) -> None:
         h, unit = h.detach(), self._unit(slots)
+        energies = state.energies.flatten(0, 1)
+        place = unit + slots.modality * state.energies.shape[1]
         for part in torch.arange(len(h), device=h.device).split(max(1, _BLOCK // self.sizes.channels)):
             values = _in_original_order(h[part], slots.expert[part], positions)
-            squared = self._weighted(values.to(state.energy.dtype), slots.weight[part]).square()
+            squared = self._weighted(values.to(energies.dtype), slots.weight[part]).square()
             squared.masked_fill_(~slots.valid[part].unsqueeze(1), 0)
-            state.energy.index_add_(0, unit[part], squared)
-        state.seen.index_add_(0, unit, slots.valid.long())
+            energies.index_add_(0, place[part], squared)
+        counts = slots.valid
+        if self.config.modality_weights:
+            weights = [self.config.modality_weights.get(name, 1.0) for name in MODALITIES]
+            counts = counts & (torch.tensor(weights, device=unit.device)[slots.modality] > 0)
+        state.seen.index_add_(0, unit, counts.long())
 
     def _weighted(self, values: Tensor, weight: Tensor) -> Tensor:
         """Activations as the score takes them."""
@@ -218,17 +241,26 @@ class RoutedExperts:
     def partition(self, state: ExpertsState) -> Partition:
         """Make (or return) the partitions of all units from the statistics so far."""
         if state.partition is None:
-            rows = len(state.seen) // self.experts.count
-            weight = self.weight.to(state.energy.device).repeat(rows, 1)
-            scores = weight * state.energy.sqrt()
-            enough = state.seen >= self.config.min_tokens
-            if self.weight_score is not None:
-                scores = scores.where(enough.unsqueeze(1), self.weight_score.to(scores.device).repeat(rows, 1))
-                enough = torch.ones_like(enough)
-            state.partition = partition(scores, self.sizes)
-            state.candidate_weight = weight.gather(1, state.partition.candidates)
-            state.ready, state.late = enough, torch.zeros_like(enough)
+            state.partition = partition(self.scores(state, self.config.modality_weights), self.sizes)
+            state.candidate_weight = self._per_unit(self.weight, state).gather(1, state.partition.candidates)
+            enough = self._enough(state)
+            state.ready = torch.ones_like(enough) if self.weight_score is not None else enough
+            state.late = torch.zeros_like(enough)
         return state.partition
+
+    def scores(self, state: ExpertsState, modality_weights: Mapping[str, float]) -> Tensor:
+        """``[U, D]``: of units that have seen too few tokens, by their weights if those are to stand in."""
+        scores = self._per_unit(self.weight, state) * state.energy(modality_weights).sqrt()
+        if self.weight_score is None:
+            return scores
+        return scores.where(self._enough(state).unsqueeze(1), self._per_unit(self.weight_score, state))
+
+    def _enough(self, state: ExpertsState) -> Tensor:
+        return state.seen >= self.config.min_tokens
+
+    def _per_unit(self, by_expert: Tensor, state: ExpertsState) -> Tensor:
+        """``[U, D]`` from ``[E, D]``."""
+        return by_expert.to(state.energies.device).repeat(len(state.seen) // self.experts.count, 1)
 
     # decode ---------------------------------------------------------------------------------------------------------
 
@@ -362,7 +394,7 @@ class RoutedExperts:
             done = (~state.ready & (state.seen >= self.config.min_tokens)).nonzero().squeeze(1)
             if len(done):
                 weight = self.weight.to(h.device)[done % self.experts.count]
-                fresh = partition(weight * state.energy[done].sqrt(), self.sizes)
+                fresh = partition(weight * state.energy(self.config.modality_weights)[done].sqrt(), self.sizes)
                 old = state.partition
                 state.partition = Partition(
                     old.retained.index_copy(0, done, fresh.retained),
@@ -382,7 +414,7 @@ class RoutedExperts:
             return
         accepted = undecided.step < undecided.steps - (undecided.cache_length - cache_length)
         before = undecided.before.copy()  # a copy of the cache may have to unlearn the same steps
-        for name in ("energy", "seen", "partition", "candidate_weight", "ready", "late"):
+        for name in ("energies", "seen", "partition", "candidate_weight", "ready", "late"):
             setattr(state, name, getattr(before, name))
         state._all_ready = False
         kept = accepted.nonzero().squeeze(1)

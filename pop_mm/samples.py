@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Report = Callable[[str], None]
+_DATA = Path(__file__).parent / "data"
 _STALE_AFTER = 24 * 3600  # seconds; a younger temporary folder may belong to a fetch that is still running
 
 
@@ -149,12 +150,27 @@ def _build_smollm2(target: Path, cache: Path, report: Report) -> None:
             tokenizer.save_pretrained(target)
 
 
-def _upcycled(to: str) -> Callable[[Path, Path, Report], None]:
+def _packaged(name: str) -> Callable[[Path, Path, Report], None]:
+    def build(target: Path, cache: Path, report: Report) -> None:
+        report("copying")
+        if not _complete(source := _DATA / name):
+            raise SampleError(
+                f"The files of this sample should come with pop_mm in {source}, but are missing or incomplete there. Install "
+                "pop_mm again, with its package data."
+            )
+        for file in source.iterdir():
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+    return build
+
+
+def _upcycled(to: str, source: str = "smollm2-135m") -> Callable[[Path, Path, Report], None]:
     def build(target: Path, cache: Path, report: Report) -> None:
         from .upcycle import upcycle
 
-        report("fetching smollm2-135m")
-        base = fetch("smollm2-135m", cache_dir=cache, progress=False)
+        report(f"fetching {source}")
+        base = fetch(source, cache_dir=cache, progress=False)
         report("copying FFNs into experts")
         upcycle(str(base), to, target, experts=4, top_k=2, progress=False)
 
@@ -179,6 +195,18 @@ SAMPLES: dict[str, Sample] = {
         description="smollm2-135m as Qwen2-MoE: 4 routed experts, of which a token uses 2, and a shared one (1.8 GB)",
         licence="Apache-2.0",
         build=_upcycled("qwen2_moe"),
+    ),
+    "tiny-vlm": Sample(
+        name="tiny-vlm",
+        description="a Qwen3-VL of 1.9 M parameters, trained to answer questions about pictures of coloured shapes (4 MB)",
+        licence="Apache-2.0",
+        build=_packaged("tiny_vlm"),
+    ),
+    "tiny-vlm-moe": Sample(
+        name="tiny-vlm-moe",
+        description="tiny-vlm as Qwen3-VL-MoE: each FFN copied into 4 experts, of which a token uses 2 (17 MB)",
+        licence="Apache-2.0",
+        build=_upcycled("qwen3_vl_moe", "tiny-vlm"),
     ),
 }
 
@@ -305,7 +333,7 @@ def load_config(model: str) -> PretrainedConfig:
 
 
 def load(model: str, *, dtype: Any = "auto", device: Any = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer from a sample's name, a folder or a hub id.
+    """Load a language model, or a vision-language model, and its tokenizer from a sample's name, a folder or a hub id.
 
     Parameters
     ----------
@@ -318,22 +346,64 @@ def load(model: str, *, dtype: Any = "auto", device: Any = None) -> tuple[PreTra
 
     Returns the model, in evaluation mode, and the tokenizer. Hub, network and file errors become ``SampleError``.
     """
-    source = resolve(model)
+    from transformers import AutoTokenizer
+
+    source, kind = resolve(model), _dtype(model, dtype)
+    config = load_config(model)  # first the smallest files, so that a wrong name fails early and as what it is
+    with _loading("tokenizer", model):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return _load_weights(model, source, takes_images(config), kind, device), tokenizer
+
+
+def load_vision(model: str, *, dtype: Any = "auto", device: Any = None) -> tuple[PreTrainedModel, Any]:
+    """Load a vision-language model and its processor (``pop_mm.vision.load_processor``); as :func:`load` otherwise.
+
+    Raises
+    ------
+    SampleError
+        As :func:`load`, and if the model takes text alone.
+    InputError
+        Its processor needs a package that is not installed.
+    """
+    from .vision import load_processor
+
+    source, kind = resolve(model), _dtype(model, dtype)
+    config = load_config(model)
+    if not takes_images(config):
+        raise SampleError(
+            f"{model!r} is a {config.model_type}, which takes no images. Give a vision-language model, such as the sample "
+            "tiny-vlm."
+        )
+    processor = load_processor(source)
+    return _load_weights(model, source, True, kind, device), processor
+
+
+def takes_images(config: PretrainedConfig) -> bool:
+    """Whether models of this config are asked with images and text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
+
+    return config.model_type in NAMES
+
+
+def _dtype(model: str, dtype: Any) -> Any:
     if model in SAMPLES and dtype == "auto":
         dtype = SAMPLES[model].dtype
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise SampleError(f"dtype must be 'auto' or a floating-point dtype such as 'bfloat16'; got {dtype!r}.")
-    load_config(model)  # first the smallest files, so that a wrong name fails early and as what it is
-    with _loading("tokenizer", model):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return dtype
+
+
+def _load_weights(model: str, source: str, images: bool, dtype: Any, device: Any) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForImageTextToText if images else AutoModelForCausalLM
     with _loading("weights", model):
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        loaded = auto.from_pretrained(source, dtype=dtype, trust_remote_code=False)
     loaded.eval()
-    return (loaded if device is None else loaded.to(device)), tokenizer
+    return loaded if device is None else loaded.to(device)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .adapters import Adapter, adapter_for
 from .backends.experts import IMPLEMENTATION
 from .backends.inplace import InplaceBackend
@@ -23,7 +24,8 @@ from .engine import Engine, PromptState
 from .errors import AdapterError, ConfigError, NonFiniteError, SessionError
 from .experts import Experts
 from .layout import FFN
-from .partition import Sizes, partition_sizes
+from .modality import MODALITIES
+from .partition import Partition, Sizes, partition_sizes
 from .phase import Forward, Phase, PhaseTracker
 from .ratio import ffn_ratios
 from .report import FFNPlan, Report, Timings, build_report
@@ -136,11 +138,19 @@ class Session:
         self._adapter = adapter_for(model) if adapter is None else adapter
         self.plans = plan_ffns(model, config, self._adapter)
         pruned = [plan for plan in self.plans if plan.backend != "dense"]
-        self._engine = Engine([plan.ffn for plan in pruned], [plan.sizes for plan in pruned], config)
-        self._tracker = PhaseTracker(model, self, rows_matter=self._engine.per_sequence)
+        tokens = self._adapter.modality_token_ids(model)
+        if config.modality_weights and not tokens:
+            raise ConfigError(
+                f"modality_weights={dict(config.modality_weights)} was given, but {type(model).__name__} takes text alone, or "
+                "its adapter does not say which tokens stand for images."
+            )
+        modalities = len(MODALITIES) if tokens else 1
+        self._engine = Engine([p.ffn for p in pruned], [p.sizes for p in pruned], config, modalities)
+        self._tracker = PhaseTracker(model, self, self._engine.per_sequence, tokens)
         self._masked = MaskedBackend(self._engine, self._tracker)
-        self._inplace = InplaceBackend(self._engine, self._tracker)
         self._backends = [plan.backend for plan in pruned]
+        self._matvec = kernels.load(config.kernels) if "inplace" in self._backends else None
+        self._inplace = InplaceBackend(self._engine, self._tracker, self._matvec)
         experts = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
         self._expert_configs: list[Any] = list({id(module.config): module.config for module in experts}.values())
         self._undo: list[Callable[[], object]] = []
@@ -233,7 +243,19 @@ class Session:
             self._engine.partition_all(state)
         self.timings.moving = self._inplace.seconds
         read = sum(weights_per_token(self.model, self._adapter, self.plans).values())
-        return build_report(self.config, self.plans, state, self.timings, self._inplace.moved_channels, read)
+        name = "stock" if self._matvec is None else "compiled"
+        alone = self._alone(state) if state is not None else []
+        moved = self._inplace.moved_channels
+        return build_report(self.config, self.plans, state, self.timings, moved, read, name, alone)
+
+    def _alone(self, state: PromptState) -> list[dict[str, Partition]]:
+        """For each FFN that is not dense, the partition that each of the prompt's modalities would make alone."""
+        present = [MODALITIES[modality] for modality in sorted(state.tokens_of)]
+        if len(present) < 2:
+            return []
+        weights = {name: {other: float(other == name) for other in MODALITIES} for name in present}
+        count = len(self._engine.ffns)
+        return [{name: self._engine.rank(i, state, weights[name]) for name in present} for i in range(count)]
 
     def _require_attached(self, what: str) -> None:
         if not self.attached:
@@ -283,7 +305,7 @@ class Session:
             self.timings.partitioning += time.perf_counter() - started
         self._last = state
         if "inplace" in self._backends:
-            forward.fast = self._inplace.place(state)
+            self._inplace.begin(forward)
 
     def end(self, forward: Forward, completed: bool) -> None:
         """After a forward, also one that raised (called by the phase tracker)."""

@@ -78,6 +78,8 @@ FULL = {
     "unseen": "weights",
     "expert_score": "routed",
     "prune_shared": False,
+    "modality_weights": {"image": 0.5},
+    "kernels": "stock",
 }
 
 

@@ -27,6 +27,13 @@ Scope = Annotated[str, typer.Option(metavar="overall|ffn", help="What the ratio 
 Gamma = Annotated[float, typer.Option(help="Share of an FFN's channels that are candidates, in [0, 1].")]
 Backend = Annotated[str, typer.Option(metavar="auto|masked|inplace", help="inplace is fast, masked saves no time.")]
 Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16", help="auto: the checkpoint's own.")]
+Prefill = Annotated[str, typer.Option(metavar="dense|partition", help="partition: as in the paper.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, max=100, help="0 is greedy; above 0 the answer is sampled.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For sampling.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto: a GPU if there is one.")]
+JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Save as JSON; - is stdout.")]
+Plot = Annotated[str | None, typer.Option(metavar="FILE", help="Save a picture: .png, .svg or .pdf.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -46,18 +53,16 @@ def generate(
     ratio: Ratio = 0.2,
     scope: Scope = "overall",
     gamma: Gamma = 0.1,
-    prefill: Annotated[str, typer.Option(metavar="dense|partition", help="partition: as in the paper.")] = "dense",
+    prefill: Prefill = "dense",
     backend: Backend = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    temperature: Annotated[
-        float, typer.Option(min=0, max=100, help="0 is greedy; above 0 the answer is sampled.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For sampling.")] = 0,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template, if it has one.")] = True,
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto: a GPU if there is one.")] = "auto",
-    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Save as JSON; - is stdout.")] = None,
-    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Save a picture: .png, .svg or .pdf.")] = None,
+    device: Device = "auto",
+    json_file: JsonFile = None,
+    plot: Plot = None,
 ) -> None:
     """Answer a prompt dense and pruned, side by side, with the decode speed of each."""
     from ..config import PopConfig
@@ -66,6 +71,57 @@ def generate(
     config = PopConfig(ratio, scope, gamma, prefill=prefill, backend=backend)  # type: ignore[arg-type]
     sampling = Sampling(max_new_tokens, temperature, seed, chat)
     run(model, prompt, config, sampling, dtype, device, json_file, plot)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask about the image.", show_default=False)],
+    image: Annotated[list[str], typer.Option(metavar="FILE", help="Give it again for more.", show_default=False)],
+    model: Model = "tiny-vlm",
+    ratio: Ratio = 0.2,
+    scope: Scope = "overall",
+    gamma: Gamma = 0.1,
+    prefill: Prefill = "dense",
+    backend: Backend = "auto",
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json_file: JsonFile = None,
+    plot: Plot = None,
+) -> None:
+    """Ask a vision-language model about images: dense and pruned, side by side, with the decode speed of each."""
+    from ..config import PopConfig
+    from .ask import run
+    from .generate import Sampling
+
+    config = PopConfig(ratio, scope, gamma, prefill=prefill, backend=backend)  # type: ignore[arg-type]
+    run(
+        model,
+        image,
+        question,
+        config,
+        Sampling(max_new_tokens, temperature, seed, True),
+        dtype,
+        device,
+        json_file,
+        plot,
+    )
+
+
+@app.command("app")
+def web_app(
+    model: Model = "tiny-vlm",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of 127.0.0.1; no other machine can reach it.")] = 7860,
+    ratio: Ratio = 0.4,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Serve a web page on this machine that answers a question dense and pruned. Needs the extra [app]."""
+    from ..app.server import run
+
+    run(model, port, ratio, dtype, device)
 
 
 @app.command()

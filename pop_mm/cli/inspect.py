@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from ..adapters import Adapter, adapter_for, registered_adapters
 from ..config import PopConfig
 from ..report import FFNPlan
-from ..samples import SampleError, load_config, resolve
+from ..samples import SampleError, load_config, resolve, takes_images
 from ..session import PART_NAMES, plan_ffns, weights_per_token
 from ..tables import footprint_table, plan_table
 from .generate import load_model, torch_dtype
@@ -66,7 +66,8 @@ def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, str | None]:
         config.dtype = kind
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            auto = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
+            model = auto.from_config(config)
     except Exception as error:  # sizes that do not fit raise whatever the model's own code does
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise SampleError(f"The model {name!r} cannot be built from its config: {reason}.") from error

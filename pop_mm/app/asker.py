@@ -1,0 +1,305 @@
+"""One loaded model that answers questions dense and then pruned, token by token, one question at a time."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from ..cli.ask import warm_up
+from ..cli.generate import Clock, Sampling
+from ..config import PopConfig
+from ..errors import ConfigError, PopError
+from ..report import Report
+from ..samples import load, load_config, load_vision, takes_images
+from ..session import plan_ffns, prune
+from ..vision import ImageSource, load_image, prepare
+from .examples import examples
+
+MAX_BYTES = 10 * 2**20  # of an image
+MAX_CHARACTERS = 4000  # of a question
+MAX_NEW_TOKENS = 256
+_RATIOS = [step / 20 for step in range(1, 17)]  # 5 % to 80 %
+
+
+class AskError(PopError, ValueError):
+    """A question that cannot be asked."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, so far.
+
+    Attributes
+    ----------
+    text : str
+    tokens : int
+    tokens_per_s : float or None
+        Decode speed without prefill, known when ``done``; None for a single token.
+    done : bool
+    """
+
+    text: str = ""
+    tokens: int = 0
+    tokens_per_s: float | None = None
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Both answers, so far.
+
+    Attributes
+    ----------
+    dense, pruned : Answer
+    report : Report or None
+        Of the pruned answer's session; only in the last one, where all is done.
+    """
+
+    dense: Answer = Answer()
+    pruned: Answer = Answer()
+    report: Report | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """Decode speed as a factor of the dense one."""
+        dense, pruned = self.dense.tokens_per_s, self.pruned.tokens_per_s
+        return pruned / dense if dense and pruned else None
+
+
+class Asker:
+    """Answers questions with one model, one after the other.
+
+    Parameters
+    ----------
+    name : str
+        For display.
+    model : PreTrainedModel
+        In eval mode.
+    reader : processor or tokenizer
+        What :func:`~pop_mm.samples.load_vision` or :func:`~pop_mm.samples.load` returned beside the model.
+    """
+
+    def __init__(self, name: str, model: PreTrainedModel, reader: Any) -> None:
+        self.name = name
+        self.model = model
+        self.takes_images = takes_images(model.config) and hasattr(reader, "tokenizer")
+        self._reader = reader
+        self._tokenizer = reader.tokenizer if self.takes_images else reader
+        self._turn = threading.Lock()
+
+    @classmethod
+    def load(cls, name: str, *, dtype: Any = "auto", device: Any = None) -> Asker:
+        """Load a sample, a folder or a hub id; with images if the model takes them. Raises ``SampleError``."""
+        loader = load_vision if takes_images(load_config(name)) else load
+        return cls(name, *loader(name, dtype=dtype, device=device))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a question is being answered. Never while the model is pruned is this false."""
+        return self._turn.locked()
+
+    def largest_ratio(self) -> float:
+        """The largest ratio, in steps of 5 %, that leaves something of every FFN.
+
+        Raises
+        ------
+        AdapterError, ConfigError
+            The model cannot be pruned at all.
+        """
+        largest = 0.0
+        for ratio in _RATIOS:
+            try:
+                plan_ffns(self.model, PopConfig(ratio))
+            except ConfigError:
+                if not largest:
+                    raise
+                break
+            largest = ratio
+        return largest
+
+    def warm_up(self, ratio: float) -> None:
+        """Answer an example in a few tokens, dense and pruned: a first call costs more than the later ones."""
+        picture, question = examples(self.takes_images)[0]
+        with self._turn:
+            inputs = self._encode(None if picture is None else load_image(picture), question, 4)
+            warm_up(self.model, inputs)
+            with prune(self.model, ratio):
+                warm_up(self.model, inputs)
+
+    def ask(
+        self, image: ImageSource | None, question: str, *, ratio: float, gamma: float, max_new_tokens: int
+    ) -> Iterator[Progress]:
+        """Answer greedily, dense and then pruned.
+
+        The work is done in a thread of its own, which waits for its turn and leaves the session whatever happens. Closing
+        the iterator stops it after the forward that is running; the model is then what it was as soon as :attr:`busy` is
+        false.
+
+        Parameters
+        ----------
+        image : ImageSource, optional
+            Needed by, and only for, a model that takes images.
+        question : str
+        ratio : float
+            Overall: of attention and FFN weights.
+        gamma : float
+        max_new_tokens : int
+            1 to ``MAX_NEW_TOKENS``.
+
+        Yields
+        ------
+        Progress
+            After every token, and when an answer is done; the last one has the report.
+
+        Raises
+        ------
+        AskError
+            No or too long a question, no image, too many tokens for the page or for the model's context.
+        InputError
+            An image that cannot be used (larger than ``MAX_BYTES``, for one).
+        ConfigError
+            A ratio or gamma that does not fit the model.
+        """
+        config = PopConfig(ratio, gamma=gamma)
+        _check(question, max_new_tokens)
+        picture = None
+        if self.takes_images:
+            if image is None:
+                raise AskError("There is no image: upload one, or pick an example.")
+            picture = load_image(image, max_bytes=MAX_BYTES)
+        run = _Run()
+        arguments = (run, picture, question, config, max_new_tokens)
+        threading.Thread(target=self._work, args=arguments, name="pop-mm-app", daemon=True).start()
+        try:
+            yield from self._follow(run)
+        finally:
+            run.stop.set()
+
+    def _follow(self, run: _Run) -> Iterator[Progress]:
+        progress = Progress()
+        tokens: dict[str, list[int]] = {"dense": [], "pruned": []}
+        while (event := run.events.get()) is not None:
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, Report):
+                progress = replace(progress, report=event)
+            else:
+                which, value = event
+                if isinstance(value, list):
+                    tokens[which] += value
+                    text = self._tokenizer.decode(tokens[which], skip_special_tokens=True)
+                    # half a character, so far
+                    changed = Answer(text.rstrip("\ufffd"), len(tokens[which]))
+                else:
+                    text = self._tokenizer.decode(tokens[which], skip_special_tokens=True)
+                    changed = Answer(text, len(tokens[which]), value.decode_tokens_per_s, done=True)
+                progress = replace(progress, **{which: changed})
+            yield progress
+
+    def _work(self, run: _Run, picture: Any, question: str, config: PopConfig, max_new_tokens: int) -> None:
+        try:
+            with self._turn:
+                if not run.stop.is_set():
+                    self._answer(run, picture, question, config, max_new_tokens)
+        except Exception as error:
+            run.events.put(error)
+        finally:
+            run.events.put(None)
+
+    def _answer(self, run: _Run, picture: Any, question: str, config: PopConfig, max_new_tokens: int) -> None:
+        inputs = self._encode(picture, question, max_new_tokens)
+        session = prune(self.model, config)  # first, since it checks that the ratio fits the model
+        self._generate(run, inputs, max_new_tokens, "dense")
+        if run.stop.is_set():
+            return
+        with session:
+            self._generate(run, inputs, max_new_tokens, "pruned")
+            if run.stop.is_set():
+                return
+            report = session.report
+        run.events.put(report)
+
+    def _generate(self, run: _Run, inputs: Any, max_new_tokens: int, which: str) -> None:
+        stream = _Stream(run, which)
+        settings = Sampling(max_new_tokens, temperature=0.0, seed=0, chat=True).settings()
+        criteria = StoppingCriteriaList([_Stop(run.stop)])
+        self.model.generate(**inputs, **settings, streamer=stream, stopping_criteria=criteria)
+        run.events.put((which, stream))
+
+    def _encode(self, picture: Any, question: str, max_new_tokens: int) -> Any:
+        """``input_ids [1, tokens]`` and what else ``generate`` takes."""
+        if self.takes_images:
+            inputs = prepare(self._reader, picture, question, model=self.model)
+        else:
+            inputs = self._encode_text(question)
+        tokens = inputs["input_ids"].shape[1]
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not tokens:
+            raise AskError("The question has no tokens for this model: write another one.")
+        if context and tokens + max_new_tokens > context:
+            raise AskError(
+                f"The prompt has {tokens} tokens (images included) and the answer may have {max_new_tokens}, but the model's "
+                f"context is {context} tokens. Ask a shorter question, give a smaller image or allow a shorter answer."
+            )
+        return inputs
+
+    def _encode_text(self, question: str) -> dict[str, Tensor]:
+        try:
+            if self._tokenizer.chat_template:
+                turns = [{"role": "user", "content": question}]
+                encoded = self._tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
+            else:
+                encoded = self._tokenizer(question, return_tensors="pt")
+        except Exception as error:  # templates raise whatever they stumble over
+            raise AskError(f"The tokenizer cannot encode the question: {error}.") from error
+        return {key: encoded[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+
+
+def _check(question: str, max_new_tokens: int) -> None:
+    if not isinstance(question, str) or not question.strip():
+        raise AskError("The question is empty: ask in at least one word.")
+    if len(question) > MAX_CHARACTERS:
+        raise AskError(f"The question has {len(question)} characters; {MAX_CHARACTERS} is the most. Shorten it.")
+    if any("\ud800" <= letter <= "\udfff" for letter in question):
+        raise AskError("The question has characters that are no Unicode text: type it anew.")
+    if not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+        raise AskError(f"The longest answer must have 1 to {MAX_NEW_TOKENS} tokens; got {max_new_tokens!r}.")
+
+
+class _Run:
+    """What the thread that asks and the thread that answers share: events (None is the last), and the wish to stop."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.stop = threading.Event()
+
+
+class _Stream(Clock):
+    """A streamer that passes the new tokens on; text is made of them elsewhere, so that it does not cost decode time."""
+
+    def __init__(self, run: _Run, which: str) -> None:
+        super().__init__()
+        self._run, self._which = run, which
+
+    def put(self, value: Tensor) -> None:
+        """A token, or at first the prompt."""
+        super().put(value)
+        if len(self.times) > 1:
+            self._run.events.put((self._which, value.tolist()))
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)

@@ -1,0 +1,25 @@
+"""Example questions of the page: about four small scenes, or for a model that takes text alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# Scenes drawn by demos/tiny_vlm/scenes.py, of configurations that tiny-vlm was not trained on.
+_SCENES = {
+    "triangle-star-circles.png": "What do you see?",
+    "square-triangle-cross.png": "Where is the purple cross?",
+    "two-blue.png": "How many blue shapes are there?",
+    "four-shapes.png": "What colour is the shape at the left?",
+}
+_TEXTS = (
+    "Why is the sky blue?",
+    "Write three sentences about a lighthouse keeper.",
+    "Explain what a prime number is.",
+)
+
+
+def examples(images: bool) -> list[tuple[Path | None, str]]:
+    """Pictures, or None for models without, and questions."""
+    if not images:
+        return [(None, text) for text in _TEXTS]
+    return [(Path(__file__).parent / "scenes" / name, question) for name, question in _SCENES.items()]

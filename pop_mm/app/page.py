@@ -1,0 +1,218 @@
+"""The page: what is on it, and what happens when a question is asked."""
+
+from __future__ import annotations
+
+import io
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..errors import PopError
+from ..report import Report
+from ..vision import InputError
+from .asker import MAX_BYTES, MAX_CHARACTERS, MAX_NEW_TOKENS, Answer, Asker, AskError, Progress
+from .examples import examples
+
+_EVERY = 0.06  # seconds between updates of the page, at least: sending them costs decode time
+_LONGEST = 64  # tokens of an answer, unless the user says otherwise
+MOST_WAITING = 16
+
+CSS = """
+.pop-line { min-height: 1.6em; font-variant-numeric: tabular-nums; }
+.pop-error { color: #b42318; font-weight: 600; overflow-wrap: anywhere; }
+.dark .pop-error { color: #ff8a80; }
+.pop-notes { opacity: 0.75; overflow-wrap: anywhere; }
+#picture img { image-rendering: auto; object-fit: contain; }
+#channels img { width: 100%; background: white; }
+"""
+
+_log = logging.getLogger("pop_mm.app")
+
+
+def build_page(asker: Asker, ratio: float, folder: Path) -> Any:
+    """The page as ``gradio.Blocks``, not served yet.
+
+    Parameters
+    ----------
+    asker : Asker
+    ratio : float
+        Where its slider starts.
+    folder : Path
+        For pictures on their way to the page.
+    """
+    import gradio as gr
+
+    largest = max(asker.largest_ratio(), ratio)
+    device = asker.model.device
+    with gr.Blocks(title="pop_mm", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.HTML(
+            f"<h1>pop_mm: dense and pruned, side by side</h1><div class='pop-notes'>{escape(asker.name)} on "
+            f"{escape(str(device))}. The model answers twice; for the second answer POP leaves channels of its FFNs out "
+            "while it decodes.</div>"
+        )
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280, visible=asker.takes_images):
+                picture = gr.Image(
+                    label="Image, up to 10 MB",
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    buttons=[],
+                    height=300,
+                    elem_id="picture",
+                )
+                # load_image reads the file, within its limits and with its messages; gradio would decode it first.
+                picture.preprocess = lambda payload: None if payload is None else payload.path
+            with gr.Column(scale=3, min_width=320):
+                question = gr.Textbox(
+                    label="Question",
+                    value=examples(asker.takes_images)[0][1],
+                    max_length=MAX_CHARACTERS,
+                    lines=1 if asker.takes_images else 3,
+                    elem_id="question",
+                )
+                ratio_slider = gr.Slider(
+                    0,
+                    largest,
+                    value=ratio,
+                    step=0.05,
+                    label="Ratio: share of attention and FFN weights to leave out",
+                    elem_id="ratio",
+                )
+                gamma = gr.Slider(
+                    0, 0.5, value=0.1, step=0.05, label="Gamma: share of channels that are candidates", elem_id="gamma"
+                )
+                longest = gr.Slider(
+                    8, MAX_NEW_TOKENS, value=_LONGEST, step=8, label="Longest answer, in tokens", elem_id="longest"
+                )
+                with gr.Row():
+                    ask = gr.Button("Ask", variant="primary", elem_id="ask")
+                    stop = gr.Button("Stop", elem_id="stop")
+        with gr.Row(equal_height=True):
+            boxes = []
+            for name, label in (("dense", "Dense"), ("pruned", "Pruned")):
+                with gr.Column(min_width=280):
+                    text = gr.Textbox(label=label, lines=4, max_lines=12, interactive=False, elem_id=name)
+                    speed = gr.HTML(_line(""), elem_id=f"{name}-speed")
+                boxes += [text, speed]
+        status = gr.HTML(_line("Pick an example or ask a question of your own."), elem_id="status")
+        channels = gr.Image(
+            label="Channels of every layer",
+            interactive=False,
+            buttons=["fullscreen"],
+            visible=False,
+            elem_id="channels",
+        )
+        _add_examples(gr, asker, picture, question)
+        asked = gr.on(
+            [ask.click, question.submit],
+            partial(_answer, gr, asker, folder),
+            [picture, question, ratio_slider, gamma, longest],
+            [*boxes, status, channels],
+            show_progress="minimal",
+            show_progress_on=[status],
+            concurrency_limit=1,
+            api_name="ask",
+        )
+        stop.click(lambda: _line("Stopped."), None, status, cancels=[asked], queue=False, api_visibility="private")
+    page.queue(max_size=MOST_WAITING, default_concurrency_limit=1)
+    return page
+
+
+def _add_examples(gr: Any, asker: Asker, picture: Any, question: Any) -> None:
+    rows = [[str(image), text] if image else [text] for image, text in examples(asker.takes_images)]
+    inputs = [picture, question] if asker.takes_images else [question]
+    gr.Examples(rows, inputs, label="Examples", cache_examples=False, api_visibility="private")
+
+
+def _answer(
+    gr: Any, asker: Asker, folder: Path, picture: str | None, question: str, ratio: float, gamma: float, longest: float
+) -> Iterator[tuple[Any, ...]]:
+    """What the page shows, again and again: both answers, both speeds, the line below them and the picture."""
+    hidden = gr.update(value=None, visible=False)
+    yield "", _line(""), "", _line(""), _line("Reading the prompt ..."), hidden
+    shown, last = 0.0, Progress()
+    try:
+        steps = asker.ask(_file(picture), question, ratio=ratio, gamma=gamma, max_new_tokens=int(longest))
+        with closing(steps):  # type: ignore[type-var]
+            for progress in steps:
+                done = progress.dense.done != last.dense.done or progress.report is not None
+                last = progress
+                if done or time.monotonic() - shown > _EVERY:
+                    yield *_texts(progress), _line("Answering ..."), gr.skip()
+                    shown = time.monotonic()
+        if last.report is None:
+            return
+        yield *_texts(last), summary(last.report), gr.skip()
+        with tempfile.NamedTemporaryFile(suffix=".png", dir=folder) as file:
+            draw(last.report, picture, question, last, file.name)
+            yield *_texts(last), summary(last.report), gr.update(value=file.name, visible=True)
+    except PopError as error:
+        yield *_texts(last), _line(str(error), "pop-error"), hidden
+    except Exception as error:
+        _log.exception("A question could not be answered.")
+        text = f"The question could not be answered ({type(error).__name__}); the terminal has the details."
+        yield *_texts(last), _line(text, "pop-error"), hidden
+
+
+def draw(report: Report, picture: str | None, question: str, progress: Progress, path: str) -> None:
+    """Save the picture below the answers as PNG."""
+    report.plot(path)
+
+
+def summary(report: Report) -> str:
+    """What was pruned, in a line or two of HTML."""
+    ratios = sorted(ffn.plan.ratio for ffn in report.ffns)
+    of_each = f"{ratios[0]:.1%}" if ratios[-1] - ratios[0] < 5e-4 else f"{ratios[0]:.1%} to {ratios[-1]:.1%}"
+    facts = [f"{of_each} of each FFN left out"]
+    if report.left_out_share is not None:
+        facts.append(f"{report.left_out_share:.1%} of all weights that a token reads")
+    kinds = ", ".join(f"{count} {name}" for name, count in report.modality_tokens.items() if count)
+    facts.append(f"{report.prompt_tokens} prompt tokens" + (f" ({kinds})" if "," in kinds else ""))
+    facts.append("FFNs: " + ", ".join(f"{count} {name}" for name, count in report.backends.items()))
+    notes = "".join(f"<div class='pop-notes'>{escape(note)}</div>" for note in report.notes)
+    rough = "<div class='pop-notes'>Decode speed without prefill, one run each: a rough figure.</div>"
+    return f"<div class='pop-line'>{escape('; '.join(facts))}.</div>{rough}{notes}"
+
+
+def _texts(progress: Progress) -> tuple[str, str, str, str]:
+    dense, pruned = progress.dense, progress.pruned
+    return dense.text, _speed(dense, None), pruned.text, _speed(pruned, progress.speedup)
+
+
+def _speed(answer: Answer, factor: float | None) -> str:
+    if not answer.tokens:
+        return _line("")
+    count = f"{answer.tokens} token{'s' if answer.tokens > 1 else ''}"
+    if not answer.done:
+        return _line(count)
+    if answer.tokens_per_s is None:
+        return _line(f"{count}, too few to time")
+    times = f" ({factor:.2f}x)" if factor else ""
+    return f"<div class='pop-line'>{count}, <b>{answer.tokens_per_s:.1f} tokens/s{times}</b></div>"
+
+
+def _line(text: str, style: str = "") -> str:
+    return f"<div class='pop-line {style}'>{escape(text)}</div>"
+
+
+def _file(path: str | None) -> io.BytesIO | None:
+    """An uploaded file in memory, which messages call by its name and not by the place where it is kept."""
+    if path is None:
+        return None
+    source = Path(path)
+    try:
+        if not source.is_file():
+            raise AskError("The image is no longer there: upload it again.")
+        if source.stat().st_size > MAX_BYTES:
+            raise InputError(f"The image has more than {MAX_BYTES // 2**20} MB. Save it smaller and upload it again.")
+        file = io.BytesIO(source.read_bytes())
+    except OSError as error:
+        raise AskError("The image cannot be read: upload it again.") from error
+    file.name = source.name
+    return file
