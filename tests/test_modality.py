@@ -9,6 +9,7 @@ import torch
 
 from observe import InDouble
 from pop_mm import ConfigError, PhaseError, PopConfig, prune
+from pop_mm.adapters import adapter_for
 from pop_mm.modality import MODALITIES, positions_of
 from tiny_models import tiny
 from tiny_vlms import image_inputs, tiny_vlm, video_inputs
@@ -67,7 +68,7 @@ def test_partitions_are_those_of_the_weighted_tokens(model_type, weights):
     prompt = image_inputs(model_type, model, images=[2, 1], text_len=[9, 5])
     ids, valid = prompt["input_ids"], prompt["attention_mask"].bool()
     with InDouble(), session_of(model, modality_weights=weights) as session:
-        image = ids == session._adapter.modality_token_ids(model)["image"]
+        image = ids == adapter_for(model).modality_token_ids(model)["image"]
         with downs_seen(session) as seen, torch.no_grad():
             model(**prompt)
         report = session.report
@@ -210,7 +211,7 @@ def test_videos_have_statistics_of_their_own():
     prompt = video_inputs("qwen3_vl", model)
     with session_of(model) as session, torch.no_grad():
         model(**prompt)
-    ids = session._adapter.modality_token_ids(model)
+    ids = adapter_for(model).modality_token_ids(model)
     assert session.report.modality_tokens["video"] == int((prompt["input_ids"] == ids["video"]).sum()) > 0
     assert "image" not in session.report.modality_tokens
 
@@ -273,3 +274,40 @@ def test_a_prompt_without_anything_that_counts():
         pytest.raises(PhaseError, match="no token of a modality that counts"),
     ):
         generate(model, image_inputs("qwen3_vl", model, images=0))
+
+
+# every mode of generate ---------------------------------------------------------------------------------------------
+
+MODES = {
+    "beams": {"num_beams": 3},
+    "several answers": {"num_return_sequences": 2, "num_beams": 2},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "contrast penalty": {"repetition_penalty": 1.3},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen2_5_vl", "llava", "gemma3", "smolvlm"])
+def test_images_are_seen_in_every_mode(model_type, mode):
+    model = vlm(model_type)
+    prompt = image_inputs(model_type, model, images=2)
+    marks = list(adapter_for(model).modality_token_ids(model).values())  # random models may well say them
+    settings = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": marks, **MODES[mode]}
+    dense = model.generate(**prompt, **settings)
+    found = {}
+    for backend in ("masked", "inplace"):
+        with InDouble(), session_of(model, backend) as session:
+            found[backend] = model.generate(**prompt, **settings)
+        report = session.report
+        with InDouble(), session_of(model) as plain, torch.no_grad():
+            model(**prompt)
+        once = plain.report
+        rows = settings.get("num_beams", 1)
+        assert report.modality_tokens == {name: rows * count for name, count in once.modality_tokens.items()}
+        for ffn, other in zip(report.ffns, once.ffns, strict=True):
+            assert parts(ffn.partition) == parts(other.partition)
+            assert parts(ffn.alone["image"]) == parts(other.alone["image"])
+    assert torch.equal(found["masked"], found["inplace"])
+    assert found["masked"].shape[0] == dense.shape[0]
