@@ -60,6 +60,14 @@ def report_summary(report: Report) -> Text:
     """A few lines: settings, backends, tokens, times and everything that needs saying."""
     config, times = report.config, report.timings
     lines = [_settings(report)]
+    if len(report.modality_tokens) > 1:
+        counts = ", ".join(f"{count} {name}" for name, count in report.modality_tokens.items())
+        shares = {
+            name: [ffn.modality_overlap[name] for ffn in report.ffns if name in ffn.modality_overlap]
+            for name in report.modality_tokens
+        }
+        alone = ", ".join(f"{name} {sum(found) / len(found):.0%}" for name, found in shares.items() if found)
+        lines.append(f"Prompt tokens: {counts}. Of R and C, the tokens of one kind alone would have chosen: {alone}.")
     if not times.prefill_forwards:
         lines.append("No prompt has been processed yet.")
     else:
@@ -87,7 +95,10 @@ def _settings(report: Report) -> str:
     asked = (
         f"{config.ratio:.0%} of attention and FFN" if config.scope == "overall" else f"{config.ratio:.0%} of each FFN"
     )
-    backends = ", ".join(f"{count} {name}" for name, count in report.backends.items())
+    kernel = " (compiled kernel)" if report.kernels == "compiled" else ""
+    backends = ", ".join(
+        f"{count} {name}{kernel if name == 'inplace' else ''}" for name, count in report.backends.items()
+    )
     return (
         f"POP: {asked} left out ({own} of an FFN), gamma {config.gamma:g}, {config.prefill} prefill, {config.batch} "
         f"batch. FFNs: {backends}."

@@ -278,6 +278,7 @@ def test_both_backends_agree_and_leave_no_trace(model_type, double, name):
             found[backend] = generate(double, prompt)
             assert all(p.data_ptr() == at and torch.equal(p, own) for p, (at, own) in zip(beside, there, strict=True))
             assert {ffn.plan.backend for ffn in session.report.ffns} == {backend}
+            check_partitions(session.report)
         after = fingerprint(double)
         assert [key for key in differences(before, after) if "rope_deltas" not in key] == []  # generate() sets them
     assert torch.equal(found["masked"][0], found["inplace"][0])
@@ -285,6 +286,16 @@ def test_both_backends_agree_and_leave_no_trace(model_type, double, name):
     assert torch.equal(found["masked"][1][0], dense[1][0]), "the prefill is dense"
     change = (found["masked"][1] - dense[1]).nan_to_num(0)  # Chameleon never says image tokens: -inf
     assert change.abs().max() > 0.01, "nothing was pruned: the test sees nothing"
+
+
+def check_partitions(report):
+    """R, C and P are disjoint and complete, and a decode step has exactly ``kept`` active channels."""
+    for ffn in report.ffns:
+        part, sizes = ffn.partition, ffn.plan.sizes
+        every = torch.cat([part.retained, part.candidates, part.pruned], -1).sort(-1).values
+        assert torch.equal(every, torch.arange(sizes.channels).expand_as(every))
+        if ffn.active_per_step is not None and (ffn.experts is None or not sum(ffn.experts.dense_tokens)):
+            assert ffn.active_per_step == sizes.kept
 
 
 def test_ratio_0_is_dense_bit_for_bit(model_type, double):
