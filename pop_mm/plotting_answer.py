@@ -82,6 +82,7 @@ def plot_answer(
 
 def _words(question: str, answers: Mapping[str, Mapping[str, Any]], more: int) -> str:
     def cut(text: str, lines: int) -> str:
+        text = "".join(letter if letter.isprintable() else " " for letter in text)
         # matplotlib takes a dollar for the start of a formula
         return "\n".join(textwrap.wrap(text, 78, max_lines=lines, placeholder=" ...")).replace("$", r"\$")
 
@@ -107,7 +108,12 @@ def _chosen_by(ffn: FFNReport) -> NDArray[np.int64]:
     nobody = np.zeros_like(allowed)
 
     def alone(*names: str) -> NDArray[np.bool_]:
-        parts = [ffn.alone[name].allowed().cpu().numpy().reshape(-1, channels) for name in names if name in ffn.alone]
+        parts = []
+        for name in names:
+            if name in ffn.alone:
+                chosen = ffn.alone[name].allowed()
+                chosen = chosen & ffn.reached[name].unsqueeze(-1) if name in ffn.reached else chosen
+                parts.append(chosen.cpu().numpy().reshape(-1, channels))
         return np.logical_or.reduce(parts) if parts else nobody
 
     image, text = alone("image", "video"), alone("text")

@@ -179,6 +179,9 @@ class FFNReport:
         For experts.
     alone : mapping of str to Partition
         Modality -> the partition that its tokens alone would make; of prompts with more than text.
+    reached : mapping of str to Tensor
+        For experts, modality -> ``[U]``, boolean: units that the router sent tokens of that modality. The others'
+        partitions in ``alone`` mean nothing.
     """
 
     plan: FFNPlan
@@ -187,21 +190,21 @@ class FFNReport:
     stability: float | None
     experts: ExpertsReport | None = None
     alone: Mapping[str, Partition] = field(default_factory=dict)
+    reached: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def modality_overlap(self) -> dict[str, float]:
         """Modality -> share of R and C that would be in R or C if its tokens alone had chosen.
 
-        By chance it would be the share of channels that are in R and C. Experts that the prompt did not reach are left
-        out.
+        By chance it would be the share of channels that are in R and C. Experts that the modality did not reach are
+        left out.
         """
         if self.partition is None:
             return {}
         mine, found = self.partition.allowed(), {}
         for name, part in self.alone.items():
             shared = (mine & part.allowed()).sum(-1) / self.plan.sizes.width
-            if self.experts is not None and shared.numel() == len(self.experts.prompt_tokens):
-                shared = shared[[tokens > 0 for tokens in self.experts.prompt_tokens]]
+            shared = shared[self.reached[name]] if name in self.reached else shared
             found[name] = float(shared.mean()) if shared.numel() else math.nan
         return {name: share for name, share in found.items() if math.isfinite(share)}
 
@@ -318,6 +321,9 @@ class Report:
         return capture.get()
 
 
+Alone = tuple[Mapping[str, Partition], Mapping[str, torch.Tensor]]  # FFNReport.alone and .reached
+
+
 def build_report(
     config: PopConfig,
     plans: Sequence[FFNPlan],
@@ -326,22 +332,23 @@ def build_report(
     moved_channels: int,
     weights_per_token: int,
     kernels: str,
-    alone: Sequence[Mapping[str, Partition]] = (),
+    alone: Sequence[Alone] = (),
 ) -> Report:
     """Put the report together from a session's plans and its latest prompt.
 
-    ``alone`` has, for each FFN that is not dense, the partitions that single modalities would make.
+    ``alone`` has, for each FFN that is not dense, what single modalities would choose, and the units that they reached.
     """
     ffns = []
     pruned = 0
     for plan in plans:
         known = None
-        by_modality: Mapping[str, Partition] = {}
+        by_modality: Alone = {}, {}
         if plan.backend != "dense":
             known = state.ffns[pruned] if state is not None else None
-            by_modality = alone[pruned] if alone else {}
+            by_modality = alone[pruned] if alone else by_modality
             pruned += 1
-        ffns.append(replace(_ffn_report(plan, known, timings.decode_forwards > 0), alone=by_modality))
+        report = _ffn_report(plan, known, timings.decode_forwards > 0)
+        ffns.append(replace(report, alone=by_modality[0], reached=by_modality[1]))
     counts = {} if state is None else {MODALITIES[m]: int(tokens.sum()) for m, tokens in state.tokens_of.items()}
     tokens = sum(counts.values())
     notes = [*_notes(config, plans, timings), *_expert_notes(ffns)]

@@ -25,10 +25,11 @@ from .errors import AdapterError, ConfigError, NonFiniteError, SessionError
 from .experts import Experts
 from .layout import FFN
 from .modality import MODALITIES
-from .partition import Partition, Sizes, partition_sizes
+from .partition import Sizes, partition_sizes
 from .phase import Forward, Phase, PhaseTracker
 from .ratio import ffn_ratios
-from .report import FFNPlan, Report, Timings, build_report
+from .report import Alone, FFNPlan, Report, Timings, build_report
+from .routed import ExpertsState
 
 PART_NAMES = {"dense": "FFN", "expert": "routed experts", "shared_expert": "shared experts"}  # by role, for tables
 _PRUNED_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -248,14 +249,19 @@ class Session:
         moved = self._inplace.moved_channels
         return build_report(self.config, self.plans, state, self.timings, moved, read, name, alone)
 
-    def _alone(self, state: PromptState) -> list[dict[str, Partition]]:
+    def _alone(self, state: PromptState) -> list[Alone]:
         """For each FFN that is not dense, the partition that each of the prompt's modalities would make alone."""
         present = [MODALITIES[modality] for modality in sorted(state.tokens_of)]
         if len(present) < 2:
             return []
         weights = {name: {other: float(other == name) for other in MODALITIES} for name in present}
-        count = len(self._engine.ffns)
-        return [{name: self._engine.rank(i, state, weights[name]) for name in present} for i in range(count)]
+        found: list[Alone] = []
+        for index, ffn in enumerate(state.ffns):
+            parts = {name: self._engine.rank(index, state, weights[name]) for name in present}
+            experts = isinstance(ffn, ExpertsState)
+            reached = {name: ffn.energy(weights[name]).sum(-1) > 0 for name in present} if experts else {}
+            found.append((parts, reached))
+        return found
 
     def _require_attached(self, what: str) -> None:
         if not self.attached:

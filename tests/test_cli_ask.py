@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_vlm_folder import save_vlm
 
 import pop_mm
 from pop_mm.cli import main
@@ -15,6 +14,7 @@ from pop_mm.plotting_answer import plot_answer
 from pop_mm.samples import SampleError, load, load_vision
 from pop_mm.vision import decode, prepare
 from tiny_folder import save
+from tiny_vlm_folder import save_vlm
 
 QUESTION = "What is in the picture?"
 ANSWER_KEYS = {"text", "decode_tokens_per_s"}

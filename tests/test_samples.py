@@ -17,8 +17,9 @@ import pytest
 from pop_mm import samples
 from pop_mm.errors import PopError
 from pop_mm.passages import load_passages
-from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_config, resolve
+from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_config, load_vision, resolve
 from tiny_folder import save
+from tiny_vlm_folder import save_vlm
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
@@ -343,6 +344,50 @@ def test_load_gives_the_dtype_asked_for(folder):
 def test_a_config_alone_can_be_read(folder, tmp_path):
     shutil.copy(Path(folder) / "config.json", tmp_path)
     assert load_config(str(tmp_path)).to_dict() == load(folder)[0].config.to_dict() | {"_name_or_path": str(tmp_path)}
+
+
+@pytest.fixture
+def packaged(cache, tmp_path, monkeypatch):
+    """A random model in place of the one that comes with pop_mm."""
+    import torch
+
+    monkeypatch.setattr(samples, "_DATA", tmp_path / "data")
+    save_vlm(tmp_path / "data" / "tiny_vlm", torch.bfloat16)
+    return tmp_path / "data" / "tiny_vlm"
+
+
+def test_the_sample_that_comes_with_the_package(packaged, cache):
+    import torch
+
+    model, tokenizer = load("tiny-vlm")
+    seeing, processor = load_vision("tiny-vlm")
+    assert fetch("tiny-vlm") == cache / "tiny-vlm-v1"
+    assert sorted(os.listdir(cache / "tiny-vlm-v1")) == sorted(os.listdir(packaged))
+    assert (type(model), model.dtype) == (type(seeing), torch.float32)
+    assert model.config.model_type == "qwen3_vl"
+    assert tokenizer("Why?")["input_ids"] == processor.tokenizer("Why?")["input_ids"]
+    assert SAMPLES["tiny-vlm"].licence == SAMPLES["tiny-vlm-moe"].licence == "Apache-2.0"
+
+
+def test_its_mixture_of_experts(packaged, cache):
+    import torch
+
+    from pop_mm.upcycle import logit_difference
+
+    moe, processor = load_vision("tiny-vlm-moe")
+    assert (moe.config.model_type, moe.dtype) == ("qwen3_vl_moe", torch.float32)
+    assert (moe.config.text_config.num_experts, moe.config.text_config.num_experts_per_tok) == (4, 2)
+    assert processor.image_processor is not None
+    assert sorted(path.name for path in cache.iterdir()) == ["tiny-vlm-moe-v1", "tiny-vlm-v1"]
+    assert logit_difference("tiny-vlm", "tiny-vlm-moe")[0] < 2e-5
+
+
+def test_data_that_do_not_come_with_the_package(packaged, cache):
+    (packaged / "model.safetensors").unlink()
+    with pytest.raises(SampleError, match=r"should come with pop_mm in .*tiny_vlm, but are missing") as caught:
+        load("tiny-vlm")
+    assert "\n" not in str(caught.value)
+    assert list(cache.iterdir()) == []
 
 
 def test_importing_is_light():

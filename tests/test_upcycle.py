@@ -14,9 +14,11 @@ from pop_mm import upcycle as module
 from pop_mm.cli import main
 from pop_mm.errors import PopError
 from pop_mm.passages import load_passages
-from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load
+from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_vision
 from pop_mm.upcycle import UpcycleError, logit_difference, upcycle
+from pop_mm.vision import prepare
 from tiny_models import VOCAB, tiny
+from tiny_vlm_folder import save_vlm
 
 PLAIN = {"mlp_bias": False, "attention_bias": False}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
@@ -203,6 +205,94 @@ def test_perturb(tmp_path, llama, to):
             assert torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs().max() < 0.15
 
 
+# vision-language models ---------------------------------------------------------------------------------------------
+
+
+def seen(processor, model, question="What is this?"):
+    return prepare(processor, module._picture(), question, model=model)
+
+
+VLM_SETTINGS = {
+    "plain": {},
+    "tied": {"tied": True, "attention_bias": True},
+    "square down": {"intermediate_size": 32},  # saving and loading transposes experts by their shapes
+    "square gate and up": {"intermediate_size": 16},
+}
+
+
+@pytest.mark.parametrize("settings", VLM_SETTINGS.values(), ids=VLM_SETTINGS)
+def test_a_vision_language_model_computes_what_the_source_does(tmp_path, settings):
+    source = save_vlm(tmp_path / "source", **settings)
+    made = upcycle(source, "qwen3_vl_moe", tmp_path / "moe", progress=False)
+    (dense, _), (moe, processor) = load_vision(source), load_vision(str(made.path))
+    text = moe.config.text_config
+    assert moe.config.model_type == "qwen3_vl_moe"
+    assert (text.num_experts, text.num_experts_per_tok, text.decoder_sparse_step, text.mlp_only_layers) == (4, 2, 1, [])
+    assert text.rope_parameters == dense.config.text_config.rope_parameters
+    assert moe.config.tie_word_embeddings == text.tie_word_embeddings == dense.config.tie_word_embeddings
+    inputs = seen(processor, moe)
+    assert (inputs["input_ids"] == moe.config.image_token_id).sum() >= 4
+    with torch.no_grad():
+        expected, found = dense(**inputs).logits, moe(**inputs).logits
+        other = dense(**{**inputs, "pixel_values": -inputs["pixel_values"]}).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert (other - expected).abs().max() > 0.01, "the picture does not matter here"
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(moe.generate(**inputs, **options), dense.generate(**inputs, **options))
+    before, after = dense.state_dict(), moe.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items() if name in after)
+    assert {name for name in before if name not in after} == {
+        name for name in before if ".mlp." in name and "_proj" in name
+    }
+    assert (made.source_parameters, made.parameters) == (dense.num_parameters(), moe.num_parameters())
+    experts = sum(weight.numel() for name, weight in moe.named_parameters() if ".experts." in name)
+    assert made.active_parameters == made.parameters - experts // 2
+
+
+def test_the_tokens_of_pictures_and_words_take_different_experts(tmp_path):
+    moe, processor = load_vision(str(upcycle(save_vlm(tmp_path / "a"), "qwen3_vl_moe", tmp_path / "b").path))
+    chosen = []
+    for layer in moe.model.language_model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, args, output: chosen.append(output))
+    inputs = seen(processor, moe)
+    with torch.no_grad():
+        moe(**inputs)
+    assert len(chosen) == 2
+    for _, weights, experts in chosen:
+        assert experts.shape == (inputs["input_ids"].numel(), 2)
+        assert set(experts.flatten().tolist()) == {0, 1, 2, 3}
+        torch.testing.assert_close(weights.sum(-1), torch.ones(len(weights)))
+
+
+def test_perturb_changes_the_experts_of_the_language_tower_only(tmp_path):
+    source = save_vlm(tmp_path / "source", torch.bfloat16)
+    names = {"exact": 0.0, "noisy": 0.1}
+    made = {
+        name: load_vision(str(upcycle(source, "qwen3_vl_moe", tmp_path / name, perturb=noise, progress=False).path))[0]
+        for name, noise in names.items()
+    }
+    exact, noisy = (model.state_dict() for model in made.values())
+    assert {weight.dtype for weight in noisy.values()} == {torch.bfloat16}
+    changed = {name for name in exact if not torch.equal(exact[name], noisy[name])}
+    assert changed == {name for name in exact if ".experts." in name}
+    assert all(name.startswith("model.language_model.layers.") for name in changed)
+
+
+def test_the_processors_files_are_those_of_the_source(tmp_path):
+    source = save_vlm(tmp_path / "source")
+    (tmp_path / "source" / "video_preprocessor_config.json").write_text(
+        "{}"
+    )  # needs torchvision, so is not loaded here
+    made = upcycle(source, "qwen3_vl_moe", tmp_path / "moe", progress=False).path
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja"):
+        assert (made / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+    assert not (made / "processor_config.json").exists()
+    with pytest.raises(
+        UpcycleError, match=r"qwen3_vl takes images, a mixtral takes text.*\(qwen3_vl\) use qwen3_vl_moe"
+    ):
+        upcycle(source, "mixtral", tmp_path / "mixtral", progress=False)
+
+
 # mistakes -----------------------------------------------------------------------------------------------------------
 
 MISTAKES = {
@@ -210,7 +300,7 @@ MISTAKES = {
         "llama",
         {},
         {"to": "mixtrel"},
-        r"no target 'mixtrel'.*mixtral, qwen2_moe, qwen3_moe\. Did you mean mixtral\?",
+        r"no target 'mixtrel'.*mixtral, qwen2_moe, qwen3_moe, qwen3_vl_moe\. Did you mean mixtral\?",
     ),
     "dash": ("llama", {}, {"to": "qwen2-moe"}, "Did you mean qwen2_moe"),
     "top_k": ("llama", {}, {"top_k": 5}, "cannot use 5 of 4 experts"),
@@ -219,12 +309,18 @@ MISTAKES = {
     "perturb": ("llama", {}, {"perturb": -0.1}, r"noise \(perturb\) must be 0 or a positive number, but is -0.1"),
     "nan": ("llama", {}, {"perturb": float("nan")}, "but is nan"),
     "seed": ("llama", {}, {"router_seed": -1}, "seed must not be negative"),
-    "type": ("gpt2", {}, {}, "'.*source' is a gpt2; upcycling takes llama, mistral, qwen2, qwen3"),
+    "type": ("gpt2", {}, {}, "'.*source' is a gpt2; upcycling takes llama, mistral, qwen2, qwen3, qwen3_vl\\."),
     "no norms": (
         "llama",
         {},
         {"to": "qwen3_moe"},
         r"attention of qwen3_moe normalises.*\(llama\) use mixtral or qwen2_moe",
+    ),
+    "no images": (
+        "qwen3",
+        {},
+        {"to": "qwen3_vl_moe"},
+        r"qwen3_vl_moe takes images, a qwen3 takes text.*made from qwen3_vl; .*\(qwen3\) use qwen3_moe\.",
     ),
     "norms": ("qwen3", {}, {}, r"attention of qwen3 normalises.*mixtral does not.*\(qwen3\) use qwen3_moe"),
     "biases": ("qwen2", {}, {}, "has weights that mixtral does not have: self_attn.k_proj.bias"),
@@ -324,6 +420,14 @@ def test_command(call, tmp_path, llama):
     code, out, _ = call("--source", llama, "--to", "qwen2_moe", "--perturb", 0.5, "--output", tmp_path / "noisy")
     assert code == 0
     assert float(re.search(r"source (\S+), of", out)[1]) > 0.01
+
+
+def test_command_with_a_vision_language_model(call, tmp_path):
+    source = save_vlm(tmp_path / "source")
+    code, out, err = call("--source", source, "--to", "qwen3_vl_moe", "--top-k", 1, "--output", tmp_path / "moe")
+    assert (code, err) == (0, "")
+    largest = re.search(r"source (\S+), of logits up to (\S+)", out)
+    assert float(largest[1]) < 2e-5 < 0.1 < float(largest[2])
 
 
 def test_command_ends_a_mistake_with_a_sentence_and_code_2(call, tmp_path, llama):

@@ -192,7 +192,9 @@ def models_fetch(name: Annotated[str, typer.Argument(help="Name of a sample mode
 @models_app.command("upcycle")
 def models_upcycle(
     source: Annotated[str, typer.Option(help="A dense model: a sample, a folder or a hub id.", show_default=False)],
-    to: Annotated[str, typer.Option(metavar="mixtral|qwen2_moe|qwen3_moe", help="Type to make.", show_default=False)],
+    to: Annotated[
+        str, typer.Option(metavar="mixtral|qwen2_moe|qwen3_moe|qwen3_vl_moe", help="Type to make.", show_default=False)
+    ],
     output: Annotated[str, typer.Option(metavar="DIR", help="New or empty folder for the model.", show_default=False)],
     experts: Annotated[int, typer.Option(help="Routed experts of each layer.")] = 4,
     top_k: Annotated[int, typer.Option(help="Routed experts that a token uses.")] = 2,
