@@ -258,8 +258,9 @@ class Session:
         found: list[Alone] = []
         for index, ffn in enumerate(state.ffns):
             parts = {name: self._engine.rank(index, state, weights[name]) for name in present}
-            experts = isinstance(ffn, ExpertsState)
-            reached = {name: ffn.energy(weights[name]).sum(-1) > 0 for name in present} if experts else {}
+            reached = {}
+            if isinstance(ffn, ExpertsState):
+                reached = {name: ffn.energy(weights[name]).sum(-1) > 0 for name in present}
             found.append((parts, reached))
         return found
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from ..cli.ask import warm_up
-from ..cli.generate import Clock, Sampling
+from ..cli.generate import Sampling
 from ..config import PopConfig
 from ..errors import ConfigError, PopError
 from ..report import Report
@@ -21,6 +19,7 @@ from ..samples import load, load_config, load_vision, takes_images
 from ..session import plan_ffns, prune
 from ..vision import ImageSource, load_image, prepare
 from .examples import examples
+from .streams import Run, Stop, Stream
 
 MAX_BYTES = 10 * 2**20  # of an image
 MAX_CHARACTERS = 4000  # of a question
@@ -174,7 +173,7 @@ class Asker:
             if image is None:
                 raise AskError("There is no image: upload one, or pick an example.")
             picture = load_image(image, max_bytes=MAX_BYTES)
-        run = _Run()
+        run = Run()
         arguments = (run, picture, question, config, max_new_tokens)
         threading.Thread(target=self._work, args=arguments, name="pop-mm-app", daemon=True).start()
         try:
@@ -182,7 +181,7 @@ class Asker:
         finally:
             run.stop.set()
 
-    def _follow(self, run: _Run) -> Iterator[Progress]:
+    def _follow(self, run: Run) -> Iterator[Progress]:
         progress = Progress()
         tokens: dict[str, list[int]] = {"dense": [], "pruned": []}
         while (event := run.events.get()) is not None:
@@ -192,18 +191,16 @@ class Asker:
                 progress = replace(progress, report=event)
             else:
                 which, value = event
-                if isinstance(value, list):
-                    tokens[which] += value
-                    text = self._tokenizer.decode(tokens[which], skip_special_tokens=True)
-                    # half a character, so far
-                    changed = Answer(text.rstrip("\ufffd"), len(tokens[which]))
-                else:
-                    text = self._tokenizer.decode(tokens[which], skip_special_tokens=True)
-                    changed = Answer(text, len(tokens[which]), value.decode_tokens_per_s, done=True)
-                progress = replace(progress, **{which: changed})
+                done = isinstance(value, Stream)
+                tokens[which] += [] if done else value
+                text = self._tokenizer.decode(tokens[which], skip_special_tokens=True)
+                text = text if done else text.rstrip("\ufffd")  # half a character, so far
+                speed = value.decode_tokens_per_s if done else None
+                answer = Answer(text, len(tokens[which]), speed, done)
+                progress = replace(progress, dense=answer) if which == "dense" else replace(progress, pruned=answer)
             yield progress
 
-    def _work(self, run: _Run, picture: Any, question: str, config: PopConfig, max_new_tokens: int) -> None:
+    def _work(self, run: Run, picture: Any, question: str, config: PopConfig, max_new_tokens: int) -> None:
         try:
             with self._turn:
                 if not run.stop.is_set():
@@ -213,7 +210,7 @@ class Asker:
         finally:
             run.events.put(None)
 
-    def _answer(self, run: _Run, picture: Any, question: str, config: PopConfig, max_new_tokens: int) -> None:
+    def _answer(self, run: Run, picture: Any, question: str, config: PopConfig, max_new_tokens: int) -> None:
         inputs = self._encode(picture, question, max_new_tokens)
         session = prune(self.model, config)  # first, since it checks that the ratio fits the model
         self._generate(run, inputs, max_new_tokens, "dense")
@@ -226,10 +223,10 @@ class Asker:
             report = session.report
         run.events.put(report)
 
-    def _generate(self, run: _Run, inputs: Any, max_new_tokens: int, which: str) -> None:
-        stream = _Stream(run, which)
+    def _generate(self, run: Run, inputs: Any, max_new_tokens: int, which: str) -> None:
+        stream = Stream(run, which)
         settings = Sampling(max_new_tokens, temperature=0.0, seed=0, chat=True).settings()
-        criteria = StoppingCriteriaList([_Stop(run.stop)])
+        criteria = StoppingCriteriaList([Stop(run)])
         self.model.generate(**inputs, **settings, streamer=stream, stopping_criteria=criteria)
         run.events.put((which, stream))
 
@@ -273,33 +270,3 @@ def _check(question: str, max_new_tokens: int) -> None:
         raise AskError("The question has characters that are no Unicode text: type it anew.")
     if not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
         raise AskError(f"The longest answer must have 1 to {MAX_NEW_TOKENS} tokens; got {max_new_tokens!r}.")
-
-
-class _Run:
-    """What the thread that asks and the thread that answers share: events (None is the last), and the wish to stop."""
-
-    def __init__(self) -> None:
-        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.stop = threading.Event()
-
-
-class _Stream(Clock):
-    """A streamer that passes the new tokens on; text is made of them elsewhere, so that it does not cost decode time."""
-
-    def __init__(self, run: _Run, which: str) -> None:
-        super().__init__()
-        self._run, self._which = run, which
-
-    def put(self, value: Tensor) -> None:
-        """A token, or at first the prompt."""
-        super().put(value)
-        if len(self.times) > 1:
-            self._run.events.put((self._which, value.tolist()))
-
-
-class _Stop(StoppingCriteria):
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
-        return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# Scenes drawn by demos/tiny_vlm/scenes.py, of configurations that tiny-vlm was not trained on.
-_SCENES = {
+SCENES = Path(__file__).parent / "scenes"
+
+# Drawn by demos/tiny_vlm/scenes.py, of configurations that tiny-vlm was not trained on.
+_QUESTIONS = {
     "triangle-star-circles.png": "What do you see?",
     "square-triangle-cross.png": "Where is the purple cross?",
     "two-blue.png": "How many blue shapes are there?",
@@ -22,4 +24,4 @@ def examples(images: bool) -> list[tuple[Path | None, str]]:
     """Pictures, or None for models without, and questions."""
     if not images:
         return [(None, text) for text in _TEXTS]
-    return [(Path(__file__).parent / "scenes" / name, question) for name, question in _SCENES.items()]
+    return [(SCENES / name, question) for name, question in _QUESTIONS.items()]

@@ -28,14 +28,15 @@ CSS = """
 .pop-error { color: #b42318; font-weight: 600; overflow-wrap: anywhere; }
 .dark .pop-error { color: #ff8a80; }
 .pop-notes { opacity: 0.75; overflow-wrap: anywhere; }
-#picture img { image-rendering: auto; object-fit: contain; }
+.pop-answer { gap: 4px; }
+#picture img { object-fit: contain; }
 #channels img { width: 100%; background: white; }
 """
 
 _log = logging.getLogger("pop_mm.app")
 
 
-def build_page(asker: Asker, ratio: float, folder: Path) -> Any:
+def build_page(asker: Asker, ratio: float) -> Any:
     """The page as ``gradio.Blocks``, not served yet.
 
     Parameters
@@ -43,18 +44,15 @@ def build_page(asker: Asker, ratio: float, folder: Path) -> Any:
     asker : Asker
     ratio : float
         Where its slider starts.
-    folder : Path
-        For pictures on their way to the page.
     """
     import gradio as gr
 
-    largest = max(asker.largest_ratio(), ratio)
-    device = asker.model.device
     with gr.Blocks(title="pop_mm", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(
             f"<h1>pop_mm: dense and pruned, side by side</h1><div class='pop-notes'>{escape(asker.name)} on "
-            f"{escape(str(device))}. The model answers twice; for the second answer POP leaves channels of its FFNs out "
-            "while it decodes.</div>"
+            f"{escape(str(asker.model.device))}. The model answers twice; for the second answer POP leaves channels of its "
+            "FFNs out while it decodes.</div>",
+            padding=False,
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=280, visible=asker.takes_images):
@@ -76,43 +74,31 @@ def build_page(asker: Asker, ratio: float, folder: Path) -> Any:
                     lines=1 if asker.takes_images else 3,
                     elem_id="question",
                 )
-                ratio_slider = gr.Slider(
-                    0,
-                    largest,
-                    value=ratio,
-                    step=0.05,
-                    label="Ratio: share of attention and FFN weights to leave out",
-                    elem_id="ratio",
-                )
-                gamma = gr.Slider(
-                    0, 0.5, value=0.1, step=0.05, label="Gamma: share of channels that are candidates", elem_id="gamma"
-                )
-                longest = gr.Slider(
-                    8, MAX_NEW_TOKENS, value=_LONGEST, step=8, label="Longest answer, in tokens", elem_id="longest"
-                )
-                with gr.Row():
-                    ask = gr.Button("Ask", variant="primary", elem_id="ask")
-                    stop = gr.Button("Stop", elem_id="stop")
+                settings = _sliders(gr, max(asker.largest_ratio(), ratio), ratio)
+        _add_examples(gr, asker, picture, question)
+        with gr.Row():
+            ask = gr.Button("Ask", variant="primary", elem_id="ask")
+            stop = gr.Button("Stop", elem_id="stop")
         with gr.Row(equal_height=True):
             boxes = []
             for name, label in (("dense", "Dense"), ("pruned", "Pruned")):
-                with gr.Column(min_width=280):
-                    text = gr.Textbox(label=label, lines=4, max_lines=12, interactive=False, elem_id=name)
-                    speed = gr.HTML(_line(""), elem_id=f"{name}-speed")
+                with gr.Column(min_width=280, elem_classes="pop-answer"):
+                    text = gr.Textbox(label=label, lines=3, max_lines=12, interactive=False, elem_id=name)
+                    speed = gr.HTML(_line(""), elem_id=f"{name}-speed", padding=False)
                 boxes += [text, speed]
-        status = gr.HTML(_line("Pick an example or ask a question of your own."), elem_id="status")
+        status = gr.HTML(_line("Pick an example or ask a question of your own."), elem_id="status", padding=False)
         channels = gr.Image(
             label="Channels of every layer",
+            show_label=False,
             interactive=False,
             buttons=["fullscreen"],
             visible=False,
             elem_id="channels",
         )
-        _add_examples(gr, asker, picture, question)
         asked = gr.on(
             [ask.click, question.submit],
-            partial(_answer, gr, asker, folder),
-            [picture, question, ratio_slider, gamma, longest],
+            partial(_answer, gr, asker),
+            [picture, question, *settings],
             [*boxes, status, channels],
             show_progress="minimal",
             show_progress_on=[status],
@@ -124,14 +110,44 @@ def build_page(asker: Asker, ratio: float, folder: Path) -> Any:
     return page
 
 
+def _sliders(gr: Any, largest: float, ratio: float) -> list[Any]:
+    """Ratio, gamma and the longest answer."""
+    return [
+        gr.Slider(
+            0,
+            largest,
+            value=ratio,
+            step=0.05,
+            label="Ratio: share of attention and FFN weights to leave out",
+            elem_id="ratio",
+        ),
+        gr.Slider(
+            0, 0.5, value=0.1, step=0.05, label="Gamma: share of an FFN's channels that are candidates", elem_id="gamma"
+        ),
+        gr.Slider(8, MAX_NEW_TOKENS, value=_LONGEST, step=8, label="Longest answer, in tokens", elem_id="longest"),
+    ]
+
+
 def _add_examples(gr: Any, asker: Asker, picture: Any, question: Any) -> None:
-    rows = [[str(image), text] if image else [text] for image, text in examples(asker.takes_images)]
-    inputs = [picture, question] if asker.takes_images else [question]
-    gr.Examples(rows, inputs, label="Examples", cache_examples=False, api_visibility="private")
+    """A row of pictures, or of questions, that fill in the page."""
+    rows = examples(asker.takes_images)
+    shown = gr.Dataset(
+        components=[picture if asker.takes_images else question],
+        samples=[[str(image) if image else text] for image, text in rows],
+        type="index",
+        label="Examples",
+        elem_id="examples",
+    )
+
+    def pick(index: int) -> tuple[str | None, str]:
+        image, text = rows[index]
+        return str(image) if image else None, text
+
+    shown.click(pick, shown, [picture, question], show_progress="hidden", api_visibility="private")
 
 
 def _answer(
-    gr: Any, asker: Asker, folder: Path, picture: str | None, question: str, ratio: float, gamma: float, longest: float
+    gr: Any, asker: Asker, picture: str | None, question: str, ratio: float, gamma: float, longest: float
 ) -> Iterator[tuple[Any, ...]]:
     """What the page shows, again and again: both answers, both speeds, the line below them and the picture."""
     hidden = gr.update(value=None, visible=False)
@@ -149,8 +165,8 @@ def _answer(
         if last.report is None:
             return
         yield *_texts(last), summary(last.report), gr.skip()
-        with tempfile.NamedTemporaryFile(suffix=".png", dir=folder) as file:
-            draw(last.report, picture, question, last, file.name)
+        with tempfile.NamedTemporaryFile(suffix=".png") as file:  # gradio copies it, and deletes the copy in time
+            draw(last.report, file.name)
             yield *_texts(last), summary(last.report), gr.update(value=file.name, visible=True)
     except PopError as error:
         yield *_texts(last), _line(str(error), "pop-error"), hidden
@@ -160,7 +176,7 @@ def _answer(
         yield *_texts(last), _line(text, "pop-error"), hidden
 
 
-def draw(report: Report, picture: str | None, question: str, progress: Progress, path: str) -> None:
+def draw(report: Report, path: str) -> None:
     """Save the picture below the answers as PNG."""
     report.plot(path)
 

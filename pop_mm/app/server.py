@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +19,7 @@ from ..config import PopConfig
 from ..samples import resolve
 from ..session import plan_ffns
 from .asker import MAX_BYTES, Asker
+from .examples import SCENES
 from .page import CSS, build_page
 
 HOST = "127.0.0.1"
@@ -77,7 +77,7 @@ def serve(asker: Asker, port: int, ratio: float = 0.4) -> Iterator[Served]:
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-        page = build_page(asker, ratio, Path(folder))
+        page = build_page(asker, ratio)
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
         try:
             _, url, _ = page.launch(
@@ -87,6 +87,7 @@ def serve(asker: Asker, port: int, ratio: float = 0.4) -> Iterator[Served]:
                 prevent_thread_lock=True,
                 quiet=True,
                 inbrowser=False,
+                allowed_paths=[str(SCENES)],
                 max_file_size=MAX_BYTES,
                 ssr_mode=False,
                 pwa=False,
