@@ -7,7 +7,9 @@ routes are drawn anew in every round, the same ones for every variant, which tak
 - pruned: the session's own in-place path, every expert in place already (moving is in columns of its own);
 - same: the same implementation on all channels;
 - eager, batched_mm, grouped_mm: what transformers offers, dense;
-- views: the same implementation on K channels, none chosen: what the kernels give if choosing were free.
+- views: the same implementation on K channels, none chosen: what the kernels give if choosing were free;
+- reading: a loop that only reads the weights, of all channels and of K: what memory gives if computing were free. Half of
+  a row of ``down`` is not read in half of the time, since hardware fetches on beyond its end and pages are as many.
 
 Run: ``python benchmarks/moe_decode_speed.py [--only mixtral|qwen3] [--quick] [--json FILE]``; exit code 1 if a target
 fails. Mixtral's layers take 6 GB. Timings need a quiet machine: see the README here.
@@ -16,9 +18,14 @@ fails. Mixtral's layers take 6 GB. Timings need a quiet machine: see the README 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -51,7 +58,7 @@ from measure import (
 from pop_mm.adapters import Adapter, ExpertPaths
 from pop_mm.backends.experts import run_experts
 from pop_mm.experts import Experts, ExpertViews
-from pop_mm.kernels import Matvec
+from pop_mm.kernels import Matvec, why_not
 from pop_mm.kernels import load as load_kernel
 
 GAMMA = 0.1
@@ -121,6 +128,7 @@ class Result:
     speedup: float
     speedup_quartiles: tuple[float, float]
     views_speedup: float
+    reading_speedup: float | None
     fastest_stock: str
     speedup_over_fastest: float
     move_per_expert: float
@@ -219,6 +227,44 @@ class SameImplementation:
         return time.perf_counter() - started
 
 
+class Reading:
+    """Reads the weights of the routed experts, ``width`` channels wide, and computes nothing; None where nothing compiles."""
+
+    def __init__(self, modules: Sequence[nn.Module], top_k: int, width: int, library: ctypes.CDLL) -> None:
+        self._read = library.read_rows
+        self._read.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+        self._read.restype = ctypes.c_int64
+        self._rows = [
+            {expert: record.views(expert, width).rows for expert in range(record.count)}
+            for record in (Experts("", index, module, top_k) for index, module in enumerate(modules))
+        ]
+
+    def __call__(self, routes: Tensor) -> float:
+        """Seconds of one pass."""
+        started = time.perf_counter()
+        for rows, ids in zip(self._rows, routes, strict=True):
+            used = [rows[expert] for expert in ids[0].tolist()]
+            for side in (0, 1):
+                blocks = b"".join(pair[side].blocks for pair in used)
+                columns = used[0][side].weights[0].shape[1]
+                self._read(blocks, len(blocks) // 24, 2 * columns, torch.get_num_threads())
+        return time.perf_counter() - started
+
+
+def reading_library() -> ctypes.CDLL | None:
+    """``read_rows.c``, compiled; None without a compiler."""
+    if why_not() is not None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "read_rows.so")
+        compiler = shutil.which(os.environ.get("CC") or "gcc") or "cc"
+        source = Path(__file__).with_name("read_rows.c")
+        subprocess.run(
+            [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-o", made, source], check=True
+        )
+        return ctypes.CDLL(str(made))
+
+
 @torch.no_grad()
 def measure_shape(shape: Shape, rounds: int, evict: Evictor, kernels: str) -> Result:
     """All variants of one shape."""
@@ -264,6 +310,11 @@ def measure_shape(shape: Shape, rounds: int, evict: Evictor, kernels: str) -> Re
             "views": lambda: views(x[0], ids, share),
             **{name: lambda name=name: run_stock(plain, name, x[0], ids, share) for name in STOCK},
         }
+        library = reading_library()
+        if library is not None:
+            whole, narrow = (Reading(plain, shape.top_k, k, library) for k in (shape.intermediate, width))
+            variants["read whole"] = lambda: whole(ids)
+            variants["read narrow"] = lambda: narrow(ids)
 
         def redraw() -> None:
             nonlocal x, ids
@@ -289,6 +340,7 @@ def measure_shape(shape: Shape, rounds: int, evict: Evictor, kernels: str) -> Re
         speedup=times.speedup("pruned", "same"),
         speedup_quartiles=quartiles(times.ratios("pruned", "same")),
         views_speedup=times.speedup("views", "same"),
+        reading_speedup=times.speedup("read narrow", "read whole") if library is not None else None,
         fastest_stock=fastest,
         speedup_over_fastest=times.speedup("pruned", fastest),
         move_per_expert=moving / (shape.layers * shape.experts) / (step / shape.layers / shape.top_k),
@@ -304,11 +356,12 @@ def show(console: Console, results: Sequence[Result], kernels: str) -> None:
     table = Table(
         title=f"Experts of one layer, one token, bf16, gamma {GAMMA:g}: dense against in place, choosing included; "
         f"{kernels} kernels",
-        caption="same: the same implementation on all channels; views: on K channels, none chosen; reached: speed-up over "
-        "same / (D/K).\nmove, restore: once a prompt (or session) and expert, in dense steps of that expert.",
+        caption="same: the same implementation on all channels; views: on K channels, none chosen; reading: reads them and "
+        "computes nothing;\nreached: speed-up over same / (D/K).\n"
+        "move, restore: once a prompt (or session) and expert, in dense steps of that expert.",
     )
     names = ("experts", "H x D", "K/D", *(f"{name}\nms" for name in STOCK), "same\nms", "pruned\nms")
-    rest = ("speed-up\nover same", "views", "D/K", "reached", "speed-up\nover fastest", "move", "restore")
+    rest = ("speed-up\nover same", "views", "reading", "D/K", "reached", "speed-up\nover fastest", "move", "restore")
     for name in (*names, *rest):
         table.add_column(name, justify="right", no_wrap=True)
     for r in results:
@@ -321,6 +374,7 @@ def show(console: Console, results: Sequence[Result], kernels: str) -> None:
             *(f"{r.milliseconds[name]:.3g}" for name in (*STOCK, "same", "pruned")),
             f"{r.speedup:.2f}\n\\[{low:.2f}, {high:.2f}]",
             f"{r.views_speedup:.2f}",
+            "-" if r.reading_speedup is None else f"{r.reading_speedup:.2f}",
             f"{r.byte_ratio:.2f}",
             f"{colour}{r.quotient:.2f}[/]",
             f"{r.speedup_over_fastest:.2f}",

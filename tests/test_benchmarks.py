@@ -150,5 +150,6 @@ def test_moe_decode_speed_runs(tmp_path):
     for row in result["results"]:
         assert row["byte_ratio"] == 2
         assert row["quotient"] == pytest.approx(row["speedup"] / 2)
-        assert set(row["milliseconds"]) == {"pruned", "same", "views", "eager", "batched_mm", "grouped_mm"}
+        stock = {"pruned", "same", "views", "eager", "batched_mm", "grouped_mm"}
+        assert set(row["milliseconds"]) - {"read whole", "read narrow"} == stock
     assert [verdict["passed"] for verdict in result["verdicts"]] == [None] * 4  # not the real shapes
