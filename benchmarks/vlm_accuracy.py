@@ -145,14 +145,14 @@ def _around(ids: Tensor, image: int) -> set[int]:
     return {int(ids[places[0] - 1]), int(ids[places[-1] + 1])} if len(places) else set()
 
 
-def run(folder: str, per_type: int, batch: int, progress: Progress) -> list[Row]:
+def run(folder: str, per_type: int, batch: int, calibration: int, progress: Progress) -> list[Row]:
     """All methods at all ratios, on the same questions."""
     model, tokenizer, images = evaluate.load(folder)
     items = evaluate.evaluation_set(per_type)
-    few = [item for kind in TYPES for item in [i for i in items if i.question.kind == kind][: max(per_type // 4, 2)]]
+    few = [item for kind in TYPES for item in [i for i in items if i.question.kind == kind][: max(per_type // 4, 1)]]
     ends = model.generation_config.eos_token_id
     end = set(ends if isinstance(ends, list) else [ends])
-    wanda = Wanda(model, _calibration(tokenizer, images))
+    wanda = Wanda(model, _calibration(tokenizer, images, calibration))
     methods: dict[str, Callable[[float], Any]] = {
         "Wanda-sp": wanda.pruned,
         "static": lambda r: _session(model, r, variant="static"),
@@ -188,15 +188,15 @@ def _session(model: Any, ratio: float, **settings: Any) -> Any:
     return pop_mm.prune(model, **{"ratio": ratio, "batch": "per_sequence", **settings})
 
 
-def _calibration(tokenizer: Any, images: Any) -> list[dict[str, Tensor]]:
+def _calibration(tokenizer: Any, images: Any, count: int) -> list[dict[str, Tensor]]:
     """Questions about scenes of the training split, every type in turn."""
     rng = np.random.default_rng(7)
     chats: list[Any] = []
-    while len(chats) < CALIBRATION:
+    while len(chats) < count:
         scene = sample_scene(rng, "train")
         if (question := ask(scene, TYPES[len(chats) % len(TYPES)], rng)) is not None:
             chats.append([user(question.text, render(scene))])
-    return [encode(chats[at : at + 32], tokenizer, images) for at in range(0, CALIBRATION, 32)]
+    return [encode(chats[at : at + 32], tokenizer, images) for at in range(0, count, 32)]
 
 
 def difference(one: Row, other: Row, draws: int = 4000) -> tuple[float, float, float]:
@@ -247,14 +247,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--per-type", type=int, default=400, help="questions of every type")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--threads", type=int, default=available_cores())
-    parser.add_argument("--quick", action="store_true", help="3 questions of every type: does it run?")
+    parser.add_argument("--quick", action="store_true", help="one question of every type: does it run?")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     console, machine = wide_console(), machine_facts()
     print_machine(console, machine)
     with Progress(console=Console(file=sys.stderr), transient=True, refresh_per_second=1) as progress:
-        rows = run(resolve(args.model), 3 if args.quick else args.per_type, args.batch, progress)
+        questions, calibration = (1, 6) if args.quick else (args.per_type, CALIBRATION)
+        rows = run(resolve(args.model), questions, args.batch, calibration, progress)
     show(console, rows)
     found = verdicts(rows, not args.quick)
     for ratio in RATIOS:

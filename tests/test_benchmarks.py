@@ -153,3 +153,16 @@ def test_moe_decode_speed_runs(tmp_path):
         stock = {"pruned", "same", "views", "eager", "batched_mm", "grouped_mm"}
         assert set(row["milliseconds"]) - {"read whole", "read narrow"} == stock
     assert [verdict["passed"] for verdict in result["verdicts"]] == [None] * 4  # not the real shapes
+
+
+def test_vlm_accuracy_runs(tmp_path):
+    done = run("vlm_accuracy.py", "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    methods = [row["method"] for row in result["rows"]]
+    assert methods[0] == "dense" and methods[1:9] == methods[9:]
+    assert {"Wanda-sp", "static", "POP", "POP, partition prefill"} < set(methods)
+    for row in result["rows"]:
+        assert set(row["types"]) == {"colour", "shape", "position", "count", "presence", "description"}
+        assert all(0 <= own["exact_match"] <= 1 and own["n"] == 1 for own in row["types"].values())
+    assert all(verdict["passed"] is None for verdict in result["verdicts"])
