@@ -40,7 +40,7 @@ class ExpertViews:
         """The same for the compiled kernel, if that can read them."""
         inputs, down = [weight.t() for weight, _ in self.inputs], [self.down[0].t()]
         biased = any(bias is not None for _, bias in (*self.inputs, self.down))
-        return None if biased or not (Rows.fit(inputs) and Rows.fit(down)) else (Rows(inputs), Rows(down))
+        return None if biased or not Rows.fit([*inputs, *down]) else (Rows(inputs), Rows(down))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +115,11 @@ class Experts:
     def down(self) -> Tensor:
         """The down projections: ``[E, H, D]``, or ``[E, D, H]`` if transposed."""
         return self._parameter("down_proj")
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Where the weights are in memory."""
+        return self._parameter(self.input_name).data_ptr(), self.down.data_ptr()
 
     @property
     def input_name(self) -> str:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 MODALITIES = ("text", "image", "video")  # in the order of transformers' mm_token_type_ids
 TEXT = 0
-_TYPE_IDS = ("mm_token_type_ids", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -55,20 +54,21 @@ def positions_of(inputs: Mapping[str, Any], token_ids: Mapping[str, int], past: 
     ids = inputs.get("input_ids")
     source = ids if ids is not None else inputs["inputs_embeds"]
     rows, length = source.shape[:2]
-    modality = _from_marks(inputs, rows, length, past)
+    modality = _from_marks(inputs.get("mm_token_type_ids"), rows, length, past)
     if modality is None and ids is not None:
         modality = torch.zeros(rows, length, dtype=torch.uint8, device=ids.device)
         for name, token in token_ids.items():
             modality.masked_fill_(ids == token, MODALITIES.index(name))
+    if modality is None:  # not before the ids: PaliGemma marks prefix and suffix by them, not images
+        modality = _from_marks(inputs.get("token_type_ids"), rows, length, past)
     if modality is None:
         return None
     present = tuple(modality.unique().tolist())  # one look for all FFNs
     return None if present == (TEXT,) else Positions(modality, present)
 
 
-def _from_marks(inputs: Mapping[str, Any], rows: int, length: int, past: int) -> Tensor | None:
-    marks = next((m for name in _TYPE_IDS if isinstance(m := inputs.get(name), Tensor)), None)
-    if marks is None or marks.dim() != 2 or marks.shape[0] != rows:
+def _from_marks(marks: Any, rows: int, length: int, past: int) -> Tensor | None:
+    if not isinstance(marks, Tensor) or marks.dim() != 2 or marks.shape[0] != rows:
         return None
     if marks.shape[1] != length:
         if marks.shape[1] < past + length:
@@ -83,5 +83,5 @@ def weighted_sum(by_modality: Mapping[int, Tensor], weights: Mapping[str, float]
     for modality, value in by_modality.items():
         weight = weights.get(MODALITIES[modality], 1.0)
         part = value if weight == 1 else value * weight
-        total = part if total is None else total + part
+        total = part if total is None else total + part.to(total.device)
     return total

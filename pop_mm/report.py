@@ -349,7 +349,11 @@ def build_report(
             pruned += 1
         report = _ffn_report(plan, known, timings.decode_forwards > 0)
         ffns.append(replace(report, alone=by_modality[0], reached=by_modality[1]))
-    counts = {} if state is None else {MODALITIES[m]: int(tokens.sum()) for m, tokens in state.tokens_of.items()}
+    counts = (
+        {}
+        if state is None
+        else {MODALITIES[m]: count for m, tokens in state.tokens_of.items() if (count := int(tokens.sum()))}
+    )
     tokens = sum(counts.values())
     notes = [*_notes(config, plans, timings), *_expert_notes(ffns)]
     return Report(config, ffns, tokens, timings, moved_channels, weights_per_token, kernels, counts, notes)

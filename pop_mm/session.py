@@ -251,7 +251,7 @@ class Session:
 
     def _alone(self, state: PromptState) -> list[Alone]:
         """For each FFN that is not dense, the partition that each of the prompt's modalities would make alone."""
-        present = [MODALITIES[modality] for modality in sorted(state.tokens_of)]
+        present = [MODALITIES[m] for m in sorted(state.tokens_of) if bool(state.tokens_of[m].any())]
         if len(present) < 2:
             return []
         weights = {name: {other: float(other == name) for other in MODALITIES} for name in present}
@@ -259,6 +259,9 @@ class Session:
         for index, ffn in enumerate(state.ffns):
             parts = {name: self._engine.rank(index, state, weights[name]) for name in present}
             reached = {}
+            if self._engine.per_sequence:  # a row without such tokens
+                device = parts[present[0]].pruned.device
+                reached = {name: state.tokens_of[MODALITIES.index(name)].to(device) > 0 for name in present}
             if isinstance(ffn, ExpertsState):
                 reached = {name: ffn.energy(weights[name]).sum(-1) > 0 for name in present}
             found.append((parts, reached))

@@ -100,6 +100,8 @@ def test_json_on_stdout_is_nothing_else(call, folder, picture):
         ({"--image": "nowhere.png"}, "nowhere.png"),
         ({"question": "  "}, "The question is empty"),
         ({"--max-new-tokens": "600"}, "(images included) and --max-new-tokens asks for 600 more"),
+        ({"--temperature": "1e-40"}, "too near 0 to sample"),
+        ({"question": "\udce9"}, "not valid UTF-8"),
         ({"--ratio": "1.5"}, "ratio must lie in [0, 1)"),
         ({"--plot": "a.gif"}, ".png, .svg, .pdf"),
         ({"--device": "nowhere"}, "The device 'nowhere' cannot be used"),

@@ -69,7 +69,9 @@ def test_what_is_not_finite_stays_so(dtype):
 
 def test_what_the_kernel_cannot_read():
     plain = torch.zeros(4, 8)
-    assert Rows.fit([plain, plain[:, :3], plain[::2], plain.bfloat16()])
+    assert Rows.fit([plain, plain[:, :3], plain[::2]])
+    assert Rows.fit([plain.bfloat16()])
+    assert not Rows.fit([plain, plain.bfloat16()])
     assert not Rows.fit([plain, plain.t()])
     assert not Rows.fit([plain.double()])
     assert not Rows.fit([plain.half()])
@@ -196,3 +198,62 @@ def test_a_cache_folder_that_cannot_be_written_is_no_error(no_compiler, monkeypa
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     assert kernels.load("auto") is None
     assert kernels.why_not() is not None
+
+
+@pytest.mark.parametrize("how", ["replaced", "moved in memory"])
+@pytest.mark.parametrize("kind", ["stock", "compiled"])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_input_weights_that_change_their_place_alone_are_followed(model_type, kind, how):
+    found = {}
+    for backend in "masked", "inplace":
+        model = tiny(model_type, torch.float32)
+        with pruned(model, backend, kernels=kind), torch.no_grad():
+            cache = _cached(model)
+            model(torch.tensor([[5]]), past_key_values=cache)
+            for layer in model.model.layers:
+                holder, name = (
+                    (layer.mlp.experts, "gate_up_proj")
+                    if model_type == "mixtral"
+                    else (
+                        layer.mlp.gate_proj,
+                        "weight",
+                    )
+                )
+                if how == "replaced":
+                    setattr(holder, name, torch.nn.Parameter(getattr(holder, name) * 3))
+                else:
+                    getattr(holder, name).share_memory_()
+                    getattr(holder, name).mul_(3)
+            found[backend] = model(torch.tensor([[7]]), past_key_values=cache).logits
+    torch.testing.assert_close(found["inplace"], found["masked"], rtol=0, atol=1e-4)
+
+
+def test_another_default_device_does_not_matter():
+    model = tiny("llama", torch.float32)
+    with pruned(model, "inplace", kernels="compiled"), torch.no_grad():
+        cache = _cached(model)
+        model(torch.tensor([[5]]), past_key_values=cache)
+        token, position, mask = torch.tensor([[5]]), torch.tensor([[10]]), torch.ones(1, 11)
+        with torch.device("meta"):
+            logits = model(token, past_key_values=cache, position_ids=position, attention_mask=mask).logits
+    assert logits.device.type == "cpu" and bool(logits.isfinite().all())
+
+
+def test_dtypes_that_differ_within_an_ffn_are_torchs_error():
+    model = tiny("llama", torch.float32)
+    with pruned(model, "inplace", kernels="compiled"), torch.no_grad():
+        cache = _cached(model)
+        model.model.layers[0].mlp.down_proj.to(torch.bfloat16)
+        with pytest.raises(RuntimeError, match="dtype"):
+            model(torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_a_machine_without_a_home_folder_is_no_error(no_compiler, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pop_mm.samples.cache_folder", no_home)
+    assert kernels.load("auto") is None
+    assert "home directory" in kernels.why_not()

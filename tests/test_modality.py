@@ -311,3 +311,32 @@ def test_images_are_seen_in_every_mode(model_type, mode):
             assert parts(ffn.alone["image"]) == parts(other.alone["image"])
     assert torch.equal(found["masked"], found["inplace"])
     assert found["masked"].shape[0] == dense.shape[0]
+
+
+def test_paligemmas_marks_of_prefix_and_suffix_are_no_images():
+    ids = torch.tensor([[9, 9, 5, 6]])
+    found = positions_of({"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}, {"image": 9}, 0)
+    assert found.modality.tolist() == [[1, 1, 0, 0]]
+
+
+def test_rows_without_an_image_say_nothing_of_its_choice():
+    model = vlm("qwen3_vl")
+    with session_of(model, batch="per_sequence") as session:
+        generate(model, image_inputs("qwen3_vl", model, images=[2, 0]))
+    report = session.report
+    for ffn in report.ffns:
+        assert ffn.reached["image"].tolist() == [True, False]
+        alone, chosen = ffn.alone["image"].allowed()[0], ffn.partition.allowed()[0]
+        assert math.isclose(
+            ffn.modality_overlap["image"], float((alone & chosen).sum()) / ffn.plan.sizes.width, rel_tol=1e-6
+        )
+
+
+def test_an_image_behind_the_context_is_not_in_the_prompt():
+    model = vlm("qwen3_vl")
+    prompt = image_inputs("qwen3_vl", model)
+    first = int((prompt["input_ids"][0] == adapter_for(model).modality_token_ids(model)["image"]).nonzero()[0])
+    with session_of(model) as session, session.split(first), torch.no_grad():
+        model(**prompt)
+    assert session.report.modality_tokens == {"text": first}
+    assert all(not ffn.modality_overlap for ffn in session.report.ffns)

@@ -175,7 +175,7 @@ class InplaceExperts(MaskedExperts):
         ]
         self._placed: set[int] = set()
         self._views: dict[int, ExpertViews] = {}
-        self._address = 0
+        self._address: tuple[int, int] | None = None
         self._weight: Tensor | None = None  # [E, |C|], of the candidates as they stand in the weights
         self.seconds = 0.0
         self.moved_channels = 0
@@ -214,7 +214,7 @@ class InplaceExperts(MaskedExperts):
     def _narrow(self, forward: Forward, state: ExpertsState, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """A decode step on R and C of the experts that it needs."""
         sizes = self._engine.sizes[self._index]
-        address = self._record.down.data_ptr()
+        address = self._record.addresses
         if address != self._address:
             self._address = address
             self._views.clear()

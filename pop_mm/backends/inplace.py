@@ -225,24 +225,24 @@ class InplaceBackend:
         the layer before. Hooks on the projections are respected: then the module's own forward runs.
         """
         ffn, sizes, tracker = self._engine.ffn(index), self._engine.sizes[index], self._tracker
-        holder, weight = ffn.holder, ffn.down.weight
+        holder = ffn.holder
         assert holder is not None
         own_forward = type(holder).forward
         bypassed = [*(p.module for p in ffn.projections), ffn.activation]
         hooks = [h for m in bypassed if m is not None for h in (m._forward_hooks, m._forward_pre_hooks)]
-        parameters = ffn.down.module._parameters
+        parameters: list[Any] = [p.module._parameters for p in ffn.projections]
         zero_dropped = self._zero_dropped(index) if sizes.candidates else None
         compute = direct_forward(ffn, sizes.width, zero_dropped, self._matvec)
-        address = weight.data_ptr()
+        addresses = [p["weight"].data_ptr() for p in parameters]
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            nonlocal compute, weight, address
+            nonlocal compute, addresses
             current = tracker.current
             if current is None or not current.fast or any(hooks):
                 return own_forward(holder, x, *args, **kwargs)
-            if parameters["weight"] is not weight or weight.data_ptr() != address:
-                weight = ffn.down.weight
-                address = weight.data_ptr()
+            now = [p["weight"].data_ptr() for p in parameters]
+            if now != addresses:
+                addresses = now
                 compute = direct_forward(ffn, sizes.width, zero_dropped, self._matvec)
             return compute(x, current)
 
@@ -263,11 +263,19 @@ def direct_forward(
     assert ffn.activation is not None
     activation = ffn.activation.forward
     matrices = [weight.t() for weight, _ in inputs], [down.t()]
-    readable = matvec is not None and all(map(Rows.fit, matrices))
+    readable = matvec is not None and Rows.fit([m for side in matrices for m in side])
     wide, narrow = map(Rows, matrices) if readable else (None, None)
 
     def compute(x: Tensor, current: Forward | None) -> Tensor:
-        if wide is not None and narrow is not None and current is not None and current.single and x.dtype is wide.dtype:
+        if (
+            wide is not None
+            and narrow is not None
+            and current is not None
+            and current.single
+            and x.dtype is wide.dtype
+            and x.is_cpu
+            and x.numel() == x.shape[-1]
+        ):
             assert matvec is not None
             products = matvec([wide], x.reshape(1, -1))
             for product, (_, bias) in zip(products, inputs, strict=True):

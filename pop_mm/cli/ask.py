@@ -14,7 +14,7 @@ from ..samples import load_vision, resolve
 from ..session import prune
 from ..tables import answers_table, report_summary
 from ..vision import image_token_counts, load_image, prepare
-from .generate import Sampling, answer, check_outputs, find_device, torch_dtype
+from .generate import Sampling, answer, check_outputs, check_words, find_device, torch_dtype
 from .terminal import CommandError, quiet, spinner, write_json
 
 _WARM_UP = 4  # tokens of the answer in a warm-up
@@ -33,8 +33,7 @@ def run(
 ) -> None:
     """The command: answer, print, and save where asked. Everything that can be checked early is checked first."""
     check_outputs(json_file, plot)
-    if not question.strip():
-        raise CommandError("The question is empty: ask in at least one word.")
+    check_words("question", question, sampling)
     pictures = [load_image(image) for image in images]
     where, kind = find_device(device), torch_dtype(dtype)
     resolve(name)  # a sample is made here, with its own progress display

@@ -83,14 +83,7 @@ def run(
 ) -> None:
     """The command: answer, print, and save where asked. Everything that can be checked early is checked first."""
     check_outputs(json_file, plot)
-    if not prompt.strip():
-        raise CommandError("The prompt is empty: give --prompt at least one word.")
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise CommandError("The prompt is not valid UTF-8: check the encoding of the terminal or file it comes from.")
-    if 0 < sampling.temperature < _COLDEST:
-        raise CommandError(
-            f"--temperature {sampling.temperature:g} is too near 0 to sample; take 0 (greedy) or {_COLDEST} and more."
-        )
+    check_words("prompt", prompt, sampling)
     where = find_device(device)
     with quiet():
         model, tokenizer = load_model(name, dtype, where)
@@ -122,6 +115,18 @@ def check_outputs(json_file: str | None, plot: str | None) -> None:
         check_writable(check_path(plot))
     if json_file is not None and json_file != "-":
         check_writable(json_file)
+
+
+def check_words(what: str, text: str, sampling: Sampling) -> None:
+    """Complain about a prompt or question without words or in another encoding, and about a temperature that overflows."""
+    if not text.strip():
+        raise CommandError(f"The {what} is empty: it needs at least one word.")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise CommandError(f"The {what} is not valid UTF-8: check the encoding of the terminal or file it comes from.")
+    if 0 < sampling.temperature < _COLDEST:
+        raise CommandError(
+            f"--temperature {sampling.temperature:g} is too near 0 to sample; take 0 (greedy) or {_COLDEST} and more."
+        )
 
 
 def find_device(name: str) -> torch.device:

@@ -50,7 +50,7 @@ class Rows:
     @staticmethod
     def fit(weights: Sequence[Tensor]) -> bool:
         """Whether the kernel can read these: on the CPU, float32 or bfloat16, with contiguous rows."""
-        return all(
+        return len({weight.dtype for weight in weights}) == 1 and all(
             weight.device.type == "cpu" and weight.dtype in _DTYPES and (weight.stride(1) == 1 or weight.shape[1] == 1)
             for weight in weights
         )
@@ -89,8 +89,8 @@ class Matvec:
         count, total = sum(r.count for r in rows), sum(r.total for r in rows)
         x = x.contiguous()
         inputs, m = x.shape
-        out = torch.empty(count, total // count, dtype=x.dtype)
-        wide = x if x.dtype is torch.float32 else torch.empty(x.shape, dtype=torch.float32)
+        out = torch.empty(count, total // count, dtype=x.dtype, device="cpu")
+        wide = x if x.dtype is torch.float32 else torch.empty(x.shape, dtype=torch.float32, device="cpu")
         self._functions[x.dtype](
             rows[0].blocks if len(rows) == 1 else b"".join([r.blocks for r in rows]),
             count,
@@ -141,11 +141,13 @@ def _library() -> ctypes.CDLL | str:
     """The library, made on first use; or why there is none."""
     from ..samples import cache_folder
 
-    compiler = shutil.which(os.environ.get("CC") or "gcc") or shutil.which("cc")
-    if compiler is None:
+    named = os.environ.get("CC", "").split()  # it may hold options, or begin with ccache
+    command = named if named and shutil.which(named[0]) else [c for c in ("gcc", "cc") if shutil.which(c)][:1]
+    if not command:
         return "none was found"
+    compiler = " ".join(command)
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+        version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60).stdout
         facts = (_SOURCE.read_text(), " ".join(_FLAGS), version, _cpu())
         key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
         path = cache_folder() / "kernels" / f"matvec-{key}.so"
@@ -153,13 +155,14 @@ def _library() -> ctypes.CDLL | str:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 made = Path(folder, path.name)
-                command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE)]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+                done = subprocess.run(
+                    [*command, *_FLAGS, "-o", str(made), str(_SOURCE)], capture_output=True, text=True, timeout=120
+                )
                 if done.returncode:
                     return f"{compiler} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}"
                 made.replace(path)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, UnicodeError, subprocess.SubprocessError) as error:
         return f"{type(error).__name__}: {error}"
 
 
