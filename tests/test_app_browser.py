@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -133,8 +134,17 @@ def test_the_page_answers_a_question_about_an_uploaded_image(asker, browser, tmp
     assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
+@pytest.fixture
+def slow_when_pruned(asker):
+    """A tiny model would be done before the browser has clicked."""
+    model = asker.model
+    hook = model.register_forward_pre_hook(lambda *_: time.sleep(0.1) if "generate" in vars(model) else None)
+    yield
+    hook.remove()
+
+
 @pytest.mark.parametrize("how", ["close the tab", "press Stop"])
-def test_leaving_in_the_middle_restores_the_model(asker, browser, how):
+def test_leaving_in_the_middle_restores_the_model(asker, browser, slow_when_pruned, how):
     before = fingerprint(asker.model)
     upload(browser, SCENE)
     fill(browser, "Describe it at length.")
