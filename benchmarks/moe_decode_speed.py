@@ -21,9 +21,6 @@ import argparse
 import ctypes
 import gc
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -257,11 +254,8 @@ def reading_library() -> ctypes.CDLL | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "read_rows.so")
-        compiler = shutil.which(os.environ.get("CC") or "gcc") or "cc"
-        source = Path(__file__).with_name("read_rows.c")
-        subprocess.run(
-            [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-o", made, source], check=True
-        )
+        if (reason := build(Path(__file__).with_name("read_rows.c"), made)) is not None:
+            raise RuntimeError(reason)
         return ctypes.CDLL(str(made))
 
 

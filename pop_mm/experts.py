@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .kernels import Rows
+from .kernels import Rows, View, rows_of
 from .layout import as_integers, swap_channels
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -32,15 +32,13 @@ class ExpertViews:
     down : tuple
     """
 
-    inputs: list[tuple[Tensor, Tensor | None]]
-    down: tuple[Tensor, Tensor | None]
+    inputs: list[View]
+    down: View
 
     @cached_property
     def rows(self) -> tuple[Rows, Rows] | None:
         """The same for the compiled kernel, if that can read them."""
-        inputs, down = [weight.t() for weight, _ in self.inputs], [self.down[0].t()]
-        biased = any(bias is not None for _, bias in (*self.inputs, self.down))
-        return None if biased or not Rows.fit([*inputs, *down]) else (Rows(inputs), Rows(down))
+        return rows_of(self.inputs, self.down)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ seen enough tokens. Knows neither how experts are stored nor how they are comput
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -129,9 +130,10 @@ class ExpertsState:
         return twin
 
     def count(self, experts: Tensor, tokens: list[int]) -> None:
-        """Add one token for each of ``experts``."""
-        for expert, more in enumerate(torch.bincount(experts, minlength=self.experts).tolist()):
-            tokens[expert] += more
+        """Add one token for each of ``experts``; numbers past the last one are another device's."""
+        for expert, more in Counter(experts.reshape(-1).tolist()).items():
+            if expert < self.experts:
+                tokens[expert] += more
 
     def invalidate(self) -> None:
         """The partitions so far no longer hold."""
@@ -391,7 +393,7 @@ class RoutedExperts:
             here = ((step == now) & ~state.ready[unit]).nonzero().squeeze(1)
             waited[here] = True
             self._add(state, h[here], slots[here], None)
-            done = (~state.ready & (state.seen >= self.config.min_tokens)).nonzero().squeeze(1)
+            done = (~state.ready & self._enough(state)).nonzero().squeeze(1)
             if len(done):
                 weight = self.weight.to(h.device)[done % self.experts.count]
                 fresh = partition(weight * state.energy(self.config.modality_weights)[done].sqrt(), self.sizes)

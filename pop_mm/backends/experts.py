@@ -237,12 +237,7 @@ class InplaceExperts(MaskedExperts):
         alone = len(ids) == 1 and not self._module._is_expert_parallel
         matvec = self._matvec if alone and forward.single else None
         result = run_experts(self._record, hidden, ids, weights, views, between, alone, matvec)
-        if alone and forward.valid is None:
-            for expert in ids[0].tolist():
-                state.decode_tokens[expert] += 1
-            return result
-        counted = ids if forward.valid is None else ids[forward.valid.reshape(-1)]
-        state.count(counted[counted < self._record.count], state.decode_tokens)
+        state.count(ids if forward.valid is None else ids[forward.valid.reshape(-1)], state.decode_tokens)
         return result
 
     def _choose(
@@ -319,7 +314,7 @@ def run_experts(
         tokens = order // ids.shape[1]
         inputs = [hidden[rows] for rows in tokens.split(counts)]
     used = [views(expert) for expert in experts]
-    packed = [r for expert in used if (r := expert.rows) and r[0].dtype is hidden.dtype] if matvec is not None else []
+    packed = [r for expert in used if (r := expert.rows) and r[0].takes(hidden)] if matvec is not None else []
     compiled = matvec if len(packed) == len(used) else None
     if compiled is not None:
         gate_up = compiled([inward for inward, _ in packed], hidden).view(len(used), -1)

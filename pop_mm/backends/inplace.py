@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..engine import Engine, PromptState
 from ..experts import Experts
-from ..kernels import Matvec, Rows
+from ..kernels import Matvec, rows_of
 from ..layout import FFN, Projection, linear
 from ..phase import Forward, PhaseTracker
 from .base import current_forward
@@ -257,48 +257,28 @@ def direct_forward(
     A single token takes the compiled kernel, if there is one and it can read the weights.
     """
     inputs = [view for p in ffn.inputs for view in p.narrow_views(width)]
-    gate, gate_bias = inputs[0]
-    up, up_bias = inputs[1] if len(inputs) == 2 else (None, None)
-    (down, down_bias) = ffn.down.narrow_views(width)[0]
+    down = ffn.down.narrow_views(width)[0]
     assert ffn.activation is not None
     activation = ffn.activation.forward
-    matrices = [weight.t() for weight, _ in inputs], [down.t()]
-    readable = matvec is not None and Rows.fit([m for side in matrices for m in side])
-    wide, narrow = map(Rows, matrices) if readable else (None, None)
+    packed = rows_of(inputs, down) if matvec is not None else None
 
     def compute(x: Tensor, current: Forward | None) -> Tensor:
-        if (
-            wide is not None
-            and narrow is not None
-            and current is not None
-            and current.single
-            and x.dtype is wide.dtype
-            and x.is_cpu
-            and x.numel() == x.shape[-1]
-        ):
-            assert matvec is not None
-            products = matvec([wide], x.reshape(1, -1))
-            for product, (_, bias) in zip(products, inputs, strict=True):
-                if bias is not None:
-                    product.add_(bias)
-            h = activation(products[:1])
-            if up is not None:
-                h = h.mul_(products[1:])
-            if zero_dropped is not None:
-                zero_dropped(h, current)
-            out = matvec([narrow], h)
-            return (out if down_bias is None else out.add_(down_bias)).view(x.shape)
         rows = x.reshape(-1, x.shape[-1])
-        h = activation(linear(rows, gate, gate_bias))
-        if up is not None:
-            up_rows = linear(rows, up, up_bias)
-            h = h * up_rows if h.requires_grad else h.mul_(up_rows)
+        compiled = packed if current is not None and current.single and packed and packed[0].takes(rows) else None
+        if compiled is None or matvec is None:
+            parts = [linear(rows, *view) for view in inputs]
+        else:
+            parts = [*matvec(compiled[:1], rows).split(1)]
+        h = activation(parts[0])
+        if len(parts) == 2:
+            h = h * parts[1] if h.requires_grad else h.mul_(parts[1])
         if zero_dropped is not None:
             assert current is not None
             if h.requires_grad:
                 h = h.clone()
             zero_dropped(h, current)
-        return linear(h, down, down_bias).view(x.shape)
+        out = linear(h, *down) if compiled is None or matvec is None else matvec(compiled[1:], h)
+        return out.view(x.shape)
 
     return compute
 

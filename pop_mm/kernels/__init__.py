@@ -27,6 +27,7 @@ from ..errors import ConfigError
 _SOURCE = Path(__file__).with_name("matvec.c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+View = tuple[Tensor, Tensor | None]  # a weight as [in, out], and its bias
 
 
 class Rows:
@@ -38,14 +39,22 @@ class Rows:
         Address, rows and row stride of each.
     weights : tuple of Tensor
         Kept, so that the memory is.
+    biases : list of tuple of int and Tensor
+        Number of a matrix that has a bias, and the bias, ``[n_i]``.
     """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> None:
         self.weights = tuple(weights)
+        self.biases = [(number, bias) for number, bias in enumerate(biases) if bias is not None]
         self.dtype = weights[0].dtype
+        self.columns = weights[0].shape[1]
         self.count = len(weights)
         self.total = sum(len(weight) for weight in weights)
         self.blocks = b"".join(pack("=qqq", weight.data_ptr(), len(weight), weight.stride(0)) for weight in weights)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernel can multiply these by ``x``: one token, on the CPU and of their dtype."""
+        return x.dtype is self.dtype and x.is_cpu and x.shape[-1] == x.numel() == self.columns
 
     @staticmethod
     def fit(weights: Sequence[Tensor]) -> bool:
@@ -56,8 +65,16 @@ class Rows:
         )
 
 
+def rows_of(inputs: Sequence[View], down: View) -> tuple[Rows, Rows] | None:
+    """The views of an FFN, gate and up first, for the kernel; None if it cannot read them all."""
+    if not Rows.fit([weight.t() for weight, _ in (*inputs, down)]):
+        return None
+    wide, narrow = ([weight.t() for weight, _ in views] for views in (inputs, [down]))
+    return Rows(wide, [bias for _, bias in inputs]), Rows(narrow, [down[1]])
+
+
 class Matvec:
-    """``y = W x`` for several matrices in one call; sums in float32.
+    """``y = W x + b`` for several matrices in one call; sums in float32.
 
     Parameters
     ----------
@@ -101,6 +118,11 @@ class Matvec:
             out.data_ptr(),
             torch.get_num_threads(),
         )
+        first = 0
+        for r in rows:
+            for number, bias in r.biases:
+                out[first + number].add_(bias)
+            first += r.count
         return out
 
 
@@ -136,18 +158,32 @@ def why_not() -> str | None:
     return library if isinstance(library, str) else None
 
 
+def build(source: Path, target: Path) -> str | None:
+    """Compile C for this very machine into a shared library; why that failed, or None if it did not."""
+    compiler = _compiler()
+    command = [*compiler, *_FLAGS, "-o", str(target), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if not done.returncode:
+        return None
+    return f"{' '.join(compiler)} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}"
+
+
+def _compiler() -> list[str]:
+    """The command of the C compiler; empty if there is none."""
+    named = os.environ.get("CC", "").split()  # it may hold options, or begin with ccache
+    return named if named and shutil.which(named[0]) else [c for c in ("gcc", "cc") if shutil.which(c)][:1]
+
+
 @cache
 def _library() -> ctypes.CDLL | str:
     """The library, made on first use; or why there is none."""
     from ..samples import cache_folder
 
-    named = os.environ.get("CC", "").split()  # it may hold options, or begin with ccache
-    command = named if named and shutil.which(named[0]) else [c for c in ("gcc", "cc") if shutil.which(c)][:1]
-    if not command:
+    compiler = _compiler()
+    if not compiler:
         return "none was found"
-    compiler = " ".join(command)
     try:
-        version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60).stdout
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
         facts = (_SOURCE.read_text(), " ".join(_FLAGS), version, _cpu())
         key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
         path = cache_folder() / "kernels" / f"matvec-{key}.so"
@@ -155,11 +191,8 @@ def _library() -> ctypes.CDLL | str:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 made = Path(folder, path.name)
-                done = subprocess.run(
-                    [*command, *_FLAGS, "-o", str(made), str(_SOURCE)], capture_output=True, text=True, timeout=120
-                )
-                if done.returncode:
-                    return f"{compiler} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}"
+                if (reason := build(_SOURCE, made)) is not None:
+                    return reason
                 made.replace(path)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, UnicodeError, subprocess.SubprocessError) as error:
