@@ -55,7 +55,7 @@ from measure import (
 from pop_mm.adapters import Adapter, ExpertPaths
 from pop_mm.backends.experts import run_experts
 from pop_mm.experts import Experts, ExpertViews
-from pop_mm.kernels import Matvec, why_not
+from pop_mm.kernels import Matvec, build, why_not
 from pop_mm.kernels import load as load_kernel
 
 GAMMA = 0.1
@@ -182,7 +182,7 @@ class ExpertsStack(nn.Module):
         return output
 
 
-def build(shape: Shape) -> ExpertsStack:
+def build_stack(shape: Shape) -> ExpertsStack:
     """A stack of random experts in eval mode."""
     return fill(ExpertsStack(shape))
 
@@ -263,7 +263,7 @@ def reading_library() -> ctypes.CDLL | None:
 def measure_shape(shape: Shape, rounds: int, evict: Evictor, kernels: str) -> Result:
     """All variants of one shape."""
     matvec = load_kernel(kernels)
-    stack = build(shape)
+    stack = build_stack(shape)
     plain = twins(stack, shape)
     generator = torch.Generator().manual_seed(1)
 
