@@ -105,7 +105,9 @@ def build_page(asker: Asker, ratio: float) -> Any:
             concurrency_limit=1,
             api_name="ask",
         )
-        stop.click(lambda: _line("Stopped."), None, status, cancels=[asked], queue=False, api_visibility="private")
+        stopped = stop.click(None, cancels=[asked], queue=False, api_visibility="private")
+        # afterwards, and through the queue: what was still on its way to the page comes before it
+        stopped.then(lambda: _line("Stopped."), None, status, show_progress="hidden", api_visibility="private")
     page.queue(max_size=MOST_WAITING, default_concurrency_limit=1)
     return page
 
