@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
-from ..cli.ask import warm_up
-from ..cli.generate import Sampling
+from ..cli.generate import Sampling, exceeded_context, is_unicode, tokenize, warm_up
 from ..config import PopConfig
 from ..errors import ConfigError, PopError
 from ..report import Report
@@ -235,30 +233,19 @@ class Asker:
         if self.takes_images:
             inputs = prepare(self._reader, picture, question, model=self.model)
         else:
-            inputs = self._encode_text(question)
+            try:
+                inputs = tokenize(self.model, self._tokenizer, question)
+            except Exception as error:  # templates raise whatever they stumble over
+                raise AskError(f"The tokenizer cannot encode the question: {error}.") from error
         tokens = inputs["input_ids"].shape[1]
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if not tokens:
             raise AskError("The question has no tokens for this model: write another one.")
-        if context and tokens + max_new_tokens > context:
+        if (context := exceeded_context(self.model, tokens, max_new_tokens)) is not None:
             raise AskError(
                 f"The prompt has {tokens} tokens (images included) and the answer may have {max_new_tokens}, but the model's "
                 f"context is {context} tokens. Ask a shorter question, give a smaller image or allow a shorter answer."
             )
         return inputs
-
-    def _encode_text(self, question: str) -> dict[str, Tensor]:
-        try:
-            if self._tokenizer.chat_template:
-                turns = [{"role": "user", "content": question}]
-                encoded = self._tokenizer.apply_chat_template(
-                    turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-                )
-            else:
-                encoded = self._tokenizer(question, return_tensors="pt")
-        except Exception as error:  # templates raise whatever they stumble over
-            raise AskError(f"The tokenizer cannot encode the question: {error}.") from error
-        return {key: encoded[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
 
 
 def _check(question: str, max_new_tokens: int) -> None:
@@ -266,7 +253,7 @@ def _check(question: str, max_new_tokens: int) -> None:
         raise AskError("The question is empty: ask in at least one word.")
     if len(question) > MAX_CHARACTERS:
         raise AskError(f"The question has {len(question)} characters; {MAX_CHARACTERS} is the most. Shorten it.")
-    if any("\ud800" <= letter <= "\udfff" for letter in question):
+    if not is_unicode(question):
         raise AskError("The question has characters that are no Unicode text: type it anew.")
     if not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
         raise AskError(f"The longest answer must have 1 to {MAX_NEW_TOKENS} tokens; got {max_new_tokens!r}.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import PopConfig
+from ..report import Report
 from ..samples import load, resolve
 from ..session import prune
 from ..tables import answers_table, report_summary
@@ -88,23 +90,61 @@ def run(
     with quiet():
         model, tokenizer = load_model(name, dtype, where)
         inputs = encode(model, tokenizer, prompt, sampling)
-        session = prune(model, config)  # first, since it checks that the ratio fits the model
-        warm_up(model, inputs)
-        dense = answer(model, tokenizer, inputs, sampling, "dense")
-        with prune(model, config):
-            warm_up(model, inputs)
-        with session:
-            pruned = answer(model, tokenizer, inputs, sampling, "pruned")
-            report = session.report
-    console = Console(stderr=json_file == "-")
-    console.print(answers_table({"dense": dense, f"pruned, ratio {config.ratio:g}": pruned}))
-    console.print("Decode speed without prefill, one run each: a rough figure.\n", style="dim")
-    console.print(report_summary(report))
-    if plot is not None:
-        console.print(f"Picture: {report.plot(plot)}", highlight=False, markup=False, soft_wrap=True)
-    if json_file is not None:
-        result = {"model": name, "config": config.to_dict(), "dense": dense, "pruned": pruned}
-        write_json({**result, "report": report.to_dict()}, json_file)
+        start = {key: value[:, :_WARM_UP] for key, value in inputs.items()}
+        both = compare(model, tokenizer, inputs, start, config, sampling)
+    both.show({"model": name}, json_file, None if plot is None else lambda: both.report.plot(plot))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both answers to one prompt.
+
+    Attributes
+    ----------
+    dense, pruned : dict
+        As :func:`answer` returns them.
+    report : Report
+        Of the pruned one.
+    """
+
+    dense: dict[str, Any]
+    pruned: dict[str, Any]
+    report: Report
+
+    @property
+    def titled(self) -> dict[str, dict[str, Any]]:
+        """Title to answer."""
+        return {"dense": self.dense, f"pruned, ratio {self.report.config.ratio:g}": self.pruned}
+
+    def show(self, asked: dict[str, Any], json_file: str | None, draw: Callable[[], Path] | None) -> None:
+        """Print, and save where asked: JSON begins with ``asked``, and ``draw`` saves a picture."""
+        console = Console(stderr=json_file == "-")
+        console.print(answers_table(self.titled))
+        console.print("Decode speed without prefill, one run each: a rough figure.\n", style="dim")
+        console.print(report_summary(self.report))
+        if draw is not None:
+            console.print(f"Picture: {draw()}", highlight=False, markup=False, soft_wrap=True)
+        if json_file is not None:
+            answers = {"config": self.report.config.to_dict(), "dense": self.dense, "pruned": self.pruned}
+            write_json({**asked, **answers, "report": self.report.to_dict()}, json_file)
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
+    config: PopConfig,
+    sampling: Sampling,
+) -> Comparison:
+    """Answer dense and then pruned, each after a warm-up on ``start``."""
+    session = prune(model, config)  # first, since it checks that the ratio fits the model
+    warm_up(model, start)
+    dense = answer(model, tokenizer, inputs, sampling, "dense")
+    with prune(model, config):
+        warm_up(model, start)
+    with session:
+        return Comparison(dense, answer(model, tokenizer, inputs, sampling, "pruned"), session.report)
 
 
 def check_outputs(json_file: str | None, plot: str | None) -> None:
@@ -121,12 +161,17 @@ def check_words(what: str, text: str, sampling: Sampling) -> None:
     """Complain about a prompt or question without words or in another encoding, and about a temperature that overflows."""
     if not text.strip():
         raise CommandError(f"The {what} is empty: it needs at least one word.")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    if not is_unicode(text):
         raise CommandError(f"The {what} is not valid UTF-8: check the encoding of the terminal or file it comes from.")
     if 0 < sampling.temperature < _COLDEST:
         raise CommandError(
             f"--temperature {sampling.temperature:g} is too near 0 to sample; take 0 (greedy) or {_COLDEST} and more."
         )
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no half characters, as another encoding leaves them behind."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def find_device(name: str) -> torch.device:
@@ -163,23 +208,15 @@ def encode(
 ) -> dict[str, Tensor]:
     """The prompt's ``input_ids`` and ``attention_mask``, ``[1, tokens]``, within the model's context."""
     try:
-        if sampling.chat and tokenizer.chat_template:
-            turns = [{"role": "user", "content": prompt}]
-            encoded = tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            encoded = tokenizer(prompt, return_tensors="pt")
+        inputs = tokenize(model, tokenizer, prompt, sampling.chat)
     except Exception as error:
         raise CommandError(
             f"The tokenizer cannot encode the prompt: {error} (--no-chat leaves out its template)."
         ) from error
-    inputs = {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}
     tokens = inputs["input_ids"].shape[1]
     if tokens == 0:
         raise CommandError("The prompt has no tokens.")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context and tokens + sampling.max_new_tokens > context:
+    if (context := exceeded_context(model, tokens, sampling.max_new_tokens)) is not None:
         raise CommandError(
             f"The prompt has {tokens} tokens and --max-new-tokens asks for {sampling.max_new_tokens} more, but the "
             f"model's context is {context} tokens."
@@ -187,10 +224,33 @@ def encode(
     return inputs
 
 
+def tokenize(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, chat: bool = True
+) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``, ``[1, tokens]``, of a text, as a chat's turn if there is a template for it.
+
+    A template raises whatever it stumbles over.
+    """
+    if chat and tokenizer.chat_template:
+        turns = [{"role": "user", "content": text}]
+        encoded = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(text, return_tensors="pt")
+    return {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}
+
+
+def exceeded_context(model: PreTrainedModel, tokens: int, max_new_tokens: int) -> int | None:
+    """The model's context in tokens if a prompt and its answer do not fit in, else None."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context if context and tokens + max_new_tokens > context else None
+
+
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    inputs: dict[str, Tensor],
+    inputs: Mapping[str, Tensor],
     sampling: Sampling,
     label: str,
 ) -> dict[str, Any]:
@@ -213,7 +273,6 @@ def answer(
     return {"text": text, "decode_tokens_per_s": clock.decode_tokens_per_s}
 
 
-def warm_up(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+def warm_up(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     """Generate a few tokens, so that the costs of a first call do not count against the first answer."""
-    start = {key: value[:, :_WARM_UP] for key, value in inputs.items()}
-    model.generate(**start, do_sample=False, num_beams=1, min_new_tokens=_WARM_UP, max_new_tokens=_WARM_UP)
+    model.generate(**inputs, do_sample=False, num_beams=1, min_new_tokens=_WARM_UP, max_new_tokens=_WARM_UP)
