@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from image_question import describe, draw_scenes, questions_about
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -25,6 +26,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.table import Table
 from tiny_vlm.scenes import render
+from torch import Tensor
 from transformers.utils import logging
 
 import pop_mm
@@ -53,9 +55,14 @@ def overlap(one: FFNReport, other: FFNReport, who: str, whose: str) -> float:
     assert first is not None and second is not None
     shared = (first.allowed() & second.allowed()).sum(-1).float() / first.sizes.width
     if one.experts is not None and other.experts is not None:
-        tokens = zip(one.experts.prompt_tokens, other.experts.prompt_tokens, strict=True)
-        shared = shared[[min(pair) > 0 for pair in tokens]]
+        shared = shared[reached(one, who) & reached(other, whose)]
     return float(shared.mean())
+
+
+def reached(ffn: FFNReport, who: str) -> Tensor:
+    """``[E]``: the experts that got tokens of the one who chooses."""
+    assert ffn.experts is not None
+    return ffn.reached[who] if who in ffn.reached else torch.tensor(ffn.experts.prompt_tokens) > 0
 
 
 def measure(reports: Sequence[Report]) -> tuple[list[str], Shares]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from .errors import ConfigError
 from .modality import MODALITIES
@@ -173,10 +173,14 @@ class PopConfig:
 
 def _check_number(name: str, value: object, *, upper_open: bool) -> None:
     interval = "[0, 1)" if upper_open else "[0, 1]"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not _is_number(value):
         raise ConfigError(f"{name} must be a number in {interval}; got {value!r}.")
     if value < 0 or value > 1 or (upper_open and value == 1):
         raise ConfigError(f"{name} must lie in {interval}; got {value}.")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_modality_weights(weights: object) -> None:
@@ -185,7 +189,7 @@ def _check_modality_weights(weights: object) -> None:
     for name, weight in weights.items():
         if name not in MODALITIES:
             raise ConfigError(f"modality_weights: a modality is one of {', '.join(MODALITIES)}; got {name!r}.")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        if not _is_number(weight) or weight < 0:
             raise ConfigError(f"modality_weights[{name!r}] must be a number from 0; got {weight!r}.")
     if all(weights.get(name, 1) == 0 for name in MODALITIES):
         raise ConfigError("modality_weights are all 0, so nothing would count.")

@@ -18,7 +18,7 @@ from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
 from .experts import Experts
 from .layout import FFN
-from .modality import TEXT, weighted_sum
+from .modality import TEXT, ByModality, added, weighted_sum
 from .partition import Partition, Sizes, dropped_candidates, partition
 from .phase import Forward, Phase
 from .routed import ExpertsState, RoutedExperts
@@ -47,8 +47,7 @@ class FFNState:
 
     def add(self, modality: int, energy: Tensor) -> None:
         """Count more tokens of one modality."""
-        before = self.energies.get(modality)
-        self.energies = {**self.energies, modality: energy if before is None else before + energy}
+        self.energies = added(self.energies, modality, energy)
 
     def energy(self, weights: Mapping[str, float]) -> Tensor | None:
         """All modalities together, each times its weight; None before the first token."""
@@ -66,11 +65,10 @@ class FFNState:
 
     def select_rows(self, rows: Tensor) -> None:
         """Row b is row ``rows[b]`` of before."""
-        for energy in self.energies.values():
-            rows = rows.to(energy.device)
-        self.energies = {modality: energy[rows] for modality, energy in self.energies.items()}
+        self.energies = {modality: energy[rows.to(energy.device)] for modality, energy in self.energies.items()}
         if self.partition is not None:
             assert self.candidate_weight is not None
+            rows = rows.to(self.candidate_weight.device)
             self.partition, self.candidate_weight = self.partition[rows], self.candidate_weight[rows]
         self.steps.select_rows(rows)
 
@@ -214,12 +212,9 @@ class Engine:
     def count_tokens(self, forward: Forward) -> None:
         """Add this forward's prompt tokens to the state's count."""
         state: PromptState = forward.state
-        counts = dict(state.tokens_of)
-        for modality, mask in self._prompt_by_modality(forward, _where(forward)):
+        for modality, mask, _ in self._prompt_by_modality(forward, _where(forward)):
             tokens = torch.full((forward.rows,), forward.length) if mask is None else mask.sum(-1)
-            before = counts.get(modality)
-            counts[modality] = tokens if before is None else before + tokens.to(before.device)
-        state.tokens_of = counts
+            state.tokens_of = added(state.tokens_of, modality, tokens)
 
     def observe(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> None:
         """Add the squared activations of the prompt's tokens, in float32 or wider; padding never counts.
@@ -232,12 +227,13 @@ class Engine:
             ``[D]``: where each original channel is in ``h``; None if in its own place.
         """
         dtype = torch.promote_types(h.dtype, torch.float32)
-        for modality, mask in self._prompt_by_modality(forward, h.device):
+        for modality, mask, numbers in self._prompt_by_modality(forward, h.device):
             if self.per_sequence:
                 counted = h if mask is None else h.masked_fill(~mask.unsqueeze(-1), 0)
                 norm = torch.linalg.vector_norm(counted, dim=1, dtype=dtype)
             else:
-                counted = h.flatten(0, 1) if mask is None else h[mask]
+                tokens = h.flatten(0, 1)
+                counted = tokens if numbers is None else tokens[numbers]
                 norm = torch.linalg.vector_norm(counted, dim=0, dtype=dtype)
             energy = norm.square()
             _ffn_state(forward.state, index).add(modality, energy if positions is None else energy[..., positions])
@@ -274,21 +270,18 @@ class Engine:
     def check_prompt(self, state: PromptState) -> None:
         """Raise :class:`PhaseError` if the prompt (or, per sequence, one of its rows) has no token to go by."""
         weights = self.config.modality_weights
-        for counted in {}, weights:  # first all tokens, then those that count
+        empty = "is empty: it has no position that is a token (padding does not count). Give at least one token."
+        weightless = (
+            f"has no token of a modality that counts (modality_weights={dict(weights)}), so there is nothing to rank "
+            "channels by. Give such a token, or raise the weight of what the prompt has."
+        )
+        for counted, complaint in ({}, empty), (weights, weightless):
             tokens = weighted_sum(state.tokens_of, counted)
             assert tokens is not None
             short = tokens == 0 if self.per_sequence else tokens.sum().reshape(1) == 0
-            if not bool(short.any()):
-                continue
-            which = f"Row {int(short.nonzero()[0])} of the prompt" if self.per_sequence else "The prompt"
-            if counted:
-                raise PhaseError(
-                    f"{which} has no token of a modality that counts (modality_weights={dict(weights)}), so there is "
-                    "nothing to rank channels by. Give such a token, or raise the weight of what the prompt has."
-                )
-            raise PhaseError(
-                f"{which} is empty: it has no position that is a token (padding does not count). Give at least one token."
-            )
+            if bool(short.any()):
+                which = f"Row {int(short.nonzero()[0])} of the prompt" if self.per_sequence else "The prompt"
+                raise PhaseError(f"{which} {complaint}")
 
     def check_finite(self, state: PromptState) -> None:
         """Raise :class:`NonFiniteError` if the prompt's statistics are not finite; one look for all FFNs."""
@@ -311,14 +304,24 @@ class Engine:
         prompt = ~_decode_positions(forward, device)
         return prompt if valid is None else prompt & valid.to(device)
 
-    def _prompt_by_modality(self, forward: Forward, device: torch.device) -> list[tuple[int, Tensor | None]]:
-        """Each modality of the prompt's tokens in this forward, with ``[B, q]``: which positions those are; None if all."""
+    def _prompt_by_modality(self, forward: Forward, device: torch.device) -> list[ByModality]:
+        """Each modality of the prompt's tokens in this forward. Made once for all FFNs: finding them waits for the device."""
+        if device not in forward.by_modality:
+            masks = self._masks(forward, device)
+            forward.by_modality[device] = [
+                (m, mask, None if mask is None else mask.flatten().nonzero()[:, 0]) for m, mask in masks
+            ]
+        return forward.by_modality[device]
+
+    def _masks(self, forward: Forward, device: torch.device) -> list[tuple[int, Tensor | None]]:
         prompt = self._prompt_positions(forward, device)
+        if prompt is not None:
+            prompt = prompt.to(device)
         if forward.positions is None:
             return [(TEXT, prompt)]
         modality = forward.positions.modality.to(device)
         masks = [(m, modality == m) for m in forward.positions.present]
-        return [(m, mask if prompt is None else mask & prompt.to(device)) for m, mask in masks]
+        return [(m, mask if prompt is None else mask & prompt) for m, mask in masks]
 
     # decode ---------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 MODALITIES = ("text", "image", "video")  # in the order of transformers' mm_token_type_ids
 TEXT = 0
+# A modality, [B, q]: which positions of a forward are its prompt tokens, and [n]: their numbers; None twice if all are
+ByModality = tuple[int, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Positions:
 def positions_of(inputs: Mapping[str, Any], token_ids: Mapping[str, int], past: int) -> Positions | None:
     """Read the modalities from the inputs of a forward.
 
-    Processors of several families mark every position (``mm_token_type_ids``, ``token_type_ids``); elsewhere the ids of
-    the placeholders tell. Embeddings without such marks cannot be told apart and count as text.
+    Processors of several families mark every position (``mm_token_type_ids``); elsewhere the ids of the placeholders tell,
+    and where there are no ids, ``token_type_ids``. Embeddings without such marks cannot be told apart and count as text.
 
     Parameters
     ----------
@@ -75,6 +77,12 @@ def _from_marks(marks: Any, rows: int, length: int, past: int) -> Tensor | None:
             return None
         marks = marks[:, past : past + length]
     return marks.where(marks < len(MODALITIES), TEXT).to(torch.uint8)  # sounds count as text
+
+
+def added(by_modality: Mapping[int, Tensor], modality: int, value: Tensor) -> dict[int, Tensor]:
+    """The sums of each modality with ``value`` added to one of them, where that is."""
+    before = by_modality.get(modality)
+    return {**by_modality, modality: value if before is None else before + value.to(before.device)}
 
 
 def weighted_sum(by_modality: Mapping[int, Tensor], weights: Mapping[str, float]) -> Tensor | None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PhaseError
-from .modality import Positions, positions_of
+from .modality import ByModality, Positions, positions_of
 
 
 class Phase(Enum):
@@ -55,6 +55,8 @@ class Forward:
         Set by the backend: FFNs may compute R and C only.
     single : bool
         Set by the backend: and they may do so by the compiled kernel, which takes one token and knows no autograd.
+    by_modality : dict of device to list of ByModality
+        Filled in by the engine.
     """
 
     phase: Phase
@@ -68,6 +70,7 @@ class Forward:
     cache: Any = None
     fast: bool = False
     single: bool = False
+    by_modality: dict[torch.device, list[ByModality]] = field(default_factory=dict)
 
 
 class Handler(Protocol):

@@ -48,6 +48,13 @@ def check_path(path: str | Path) -> Path:
     return target
 
 
+def check_drawable(report: Report) -> None:
+    """Raise :class:`PlotError` if no prompt has been processed yet. A report of dense FFNs alone can always be drawn."""
+    pruned = [ffn for ffn in report.ffns if ffn.plan.backend != "dense"]
+    if pruned and all(ffn.partition is None for ffn in pruned):
+        raise PlotError("There is nothing to draw yet: run a prompt in the session first.")
+
+
 def plot_report(report: Report, path: str | Path) -> Path:
     """Draw a report and save it; the user's backend, figures and settings of matplotlib stay as they are.
 
@@ -73,9 +80,7 @@ def plot_report(report: Report, path: str | Path) -> Path:
         The path does not fit (:func:`check_path`) or cannot be written, or no prompt has been processed yet.
     """
     target = check_path(path)
-    pruned = [ffn for ffn in report.ffns if ffn.plan.backend != "dense"]
-    if pruned and all(ffn.partition is None for ffn in pruned):
-        raise PlotError("There is nothing to draw yet: run a prompt in the session first.")
+    check_drawable(report)
     rows = lines_of(report.ffns)
     routed = [ffn for ffn in report.ffns if ffn.experts is not None]
     heights = [
@@ -140,7 +145,7 @@ def draw_map(
     dict of str to float
         Share of all channels that is of each kind.
     """
-    kinds_of = _kinds if kinds_of is None else kinds_of
+    kinds_of = kinds_by_default if kinds_of is None else kinds_of
     sizes = {ffn.plan.sizes.channels for row in rows for ffn in row}
     bins, count = min(max(sizes), _MOST_BINS), len(colours)
     found = [[kinds_of(ffn) for ffn in row] for row in rows]
@@ -244,7 +249,7 @@ def _label_layers(axes: Axes, rows: list[list[FFNReport]]) -> None:
     axes.set_ylabel("layer")
 
 
-def _kinds(ffn: FFNReport) -> NDArray[np.int64]:
+def kinds_by_default(ffn: FFNReport) -> NDArray[np.int64]:
     """``[rows, D]``: 0 retained, 1 candidate, 2 pruned. An FFN without a partition is dense: all of it is retained."""
     channels = ffn.plan.sizes.channels
     kinds = np.zeros((1, channels), dtype=np.int64)

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from .plotting import COLOURS, PlotError, check_path, draw_legend, draw_map, lines_of, save
+from .plotting import COLOURS, check_drawable, check_path, draw_legend, draw_map, kinds_by_default, lines_of, save
 from .report import FFNReport, Report
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ def plot_answer(
         The path does not fit or cannot be written, or no prompt has been processed yet.
     """
     target = check_path(path)
-    if all(ffn.partition is None for ffn in report.ffns):
-        raise PlotError("There is nothing to draw yet: run a prompt in the session first.")
+    check_drawable(report)
     rows = lines_of(report.ffns)
     height = min(max(0.22 * len(rows) + 1.6, 3.0), 12)
     figure = Figure(figsize=(11, height + 3), layout="constrained", facecolor="white")
@@ -101,11 +100,11 @@ def _paler(colour: str) -> str:
 
 def _chosen_by(ffn: FFNReport) -> NDArray[np.int64]:
     """``[rows, D]``: 0-3 retained (either, image, text, neither would keep it alone), 4-7 candidates likewise, 8 pruned."""
-    channels = ffn.plan.sizes.channels
+    kinds = kinds_by_default(ffn)
     if ffn.partition is None:
-        return np.zeros((1, channels), dtype=np.int64)
-    allowed = ffn.partition.allowed().cpu().numpy().reshape(-1, channels)
-    nobody = np.zeros_like(allowed)
+        return kinds
+    candidates, pruned = kinds == 1, kinds == 2
+    nobody = np.zeros_like(pruned)
 
     def alone(*names: str) -> NDArray[np.bool_]:
         parts = []
@@ -113,12 +112,8 @@ def _chosen_by(ffn: FFNReport) -> NDArray[np.int64]:
             if name in ffn.alone:
                 chosen = ffn.alone[name].allowed()
                 chosen = chosen & ffn.reached[name].unsqueeze(-1) if name in ffn.reached else chosen
-                parts.append(chosen.cpu().numpy().reshape(-1, channels))
+                parts.append(chosen.cpu().numpy().reshape(pruned.shape))
         return np.logical_or.reduce(parts) if parts else nobody
 
     image, text = alone("image", "video"), alone("text")
-    kinds = np.select([image & text, image, text], [0, 1, 2], 3)
-    candidates = np.zeros((*ffn.partition.pruned.shape[:-1], channels), dtype=bool)
-    np.put_along_axis(candidates, ffn.partition.candidates.cpu().numpy(), True, -1)
-    kinds = kinds + 4 * candidates.reshape(-1, channels)
-    return np.where(allowed, kinds, 8)
+    return np.where(pruned, 8, np.select([image & text, image, text], [0, 1, 2], 3) + 4 * candidates)

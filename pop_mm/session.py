@@ -259,11 +259,11 @@ class Session:
         for index, ffn in enumerate(state.ffns):
             parts = {name: self._engine.rank(index, state, weights[name]) for name in present}
             reached = {}
-            if self._engine.per_sequence:  # a row without such tokens
-                device = parts[present[0]].pruned.device
-                reached = {name: state.tokens_of[MODALITIES.index(name)].to(device) > 0 for name in present}
             if isinstance(ffn, ExpertsState):
                 reached = {name: ffn.energy(weights[name]).sum(-1) > 0 for name in present}
+            elif self._engine.per_sequence:  # a row without such tokens
+                device = parts[present[0]].pruned.device
+                reached = {name: state.tokens_of[MODALITIES.index(name)].to(device) > 0 for name in present}
             found.append((parts, reached))
         return found
 

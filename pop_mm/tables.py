@@ -62,10 +62,8 @@ def report_summary(report: Report) -> Text:
     lines = [_settings(report)]
     if len(report.modality_tokens) > 1:
         counts = ", ".join(f"{count} {name}" for name, count in report.modality_tokens.items())
-        shares = {
-            name: [ffn.modality_overlap[name] for ffn in report.ffns if name in ffn.modality_overlap]
-            for name in report.modality_tokens
-        }
+        overlaps = [ffn.modality_overlap for ffn in report.ffns]
+        shares = {name: [found[name] for found in overlaps if name in found] for name in report.modality_tokens}
         alone = ", ".join(f"{name} {sum(found) / len(found):.0%}" for name, found in shares.items() if found)
         lines.append(f"Prompt tokens: {counts}. Of R and C, the tokens of one kind alone would have chosen: {alone}.")
     if not times.prefill_forwards:

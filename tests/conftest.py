@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from observe import differences, fingerprint, prompt
+from pop_mm.cli import main
 from tiny_models import tiny
 
 torch.set_num_threads(1)  # tiny models only lose by more
@@ -50,3 +51,22 @@ def load():
 def model(load):
     """A tiny llama in float64."""
     return load()
+
+
+@pytest.fixture
+def wide_terminal_and_no_network(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def call(capsys, wide_terminal_and_no_network):
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        return stop.value.code, *capsys.readouterr()
+
+    return run

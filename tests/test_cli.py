@@ -12,7 +12,6 @@ import torch
 import pop_mm.cli
 import pop_mm.cli.generate
 from pop_mm.adapters import support_table
-from pop_mm.cli import main
 from pop_mm.cli.terminal import write_json
 from pop_mm.config import PopConfig
 from tiny_folder import WORDS, save
@@ -40,27 +39,12 @@ INSPECT_KEYS = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("wide_terminal_and_no_network")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     return save(tmp_path_factory.mktemp("models") / "llama", num_hidden_layers=3)
-
-
-@pytest.fixture(autouse=True)
-def wide_terminal_and_no_network(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
-def call(capsys):
-    """Run a command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 # generate -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 import pop_mm
-from pop_mm.cli import main
 from pop_mm.plotting import PlotError
 from pop_mm.plotting_answer import plot_answer
 from pop_mm.samples import SampleError, load, load_vision
@@ -18,6 +17,9 @@ from tiny_vlm_folder import save_vlm
 
 QUESTION = "What is in the picture?"
 ANSWER_KEYS = {"text", "decode_tokens_per_s"}
+
+
+pytestmark = pytest.mark.usefixtures("wide_terminal_and_no_network")
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +34,13 @@ def picture(tmp_path) -> Path:
     return tmp_path / "picture.png"
 
 
-@pytest.fixture(autouse=True)
-def wide_terminal_and_no_network(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
+def test_ask_with_nothing_pruned_draws_too(call, folder, picture, tmp_path):
+    code, _, err = call(
+        *("ask", QUESTION, "--model", folder, "--image", picture, "--ratio", 0, "--max-new-tokens", 4),
+        *("--plot", tmp_path / "a.png"),
+    )
+    assert (code, err) == (0, "")
+    assert (tmp_path / "a.png").exists()
 
 
 def test_ask(call, folder, picture, tmp_path):

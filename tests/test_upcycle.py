@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pop_mm import upcycle as module
-from pop_mm.cli import main
 from pop_mm.errors import PopError
 from pop_mm.passages import load_passages
 from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_vision
@@ -394,16 +393,9 @@ def test_an_interrupted_save_leaves_nothing(tmp_path, llama, monkeypatch, stop):
 
 
 @pytest.fixture
-def call(capsys, monkeypatch):
+def call(call, monkeypatch):
     monkeypatch.setattr(module, "TEXT", "w5 w9 w40 w7 w22")
-
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(["models", "upcycle", *map(str, arguments)])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
+    return lambda *arguments: call("models", "upcycle", *arguments)
 
 
 def test_command(call, tmp_path, llama):

@@ -57,7 +57,7 @@ def build_page(asker: Asker, ratio: float) -> Any:
         with gr.Row():
             with gr.Column(scale=2, min_width=280, visible=asker.takes_images):
                 picture = gr.Image(
-                    label="Image, up to 10 MB",
+                    label=f"Image, up to {MAX_BYTES // 2**20} MB",
                     type="filepath",
                     sources=["upload", "clipboard"],
                     buttons=[],

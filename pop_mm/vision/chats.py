@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .images import ImageSource, InputError, from_base64, is_url, load_image
+from .images import ImageSource, InputError, from_base64, is_url, load_image, one_line
 from .processors import check_takes_images
 from .qwen import resolve_media
 
@@ -133,8 +133,7 @@ def prepare_chats(
     except InputError:
         raise
     except Exception as error:  # templates and processors raise whatever they stumble over
-        reason = " ".join((str(error) or type(error).__name__).split()).rstrip(".")
-        raise InputError(f"The {type(processor).__name__} cannot prepare this prompt: {reason}.") from error
+        raise InputError(f"The {type(processor).__name__} cannot prepare this prompt: {one_line(error)}.") from error
     if "mm_token_type_ids" not in inputs and {"image_grid_thw", "video_grid_thw"} & inputs.keys():
         # Qwen2.5-VL would silently use 1-D positions.
         inputs["mm_token_type_ids"] = inputs["input_ids"].new_tensor(

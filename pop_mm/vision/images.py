@@ -256,5 +256,9 @@ def _start(name: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split()).rstrip(".")
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line and without its full stop."""
+    return " ".join((str(error) or type(error).__name__).split()).rstrip(".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .images import PIP_LINE, InputError, is_url
+from .images import PIP_LINE, InputError, is_url, one_line
 from .processors import has_torchvision
 
 _SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
@@ -40,8 +40,9 @@ def resolve_media(processor: Any, parts: list[dict[str, Any]]) -> dict[str, Any]
             image_patch_size=processor.image_processor.patch_size,
         )
     except Exception as error:  # of requests, Pillow, torchvision, or an assertion about sizes
-        reason = " ".join((str(error) or type(error).__name__).split()).rstrip(".")
-        raise InputError(f"qwen_vl_utils cannot prepare the images and videos of this chat: {reason}.") from error
+        raise InputError(
+            f"qwen_vl_utils cannot prepare the images and videos of this chat: {one_line(error)}."
+        ) from error
     pictures, films = iter(images or ()), iter(videos or ())
     for part in parts:
         if part["type"] == "image":
