@@ -1,10 +1,7 @@
 """How far pruned decoding is from the dense model: KL divergence, argmax agreement and perplexity on real prose.
 
-Every passage gives ``prompt + continuation + 1`` tokens. All but the last go through the model in one forward, with
-``session.split(prompt)``: the prompt's columns are prefill, each later column is a decode step of its own (teacher
-forcing). Exactly those decode steps are scored: columns ``prompt`` to ``prompt + continuation - 1``, whose logits
-predict the tokens one further on. The prompt's last column predicts the first continuation token, but with a dense
-prefill it is dense in every method: it would only dilute the figures, so it is left out.
+What is scored, and how: :mod:`pop_mm.evaluation.fidelity`. This is the check that the method does what it should; to
+measure a model of your own, use ``pop-mm eval``.
 
 Run: ``python benchmarks/decode_fidelity.py [--passages N] [--ratio R] [--json FILE]``; exit code 1 if a target fails.
 """
@@ -28,6 +25,9 @@ from torch import Tensor
 
 import pop_mm
 from measure import Verdict, available_cores, machine_facts, print_machine, print_verdicts, wide_console
+from pop_mm.evaluation import Score, score_texts, step_logits
+from pop_mm.evaluation.fidelity import pruned_step_logits
+from pop_mm.evaluation.intervals import Interval, bootstrap
 from pop_mm.passages import load_passages
 from pop_mm.samples import load
 
@@ -35,7 +35,6 @@ from pop_mm.samples import load
 STANDARD_MODEL = "smollm2-135m"
 STANDARD = {"ratio": 0.3, "prompt": 256, "continuation": 128, "prefill": "dense"}
 STANDARD_PASSAGES = 8
-RESAMPLES = 10_000
 # One forward and single steps round differently, and a near tie between two candidates may fall either way; so that they
 # are the same is checked in float64, on a shorter text.
 STEP_LOGIT = 1e-9  # largest difference of a logit
@@ -59,28 +58,6 @@ METHODS = (
 )
 
 
-@dataclass(frozen=True)
-class Score:
-    """Means over the scored steps of one passage. KL and loss in nats a token."""
-
-    kl: float
-    agreement: float
-    loss: float
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure over all passages with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_list(self) -> list[float]:
-        """``[value, low, high]``."""
-        return [self.value, self.low, self.high]
-
-
 def read_passages(tokenizer: Any, count: int | None, tokens: int) -> dict[str, Tensor]:
     """The first ``tokens`` token ids ``[1, tokens]`` of ``count`` passages that are long enough (None: all)."""
     ids = {name: tokenizer(text, return_tensors="pt").input_ids for name, text in load_passages().items()}
@@ -100,68 +77,24 @@ def config_for(method: Method, ratio: float, prefill: str = "dense", backend: st
 
 
 @torch.no_grad()
-def dense_logits(model: Any, ids: Tensor, prompt: int) -> Tensor:
-    """Logits of the scored columns, ``[continuation, V]``; ``ids`` is ``[1, prompt + continuation + 1]``."""
-    return model(ids[:, :-1], use_cache=False).logits[0, prompt:]
-
-
-@torch.no_grad()
-def pruned_logits(model: Any, ids: Tensor, prompt: int, config: pop_mm.PopConfig) -> Tensor:
-    """Like :func:`dense_logits`, pruned: one forward, decode steps after ``prompt`` columns."""
-    with pop_mm.prune(model, config) as session, session.split(prompt):
-        return dense_logits(model, ids, prompt)
-
-
-@torch.no_grad()
 def stepwise_logits(model: Any, ids: Tensor, prompt: int, config: pop_mm.PopConfig) -> Tensor:
-    """Like :func:`pruned_logits`, by a prefill and single decode steps on a cache."""
+    """Logits of the scored columns, ``[1, n, V]``, by a prefill and single decode steps on a cache."""
     with pop_mm.prune(model, config):
         cache = model(ids[:, :prompt], use_cache=True).past_key_values
         steps = [
             model(ids[:, column : column + 1], past_key_values=cache, use_cache=True).logits[0, -1]
             for column in range(prompt, ids.shape[1] - 1)
         ]
-    return torch.stack(steps)
-
-
-def compare(dense: Tensor, pruned: Tensor, targets: Tensor) -> Score:
-    """Score pruned logits ``[n, V]`` against dense ones; ``targets`` ``[n]`` are the text's next tokens."""
-    p, q = dense.double().log_softmax(-1), pruned.double().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).mean()
-    agreement = (dense.argmax(-1) == pruned.argmax(-1)).double().mean()
-    loss = -q.gather(-1, targets.unsqueeze(-1)).mean()
-    return Score(float(kl), float(agreement), float(loss))
+    return torch.stack(steps).unsqueeze(0)
 
 
 def score_passage(
     model: Any, ids: Tensor, prompt: int, ratio: float, prefill: str = "dense", methods: Sequence[Method] = METHODS
 ) -> dict[str, Score]:
     """Scores of the dense model and of every method on one passage."""
-    dense, targets = dense_logits(model, ids, prompt), ids[0, prompt + 1 :]
-    scores = {"dense": compare(dense, dense, targets)}
-    for method in methods:
-        pruned = pruned_logits(model, ids, prompt, config_for(method, ratio, prefill))
-        scores[method.name] = compare(dense, pruned, targets)
-    return scores
-
-
-def bootstrap(values: Tensor, base: Tensor | None = None, seed: int = 0) -> Interval:
-    """Mean over passages, or the quotient of two means, with a 95 % interval.
-
-    Passages are resampled, the same ones for both (paired): passages differ more than methods do.
-
-    Parameters
-    ----------
-    values, base : Tensor
-        ``[passages]``.
-    """
-    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(seed))
-    resampled = values[picks].mean(-1)
-    value = values.mean()
-    if base is not None:
-        resampled, value = resampled / base[picks].mean(-1), value / base.mean()
-    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
-    return Interval(float(value), low, high)
+    dense = step_logits(model, ids, prompt)
+    configs = {"dense": None, **{method.name: config_for(method, ratio, prefill) for method in methods}}
+    return {name: score_texts(model, ids, prompt, config, dense)[0] for name, config in configs.items()}
 
 
 def summarise(scores: Sequence[dict[str, Score]]) -> dict[str, dict[str, Interval | float]]:
@@ -296,7 +229,7 @@ def check_steps(model: Any, ids: Tensor, args: argparse.Namespace) -> dict[str, 
     if "grouped_mm" in model.get_experts_implementation().values():
         model.set_experts_implementation("eager")
     settings = METHODS[1], args.ratio, args.prefill
-    whole = pruned_logits(model, ids, prompt, config_for(*settings))
+    whole, _ = pruned_step_logits(model, ids, prompt, config_for(*settings))
     found = {}
     for backend in ("masked", "auto"):
         steps = stepwise_logits(model, ids, prompt, config_for(*settings, backend=backend))

@@ -204,7 +204,7 @@ class Engine:
         ffn = self.ffns[index]
         weight = self.scorer.channel_weight(ffn)
         if isinstance(ffn, Experts):
-            self._routed[index] = RoutedExperts(ffn, self.sizes[index], self.config, weight)
+            self._routed[index] = RoutedExperts(ffn, self.sizes[index], self.config, weight, self.scorer)
         return weight
 
     # prefill --------------------------------------------------------------------------------------------------------
@@ -227,6 +227,7 @@ class Engine:
             ``[D]``: where each original channel is in ``h``; None if in its own place.
         """
         dtype = torch.promote_types(h.dtype, torch.float32)
+        h = self.scorer.prompt_activations(h)
         for modality, mask, numbers in self._prompt_by_modality(forward, h.device):
             if self.per_sequence:
                 counted = h if mask is None else h.masked_fill(~mask.unsqueeze(-1), 0)

@@ -255,6 +255,15 @@ class FFN:
             projection.swap(first, second)
 
     @torch.no_grad()
+    def input_norms(self) -> Tensor:
+        """Norm of each channel's weights in gate and up together, ``[D]``; the weights must be plain tensors."""
+        dtype = torch.promote_types(self.float_dtype, torch.float32)
+        views = [weight for p in self.inputs for weight, _ in p.narrow_views(self.size)]
+        return torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(weight, dim=0, dtype=dtype) for weight in views]), dim=0
+        )
+
+    @torch.no_grad()
     def down_column_norms(self) -> Tensor:
         """``||W_down[:, i]||_2``, ``[D]``, in float32 (float64 for float64 weights).
 

@@ -20,6 +20,7 @@ from .experts import Experts
 from .modality import MODALITIES, weighted_sum
 from .partition import Partition, Sizes, dropped_candidates, partition
 from .phase import Forward, Phase
+from .scoring import Scorer
 
 _BLOCK = 1 << 22  # activations that are squared at once
 
@@ -190,14 +191,20 @@ class RoutedExperts:
     config : PopConfig
     weight : Tensor
         The scorer's weight of each channel, ``[E, D]``.
+    scorer : Scorer
     """
 
-    def __init__(self, experts: Experts, sizes: Sizes, config: PopConfig, weight: Tensor) -> None:
+    def __init__(self, experts: Experts, sizes: Sizes, config: PopConfig, weight: Tensor, scorer: Scorer) -> None:
         self.experts = experts
         self.sizes = sizes
         self.config = config
         self.weight = weight
-        self.weight_score = weight * experts.input_norms().to(weight.device) if config.unseen == "weights" else None
+        self.scorer = scorer
+        self.weight_score: Tensor | None = None  # of units that have seen too few tokens; None lets them wait
+        if scorer.fixed:
+            self.weight_score = weight
+        elif config.unseen == "weights":
+            self.weight_score = weight * experts.input_norms().to(weight.device)
 
     def _unit(self, slots: Slots) -> Tensor:
         if self.config.batch == "shared":
@@ -225,7 +232,8 @@ class RoutedExperts:
         place = unit + slots.modality * state.energies.shape[1]
         for part in torch.arange(len(h), device=h.device).split(max(1, _BLOCK // self.sizes.channels)):
             values = _in_original_order(h[part], slots.expert[part], positions)
-            squared = self._weighted(values.to(energies.dtype), slots.weight[part]).square()
+            values = self.scorer.prompt_activations(values.to(energies.dtype))
+            squared = self._weighted(values, slots.weight[part]).square()
             squared.masked_fill_(~slots.valid[part].unsqueeze(1), 0)
             energies.index_add_(0, place[part], squared)
         counts = slots.valid

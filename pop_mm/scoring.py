@@ -24,10 +24,15 @@ class Scorer(ABC):
     """
 
     name: str
+    fixed = False  # whether no activation changes the ranking, so that an expert without a token can be ranked too
 
     @abstractmethod
     def channel_weight(self, ffn: FFN | Experts) -> Tensor:
         """Weight of each channel, ``[D]`` (``[E, D]`` for experts), float32 or wider, not negative. Called once per model."""
+
+    def prompt_activations(self, h: Tensor) -> Tensor:
+        """What the norm over the prompt's tokens runs over, ``[..., D]`` like ``h``: by default the activations themselves."""
+        return h
 
 
 class WandaScorer(Scorer):

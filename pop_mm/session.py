@@ -249,6 +249,20 @@ class Session:
         moved = self._inplace.moved_channels
         return build_report(self.config, self.plans, state, self.timings, moved, read, name, alone)
 
+    def statistics(self) -> dict[str, Tensor]:
+        """What the latest prompt's tokens did: name of an FFN -> sum of squared activations of each channel.
+
+        ``[D]`` (with ``batch="per_sequence"`` ``[B, D]``), for experts ``[E, D]`` (``[B * E, D]``); in the original channel
+        order. FFNs that are dense, or that the prompt did not run, are missing.
+        """
+        found = {}
+        if self._last is not None:
+            for ffn, state in zip(self._engine.ffns, self._last.ffns, strict=True):
+                energy = state.energy({})
+                if energy is not None:
+                    found[ffn.name] = energy
+        return found
+
     def _alone(self, state: PromptState) -> list[Alone]:
         """For each FFN that is not dense, the partition that each of the prompt's modalities would make alone."""
         present = [MODALITIES[m] for m in sorted(state.tokens_of) if bool(state.tokens_of[m].any())]

@@ -110,6 +110,54 @@ def ask(
     )
 
 
+@app.command("eval")
+def evaluate(
+    model: Model = "smollm2-135m",
+    method: Annotated[
+        list[str],
+        typer.Option(metavar="NAME", help="dense|static|pop|full|wanda_sp|magnitude|griffin|random; repeat it."),
+    ] = ["static", "pop", "full"],  # noqa: B006 - typer copies it
+    ratio: Annotated[list[float], typer.Option(help="Share to leave out, in [0, 1); repeat it for more.")] = [0.2, 0.4],  # noqa: B006
+    gamma: Annotated[list[float], typer.Option(help="Of pop: share of candidates, in [0, 1]; repeat it.")] = [0.1],  # noqa: B006
+    prefill: Annotated[list[str], typer.Option(metavar="dense|partition", help="Repeat it for both.")] = ["dense"],  # noqa: B006
+    scope: Scope = "overall",
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Text to score; else prose that ships.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A `datasets` data set, or a .jsonl file.")
+    ] = None,
+    subset: Annotated[str | None, typer.Option(metavar="NAME", help="The data set's configuration.")] = None,
+    split: Annotated[str, typer.Option(help="The data set's split.")] = "test",
+    column: Annotated[str, typer.Option(help="The data set's column of text.")] = "text",
+    limit: Annotated[int | None, typer.Option(min=1, help="Most pieces of text to score.")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Calibration text of wanda_sp.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens of each piece.")] = 256,
+    continuation: Annotated[int, typer.Option(min=1, help="Decode steps scored.")] = 128,
+    generate_tokens: Annotated[
+        int, typer.Option("--generate", min=0, help="Greedy tokens that are compared; 0: none.")
+    ] = 32,
+    batch: Annotated[str, typer.Option(metavar="per_sequence|shared", help="shared: a batch has one partition.")] = (
+        "per_sequence"
+    ),
+    batch_size: Annotated[int, typer.Option(min=1, help="Pieces of text at once.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of random and the bootstrap.")] = 0,
+    output: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Keep results here; an interrupted run goes on from it.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Measure what pruning costs in quality: KL to the dense model, agreement and perplexity, beside the real cost."""
+    from ..evaluation.run import Setup
+    from .evaluate import Source, run
+
+    setup = Setup(model, prompt, continuation, generate_tokens, scope, batch, batch_size, seed)
+    source = Source(text or (), dataset, subset, split, column, limit, calibration or ())
+    run(setup, method, ratio, gamma, prefill, source, output, dtype, device, json_file)
+
+
 @app.command("app")
 def web_app(
     model: Model = "tiny-vlm",

@@ -1,0 +1,115 @@
+"""``pop-mm eval``: what pruning costs in quality, on text, by method, ratio and gamma."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..config import PopConfig
+from ..evaluation import show, texts
+from ..evaluation.run import EvaluationError, Run, Setup, grid
+from ..evaluation.texts import Window
+from ..session import plan_ffns
+from .generate import find_device, load_model
+from .terminal import CommandError, check_writable, quiet, write_json
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the texts come from: passages that ship with pop_mm if nothing is named.
+
+    Attributes
+    ----------
+    files, calibration : sequence of str
+    dataset, subset : str or None
+        A hub id, or a JSON-lines, CSV, Parquet or text file.
+    split, column : str
+    limit : int or None
+        Most windows.
+    """
+
+    files: Sequence[str] = ()
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "test"
+    column: str = "text"
+    limit: int | None = None
+    calibration: Sequence[str] = ()
+
+
+def run(
+    setup: Setup,
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    gammas: Sequence[float],
+    prefills: Sequence[str],
+    source: Source,
+    output: str | None,
+    dtype: str,
+    device: str,
+    json_file: str | None,
+) -> None:
+    """The command; all of it is checked before the model is loaded."""
+    if source.files and source.dataset:
+        raise CommandError("Give --text or --dataset, not both.")
+    points = grid(methods, ratios, gammas, prefills)
+    for ratio in ratios:
+        for gamma in gammas:
+            for prefill in prefills:
+                PopConfig(ratio, setup.scope, gamma, prefill=prefill, batch=setup.batch)  # type: ignore[arg-type]
+    folder = None if output is None else Path(output).expanduser()
+    if folder is not None:
+        if folder.exists() and not folder.is_dir():
+            raise CommandError(f"--output must be a folder; {folder} is a file.")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(f"The folder {folder} cannot be made: {error.strerror or error}.") from error
+    if json_file not in (None, "-"):
+        check_writable(json_file)
+    where = find_device(device)
+    named = texts.read_files(source.files)
+    if source.dataset:
+        named = texts.read_dataset(source.dataset, source.split, source.column, source.subset)
+    extra = texts.read_files(source.calibration)
+    console = Console(stderr=json_file == "-")
+    with quiet():
+        model, tokenizer = load_model(setup.model, dtype, where)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context and setup.prompt + max(setup.continuation, setup.generate) > context:
+            raise CommandError(
+                f"--prompt and --continuation or --generate ask for more tokens than the model's context of {context}."
+            )
+        windows = texts.windows(named or texts.passages(), tokenizer, setup.tokens, source.limit)
+        calibration: list[Window] = []
+        if "wanda_sp" in methods:
+            if extra:
+                calibration = [Window(name, ids) for name, ids in texts.tokenized(extra, tokenizer).items()]
+            elif not named:
+                calibration = texts.rests(texts.passages(), tokenizer, setup.tokens)
+            if not calibration:
+                raise EvaluationError("wanda_sp ranks channels by calibration text: give some (--calibration FILE).")
+        work = Run(model, setup, windows, calibration, folder)
+        for ratio in ratios:  # one that does not fit the model is found before the first forward
+            plan_ffns(model, PopConfig(ratio, setup.scope))  # type: ignore[arg-type]
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        bars = Console(file=sys.stderr)
+        with Progress(*columns, console=bars, transient=True, disable=not bars.is_terminal) as progress:
+            task = progress.add_task("evaluating", total=work.total(points))
+            work.work(points, lambda: progress.advance(task))
+    results = work.results(points)
+    console.print(show.table(results))
+    if folder is not None:
+        command = "pop-mm " + shlex.join(sys.argv[1:])
+        write_json(results, str(folder / "results.json"))
+        (folder / "results.md").write_text(show.markdown(results, command), encoding="utf-8")
+        show.plot(results, folder / "quality.png")
+        console.print(f"Saved in {folder}: results.json, results.md, quality.png", highlight=False, soft_wrap=True)
+    if json_file is not None:
+        write_json(results, json_file)

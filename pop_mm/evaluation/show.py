@@ -1,0 +1,156 @@
+"""The results of an evaluation as a table for the terminal, as Markdown, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+HEADS = ("method", "prefill", "ratio", "gamma", "KL to dense", "minus static", "same top token", "perplexity")
+NOTE = "KL in nats a token; in brackets 95 %, paired bootstrap over texts."
+
+
+def cells(row: Mapping[str, Any], generated: int) -> list[str]:
+    """One row of the table: :data:`HEADS`, the greedy outputs if there are any, and the cost."""
+    digits = 4 if row["kl"] < 0.05 else 3
+
+    def span(value: float, interval: Sequence[float], form: str) -> str:
+        return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
+
+    found = [
+        row["method"],
+        "-" if row["method"] == "dense" else row["prefill"],
+        "-" if row["ratio"] is None else f"{row['ratio']:.0%}",
+        "-" if row["gamma"] is None else f"{row['gamma']:g}",
+    ]
+    if row["method"] == "dense":
+        found += ["-", "-", "-"]
+    else:
+        found.append(span(row["kl"], row["kl_interval"], f".{digits}f"))
+        minus = row.get("kl_minus_static")
+        found.append("-" if minus is None else span(minus[0], minus[1:], "+.3f"))
+        found.append(span(row["agreement"], row["agreement_interval"], ".1%"))
+    found.append(span(row["perplexity"], row["perplexity_interval"], ".2f"))
+    if generated:
+        found.append("-" if row["method"] == "dense" else f"{row['same_tokens']:.1f} of {generated}")
+    cost = row["cost"]
+    return [*found, f"{cost['multiply_adds_share']:.1%}", f"{cost['bytes_share']:.1%}"]
+
+
+def heads(generated: int) -> list[str]:
+    """Titles of the columns."""
+    return [*HEADS, *(["same greedy tokens"] if generated else []), "multiply-adds", "bytes read"]
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """For the terminal."""
+    setup = results["setup"]
+    found = Table(title=title(setup), caption=f"{NOTE}\n{COST}", box=box.SIMPLE_HEAD, title_justify="left")
+    for name in heads(setup["generate"]):
+        found.add_column(name, justify="left" if name in ("method", "prefill") else "right")
+    for row in results["rows"]:
+        found.add_row(*(cell.replace("[", "\\[") for cell in cells(row, setup["generate"])))
+    return found
+
+
+COST = "Multiply-adds and bytes: weights for a decoded token at batch 1, of what the dense model needs."
+
+
+def title(setup: Mapping[str, Any]) -> str:
+    """What was evaluated, in a line."""
+    shared = f", {setup['batch_size']} texts share a partition" if setup["batch"] == "shared" else ""
+    return (
+        f"{setup['model']} ({setup['dtype']}): {len(setup['texts'])} texts, {setup['prompt']} prompt tokens, "
+        f"{setup['continuation']} decode steps scored; ratios are {setup['scope']}{shared}"
+    )
+
+
+def markdown_table(results: Mapping[str, Any]) -> str:
+    """The table alone."""
+    generated = results["setup"]["generate"]
+    lines = ["| " + " | ".join(heads(generated)) + " |", "|-" * len(heads(generated)) + "|"]
+    lines += ["| " + " | ".join(cells(row, generated)) + " |" for row in results["rows"]]
+    return "\n".join(lines)
+
+
+def markdown(results: Mapping[str, Any], command: str) -> str:
+    """A page: the table, what the columns are, and everything that is needed to repeat it."""
+    setup = results["setup"]
+    texts = ", ".join(f"{name} `{short}`" for name, short in setup["texts"].items())
+    calibration = ", ".join(f"{name} `{short}`" for name, short in setup["calibration"].items()) or "none"
+    facts = {
+        "command": f"`{command}`",
+        "model": f"{setup['model']} ({setup['model_class']}, {setup['parameters']:,} parameters, {setup['dtype']}, "
+        f"weights `{setup['weights']}`)",
+        "device": setup["device"],
+        "texts (hash of the tokens)": texts,
+        "calibration of wanda_sp": calibration,
+        "prompt / scored / generated tokens": f"{setup['prompt']} / {setup['continuation']} / {setup['generate']}",
+        "ratio is a share of": {"overall": "attention and FFN weights", "ffn": "each FFN"}[setup["scope"]],
+        "batch": f"{setup['batch']}, {setup['batch_size']} texts at once",
+        "seed": str(setup["seed"]),
+        "other settings": ", ".join(f"{k}={v!r}" for k, v in setup["settings"].items()) or "none",
+        "versions": ", ".join(f"{name} {version}" for name, version in setup["versions"].items()),
+    }
+    repeat = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return (
+        f"# {title(setup)}\n\n{markdown_table(results)}\n\n{NOTE} {COST} *Minus static*: KL minus that of the prompt's fixed "
+        "best channels, text by text. *Same greedy tokens*: before the greedy outputs first differ.\n\n"
+        f"To repeat it:\n\n| | |\n|-|-|\n{repeat}\n"
+    )
+
+
+def plot(results: Mapping[str, Any], path: str | Path) -> Path:
+    """Quality against cost: KL to dense over the bytes that a decoded token reads, a line for each method.
+
+    Raises
+    ------
+    PlotError
+        As :func:`pop_mm.plotting.check_path` and :func:`pop_mm.plotting.save`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    from ..plotting import check_path, save
+
+    target = check_path(path)
+    prefills = list(dict.fromkeys(row["prefill"] for row in results["rows"] if row["method"] not in ("dense", "full")))
+    prefills = prefills or ["dense"]
+    figure = Figure(figsize=(5.5 * len(prefills) + 1.5, 4.6), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    # Okabe and Ito's colours, told apart with every colour vision
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+    names = list(dict.fromkeys(_label(row) for row in results["rows"] if row["method"] != "dense"))
+    for axis, prefill in zip(figure.subplots(1, len(prefills), sharey=True, squeeze=False)[0], prefills, strict=True):
+        for number, name in enumerate(names):
+            rows = [r for r in results["rows"] if _label(r) == name and (r["prefill"] == prefill or name == "full")]
+            rows.sort(key=lambda r: r["cost"]["bytes_share"])
+            if rows:
+                shares, values = [r["cost"]["bytes_share"] for r in rows], [max(r["kl"], 1e-6) for r in rows]
+                spans = [r["kl_interval"] for r in rows]
+                low = [max(v - s[0], 0) for v, s in zip(values, spans, strict=True)]
+                high = [max(s[1] - v, 0) for v, s in zip(values, spans, strict=True)]
+                style = {"color": colours[number % len(colours)], "marker": "osD^v<>p"[number % 8]}
+                axis.errorbar(shares, values, [low, high], label=name, capsize=2, linewidth=1.2, markersize=5, **style)
+        axis.set_yscale("log")
+        axis.xaxis.set_major_formatter(PercentFormatter(1))
+        axis.set_xlabel("weights read for a decoded token, of dense")
+        axis.set_title(f"{prefill} prefill", loc="left", fontsize=10)
+        axis.grid(color="#E4E4E4", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("KL to dense, nats a token (log)")
+    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+    figure.suptitle(title(results["setup"]), x=0.01, ha="left", fontsize=10)
+    return save(figure, target)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return f"{row['method']}, gamma {row['gamma']:g}" if row["gamma"] is not None else str(row["method"])
+
+
+__all__ = ["markdown", "markdown_table", "plot", "table"]
