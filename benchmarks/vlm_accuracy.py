@@ -3,8 +3,10 @@
 The tiny VLM answers held-out scenes (``demos/tiny_vlm``), greedily:
 
 - dense: the model as it is;
-- Wanda-sp: one mask for all prompts, in prefill and decode, from the scores of calibration scenes of the training split;
-- static: the prompt's best channels at every step; POP, with a dense prefill and with the paper's (R and C only);
+- random, magnitude, Wanda-sp: one mask for all prompts, in prefill and decode; Wanda-sp's from the scores of calibration
+  scenes of the training split;
+- static and GRIFFIN: the prompt's best channels at every step; full: the best of all channels at every step;
+- POP, with a dense prefill and with the paper's (R and C only);
 - POP whose partition comes from the image's tokens alone, and from the text's alone (``modality_weights``);
 - POP whose partition comes from the same question asked without the image: what the image's prefill is worth.
 
@@ -18,8 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import pop_mm
 from measure import Verdict, available_cores, machine_facts, print_machine, print_verdicts, wide_console
 from pop_mm.adapters import adapter_for
-from pop_mm.partition import partition
+from pop_mm.evaluation import calibrate, config_for
 from pop_mm.samples import resolve
-from pop_mm.session import plan_ffns
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demos" / "tiny_vlm"))
 import evaluate
@@ -72,48 +72,6 @@ class Row:
         scores = {kind: evaluate.Score(sum(right), len(right)) for kind, right in self.right.items()}
         found = {k: {"exact_match": s.share, "interval": s.interval, "n": s.n} for k, s in scores.items()}
         return {"method": self.method, "ratio": self.ratio, "mean": self.mean, "types": found}
-
-
-class Wanda:
-    """Wanda-sp: scores of each FFN's channels over calibration prompts, and a mask that keeps the best."""
-
-    def __init__(self, model: nn.Module, prompts: Sequence[dict[str, Tensor]]) -> None:
-        self._model = model
-        self._energy: dict[str, Tensor] = {}
-        with ExitStack() as hooks, torch.inference_mode():
-            for plan in plan_ffns(model, pop_mm.PopConfig(0.2)):
-                hooks.enter_context(_before(plan.ffn.down.module, self._observer(plan.ffn.name)))
-            for prompt in prompts:
-                self._valid = prompt["attention_mask"].bool()
-                model(**prompt)
-
-    def _observer(self, name: str) -> Callable[[Tensor], Tensor]:
-        def observe(h: Tensor) -> Tensor:
-            energy = h[self._valid].square().sum(0)
-            self._energy[name] = self._energy.get(name, torch.zeros_like(energy)) + energy
-            return h
-
-        return observe
-
-    @contextmanager
-    def pruned(self, ratio: float) -> Iterator[None]:
-        """Within: the model runs on the channels that calibration found best."""
-        with ExitStack() as hooks:
-            for plan in plan_ffns(self._model, pop_mm.PopConfig(ratio, gamma=0)):
-                scores = plan.ffn.down_column_norms() * self._energy[plan.ffn.name].sqrt()
-                allowed = partition(scores, plan.sizes).allowed()
-                hooks.enter_context(_before(plan.ffn.down.module, lambda h, keep=allowed: h.where(keep, 0)))
-            yield
-
-
-@contextmanager
-def _before(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within: the module gets ``function`` of its input."""
-    handle = module.register_forward_pre_hook(lambda _, args: (function(args[0]), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def text_partition(model: Any, session: Any, end: set[int]) -> Callable[..., Tensor]:
@@ -152,14 +110,20 @@ def run(folder: str, per_type: int, batch: int, calibration: int, progress: Prog
     few = [item for kind in TYPES for item in [i for i in items if i.question.kind == kind][: max(per_type // 4, 1)]]
     ends = model.generation_config.eos_token_id
     end = set(ends if isinstance(ends, list) else [ends])
-    wanda = Wanda(model, _calibration(tokenizer, images, calibration))
-    methods: dict[str, Callable[[float], Any]] = {
-        "Wanda-sp": wanda.pruned,
-        "static": lambda r: _session(model, r, variant="static"),
-        "POP": lambda r: _session(model, r),
-        "POP, partition prefill": lambda r: _session(model, r, prefill="partition"),
-        "POP by the image's tokens": lambda r: _session(model, r, modality_weights={"text": 0}),
-        "POP by the text's tokens": lambda r: _session(model, r, modality_weights={"image": 0}),
+    known = calibrate(model, _calibration(tokenizer, images, calibration))
+    methods: dict[str, dict[str, Any]] = {
+        "random": {"method": "random", "prefill": "partition"},
+        "magnitude": {"method": "magnitude", "prefill": "partition"},
+        "Wanda-sp": {"method": "wanda_sp", "prefill": "partition", "calibration": known},
+        "GRIFFIN": {"method": "griffin"},
+        "static": {"method": "static"},
+        "POP, gamma 0.05": {"method": "pop", "gamma": 0.05},
+        "POP": {"method": "pop"},
+        "POP, gamma 0.2": {"method": "pop", "gamma": 0.2},
+        "full": {"method": "full"},
+        "POP, partition prefill": {"method": "pop", "prefill": "partition"},
+        "POP by the image's tokens": {"method": "pop", "modality_weights": {"text": 0}},
+        "POP by the text's tokens": {"method": "pop", "modality_weights": {"image": 0}},
     }
     task = progress.add_task("answering", total=1 + len(RATIOS) * (len(methods) + 2))
 
@@ -173,19 +137,15 @@ def run(folder: str, per_type: int, batch: int, calibration: int, progress: Prog
 
     rows = [scored("dense", 0.0, items)]
     for ratio in RATIOS:
-        for method, pruning in methods.items():
-            with pruning(ratio):
+        for method, settings in methods.items():
+            with pop_mm.prune(model, config_for(ratio=ratio, **settings)):
                 rows.append(scored(method, ratio, items))
-        with _session(model, ratio, batch="shared", backend="auto"):
+        with pop_mm.prune(model, config_for("pop", ratio, batch="shared", backend="auto")):
             rows.append(scored("POP, one at a time", ratio, few, batch=1))
-        with _session(model, ratio, batch="shared") as session:
+        with pop_mm.prune(model, config_for("pop", ratio, batch="shared")) as session:
             generate = text_partition(model, session, end)
             rows.append(scored("POP by a prompt without the image", ratio, few, batch=1, generate=generate))
     return rows
-
-
-def _session(model: Any, ratio: float, **settings: Any) -> Any:
-    return pop_mm.prune(model, **{"ratio": ratio, "batch": "per_sequence", **settings})
 
 
 def _calibration(tokenizer: Any, images: Any, count: int) -> list[dict[str, Tensor]]:
