@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +149,20 @@ def test_vlm_accuracy_runs(tmp_path):
         assert set(row["types"]) == {"colour", "shape", "position", "count", "presence", "description"}
         assert all(0 <= own["exact_match"] <= 1 and own["n"] == 1 for own in row["types"].values())
     assert all(verdict["passed"] is None for verdict in result["verdicts"])
+
+
+def test_results_runs(tiny_folder, tmp_path):
+    moe = tmp_path / "moe"
+    shutil.copytree(tiny_folder, moe)
+    tiny("mixtral", vocab_size=256).save_pretrained(moe)
+    parts = ("text", "moe", "ablations", "batch", "layers", "outputs")
+    done = run("results.py", "--only", *parts, "--output", tmp_path / "out", "--model", tiny_folder, "--moe", moe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not judged" in done.stdout
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert (tmp_path / "out" / "results.png").exists()
+    for part in parts:
+        assert json.loads((tmp_path / "out" / f"{part}.json").read_text())
+    assert "## vision\n\nNot run." in page
+    assert page.count("| wanda_sp |") == 2 * 2 + 2  # both prefills, and the mixture
+    assert page.count("not run here") > 10

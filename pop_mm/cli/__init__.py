@@ -117,8 +117,12 @@ def evaluate(
         list[str],
         typer.Option(metavar="NAME", help="dense|static|pop|full|wanda_sp|magnitude|griffin|random; repeat it."),
     ] = ["static", "pop", "full"],  # noqa: B006 - typer copies it
-    ratio: Annotated[list[float], typer.Option(help="Share to leave out, in [0, 1); repeat it for more.")] = [0.2, 0.4],  # noqa: B006
-    gamma: Annotated[list[float], typer.Option(help="Of pop: share of candidates, in [0, 1]; repeat it.")] = [0.1],  # noqa: B006
+    ratio: Annotated[
+        list[float], typer.Option(metavar="SHARE", help="To leave out, in [0, 1); repeat it for more.")
+    ] = [0.2, 0.4],  # noqa: B006
+    gamma: Annotated[list[float], typer.Option(metavar="SHARE", help="Of pop: candidates, in [0, 1]; repeat it.")] = [
+        0.1
+    ],  # noqa: B006
     prefill: Annotated[list[str], typer.Option(metavar="dense|partition", help="Repeat it for both.")] = ["dense"],  # noqa: B006
     scope: Scope = "overall",
     text: Annotated[
@@ -136,7 +140,7 @@ def evaluate(
     continuation: Annotated[int, typer.Option(min=1, help="Decode steps scored.")] = 128,
     generate_tokens: Annotated[
         int, typer.Option("--generate", min=0, help="Greedy tokens that are compared; 0: none.")
-    ] = 32,
+    ] = 16,
     batch: Annotated[str, typer.Option(metavar="per_sequence|shared", help="shared: a batch has one partition.")] = (
         "per_sequence"
     ),

@@ -9,6 +9,7 @@ figures, so it is left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -40,8 +41,10 @@ class Score:
 @torch.inference_mode()
 def step_logits(model: Any, ids: Tensor, prompt: int) -> Tensor:
     """Logits of the scored columns, ``[B, n, V]``; ``ids`` is ``[B, prompt + n + 1]``. In a session they are pruned ones."""
-    logits: Tensor = model(input_ids=ids[:, :-1], use_cache=False).logits
-    return logits[:, prompt:]
+    count = ids.shape[1] - 1 - prompt
+    keep = {"logits_to_keep": count} if "logits_to_keep" in signature(model.forward).parameters else {}
+    logits: Tensor = model(input_ids=ids[:, :-1], use_cache=False, **keep).logits
+    return logits[:, -count:]
 
 
 def pruned_step_logits(model: Any, ids: Tensor, prompt: int, config: PopConfig) -> tuple[Tensor, Session]:

@@ -93,7 +93,7 @@ class Setup:
     model: str
     prompt: int = 256
     continuation: int = 128
-    generate: int = 32
+    generate: int = 16
     scope: str = "overall"
     batch: str = "per_sequence"
     batch_size: int = 4

@@ -33,7 +33,7 @@ def cells(row: Mapping[str, Any], generated: int) -> list[str]:
         minus = row.get("kl_minus_static")
         found.append("-" if minus is None else span(minus[0], minus[1:], "+.3f"))
         found.append(span(row["agreement"], row["agreement_interval"], ".1%"))
-    found.append(span(row["perplexity"], row["perplexity_interval"], ".2f"))
+    found.append(span(row["perplexity"], row["perplexity_interval"], ".2f" if row["perplexity"] < 1000 else ".2g"))
     if generated:
         found.append("-" if row["method"] == "dense" else f"{row['same_tokens']:.1f} of {generated}")
     cost = row["cost"]
@@ -123,7 +123,8 @@ def plot(results: Mapping[str, Any], path: str | Path) -> Path:
     figure = Figure(figsize=(5.5 * len(prefills) + 1.5, 4.6), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     # Okabe and Ito's colours, told apart with every colour vision
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999", "#7F5F00")
+    handles: dict[str, Any] = {}
     names = list(dict.fromkeys(_label(row) for row in results["rows"] if row["method"] != "dense"))
     for axis, prefill in zip(figure.subplots(1, len(prefills), sharey=True, squeeze=False)[0], prefills, strict=True):
         for number, name in enumerate(names):
@@ -134,8 +135,10 @@ def plot(results: Mapping[str, Any], path: str | Path) -> Path:
                 spans = [r["kl_interval"] for r in rows]
                 low = [max(v - s[0], 0) for v, s in zip(values, spans, strict=True)]
                 high = [max(s[1] - v, 0) for v, s in zip(values, spans, strict=True)]
-                style = {"color": colours[number % len(colours)], "marker": "osD^v<>p"[number % 8]}
-                axis.errorbar(shares, values, [low, high], label=name, capsize=2, linewidth=1.2, markersize=5, **style)
+                style = {"color": colours[number % len(colours)], "marker": "osD^v<>pX*"[number % 10]}
+                handles[name] = axis.errorbar(
+                    shares, values, [low, high], label=name, capsize=2, linewidth=1.2, markersize=5, **style
+                )
         axis.set_yscale("log")
         axis.xaxis.set_major_formatter(PercentFormatter(1))
         axis.set_xlabel("weights read for a decoded token, of dense")
@@ -144,7 +147,15 @@ def plot(results: Mapping[str, Any], path: str | Path) -> Path:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("KL to dense, nats a token (log)")
-    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+    ordered = [name for name in names if name in handles]
+    figure.axes[-1].legend(
+        [handles[name] for name in ordered],
+        ordered,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        frameon=False,
+        fontsize=9,
+    )
     figure.suptitle(title(results["setup"]), x=0.01, ha="left", fontsize=10)
     return save(figure, target)
 
