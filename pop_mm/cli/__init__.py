@@ -32,6 +32,13 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in token
 Temperature = Annotated[float, typer.Option(min=0, max=100, help="0 is greedy; above 0 the answer is sampled.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For sampling.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto: a GPU if there is one.")]
+Methods = Annotated[
+    list[str], typer.Option(metavar="NAME", help="dense|static|pop|full|wanda_sp|magnitude|griffin|random; repeat it.")
+]
+Ratios = Annotated[list[float], typer.Option(metavar="SHARE", help="To leave out, in [0, 1); repeat it for more.")]
+Gammas = Annotated[list[float], typer.Option(metavar="SHARE", help="Of pop: candidates, in [0, 1]; repeat it.")]
+Prefills = Annotated[list[str], typer.Option(metavar="dense|partition", help="Repeat it for both.")]
+_METHODS, _RATIOS, _GAMMAS, _PREFILLS = ["static", "pop", "full"], [0.2, 0.4], [0.1], ["dense"]  # of `eval`
 JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Save as JSON; - is stdout.")]
 Plot = Annotated[str | None, typer.Option(metavar="FILE", help="Save a picture: .png, .svg or .pdf.")]
 
@@ -113,17 +120,10 @@ def ask(
 @app.command("eval")
 def evaluate(
     model: Model = "smollm2-135m",
-    method: Annotated[
-        list[str],
-        typer.Option(metavar="NAME", help="dense|static|pop|full|wanda_sp|magnitude|griffin|random; repeat it."),
-    ] = ["static", "pop", "full"],  # noqa: B006 - typer copies it
-    ratio: Annotated[
-        list[float], typer.Option(metavar="SHARE", help="To leave out, in [0, 1); repeat it for more.")
-    ] = [0.2, 0.4],  # noqa: B006
-    gamma: Annotated[list[float], typer.Option(metavar="SHARE", help="Of pop: candidates, in [0, 1]; repeat it.")] = [
-        0.1
-    ],  # noqa: B006
-    prefill: Annotated[list[str], typer.Option(metavar="dense|partition", help="Repeat it for both.")] = ["dense"],  # noqa: B006
+    method: Methods = _METHODS,
+    ratio: Ratios = _RATIOS,
+    gamma: Gammas = _GAMMAS,
+    prefill: Prefills = _PREFILLS,
     scope: Scope = "overall",
     text: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="Text to score; else prose that ships.")
