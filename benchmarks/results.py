@@ -27,6 +27,7 @@ from torch import Tensor
 
 import pop_mm
 from measure import Verdict, available_cores, machine_facts, print_machine, print_verdicts, wide_console
+from pop_mm.adapters import adapter_for
 from pop_mm.evaluation import METHODS, config_for, score_texts, step_logits, texts
 from pop_mm.evaluation.intervals import bootstrap, difference
 from pop_mm.evaluation.methods import FixedScorer
@@ -82,7 +83,23 @@ def text(parts: Parts, progress: Progress) -> None:
     """Every method on SmolLM2-135M."""
     run, points = parts.run("text", parts.models["text"], generate=0), text_points()
     _work(run, points, "text", progress)
-    parts.save("text", {**run.results(points), "order": order(run)})
+    pairs = equal_cost(run)
+    _work(run, list(pairs.values()), "text, static masks at pop's cost", progress)
+    rows = run.results([*pairs, *pairs.values()])["rows"]
+    equal = [
+        {"pop": pop, "static": static, "difference": difference(run.values(a, "kl"), run.values(b, "kl")).to_list()}
+        for (a, b), pop, static in zip(pairs.items(), rows[: len(pairs)], rows[len(pairs) :], strict=True)
+    ]
+    parts.save("text", {**run.results(points), "order": order(run), "equal_cost": equal})
+
+
+def equal_cost(run: Run) -> dict[Point, Point]:
+    """POP, and the static mask that keeps all of POP's R and C at every step: it reads the same, and has no choice to make."""
+    adapter = adapter_for(run.model)
+    weights = adapter.layer_weights(run.model, adapter.projections(run.model)).values()
+    share = sum(w.ffn for w in weights) / sum(w.ffn + w.attention for w in weights)
+    pops = [Point("pop", ratio, gamma) for ratio in RATIOS for gamma in GAMMAS]
+    return {p: Point("static", round(p.ratio - p.gamma / 2 * share, 6)) for p in pops if p.ratio and p.gamma}
 
 
 def outputs(parts: Parts, progress: Progress) -> None:

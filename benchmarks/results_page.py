@@ -93,10 +93,21 @@ def write(folder: Path, page: Path, machine: Mapping[str, Any]) -> None:
 def _text(found: Mapping[str, Any], page: Path) -> str:
     picture = show.plot(found, page.with_name("results.png"))
     setup = found["setup"]
+    equal = [
+        [
+            f"pop, {e['pop']['ratio']:.0%}, gamma {e['pop']['gamma']:g}",
+            *(f"{e[name]['cost']['bytes_share']:.1%}" for name in ("pop", "static")),
+            *(f"{e[name]['kl']:.3f} {_pair(e[name]['kl_interval'], '.3f')}" for name in ("pop", "static")),
+            _span(e["difference"], "+.4f"),
+        ]
+        for e in found["equal_cost"]
+    ]
     return (
         f"## {setup['model']}: every method\n\n{setup['texts'] and len(setup['texts'])} texts, {setup['prompt']} prompt tokens, "
         f"{setup['continuation']} decode steps scored by teacher forcing, each row pruned by itself.\n\n"
-        f"{show.markdown_table(found)}\n\n{LEGEND}\n![KL over bytes read]({picture.name})\n\n{_order(found['order'])}"
+        f"{show.markdown_table(found)}\n\n{LEGEND}\n![KL over bytes read]({picture.name})\n\n{_order(found['order'])}\n"
+        "### At equal cost\n\nPOP computes R and C at every step to choose among C. A static mask that simply keeps all of R and C reads "
+        "the same:\n\n" + _table(["pop", "bytes, pop", "bytes, static", "KL, pop", "KL, static", "pop - static"], equal)
     )
 
 
