@@ -1,0 +1,271 @@
+"""lm-evaluation-harness's model ``pop``: Hugging Face models that are pruned while they answer."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ..config import PopConfig
+from ..errors import ConfigError
+from ..samples import SAMPLES, resolve
+from ..session import Session
+from .harness_tally import Tally
+
+MODES = ("decode", "prefill")
+_SETTINGS = [field.name for field in fields(PopConfig)]
+_HFLM_BACKENDS = ("default", "causal", "seq2seq")  # HFLM has a setting of the same name
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What one forward reads of a request: all tokens but the last.
+
+    Attributes
+    ----------
+    tokens : tuple of int
+        Context and continuation without its last token, cut on the left to what the model can read.
+    context : int
+        How many of them are context. The logits of the others, and of the last one of the context, are scored.
+    prefill : bool
+        Whether all of them are one prefill.
+    """
+
+    tokens: tuple[int, ...]
+    context: int
+    prefill: bool
+
+
+@register_model("pop")
+class PopLM(HFLM):  # type: ignore[misc]
+    """A Hugging Face model under POP, for ``lm_eval --model pop --model_args pretrained=...,ratio=0.2``.
+
+    Generation is pruned as in :func:`pop_mm.prune`. A continuation to be scored goes through the model in one forward
+    with its context: as decode steps, which gives what generating it would have given, or as a part of the prefill.
+
+    Parameters
+    ----------
+    pretrained : str or PreTrainedModel
+        A sample's name, a folder, a hub id, or a model.
+    loglikelihood : {"decode", "prefill"}
+        ``"decode"``: the context is prefill and each token of the continuation a decode step. ``"prefill"``: both
+        are one prefill that is completed on the retained and candidate channels (``prefill="partition"``), as the
+        paper scores. Empty contexts and rolling windows are always scored so.
+    **settings
+        Fields of :class:`PopConfig`; ``ratio`` is needed. ``batch`` is ``"per_sequence"`` unless given, so that
+        answers do not depend on what else is in a batch. Everything else goes to lm_eval's ``HFLM``.
+
+    Attributes
+    ----------
+    tallies : dict of str to Tally
+        By task.
+
+    Raises
+    ------
+    ConfigError
+        A setting is wrong; the model has not been loaded then.
+    """
+
+    def __init__(self, pretrained: Any, loglikelihood: str = "decode", **settings: Any) -> None:
+        if loglikelihood not in MODES:
+            raise ConfigError(f"loglikelihood must be one of {', '.join(map(repr, MODES))}; got {loglikelihood!r}.")
+        self.pop_config, others = _sort_out(settings)
+        self.mode = loglikelihood
+        self.tallies: dict[str, Tally] = {}
+        self._task = ""
+        self._dense = False
+        if isinstance(pretrained, str):
+            if pretrained in SAMPLES:
+                others.setdefault("dtype", SAMPLES[pretrained].dtype)
+            others.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+            pretrained = resolve(pretrained)
+        super().__init__(pretrained, **others)
+        self._session = Session(self.model, self.pop_config)
+        self._partition_session = Session(self.model, replace(self.pop_config, prefill="partition"))
+        self._prunes = any(plan.backend != "dense" for plan in self._session.plans)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Within: no pruning, and nothing is counted."""
+        self._dense = True
+        try:
+            yield
+        finally:
+            self._dense = False
+
+    def set_cache_hook(self, cache_hook: Any) -> NoReturn:
+        """Refuse lm_eval's cache of responses."""
+        raise ValueError(
+            "--use_cache keeps responses by request alone, so those of the pruned and of the dense model would be mixed up. "
+            "Leave it out with --model pop (--cache_requests is fine)."
+        )
+
+    # requests -------------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers, generated inside a session."""
+        with self._attached(self._session):
+            return self._by_task(super().generate_until, requests, disable_tqdm, generated=True)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether greedy decoding gives it."""
+        return self._by_task(super().loglikelihood, requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, window by window, each a prefill."""
+        return self._by_task(super().loglikelihood_rolling, requests, disable_tqdm)
+
+    def _by_task(
+        self, answer: Callable[..., list[Any]], requests: list[Any], disable_tqdm: bool, generated: bool = False
+    ) -> list[Any]:
+        """Answer the requests of one task after the other, so that each has a tally of its own."""
+        results: list[Any] = [None] * len(requests)
+        for task in dict.fromkeys(request.task_name for request in requests):
+            self._task = task or "unnamed"
+            places = [index for index, request in enumerate(requests) if request.task_name == task]
+            answers = answer([requests[index] for index in places], disable_tqdm=disable_tqdm)
+            for index, result in zip(places, answers, strict=True):
+                results[index] = result
+            if generated:
+                self._count_generated(answers)
+            if warning := self._warning(self._task):
+                _log.warning(warning)
+        return results
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        places: dict[Text, list[int]] = {}  # requests that differ in their last token alone share a forward
+        for index, request in enumerate(requests):
+            places.setdefault(self._text(*request), []).append(index)
+        results: list[Any] = [None] * len(requests)
+        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
+        for prefill, session in ((False, self._session), (True, self._partition_session)):
+            texts = sorted((text for text in places if text.prefill == prefill), key=lambda text: -len(text.tokens))
+            if not texts:
+                continue
+            with self._attached(session):
+                size = override_bs or self._rows_for(texts[0])
+                for start in range(0, len(texts), size):
+                    batch = texts[start : start + size]
+                    for text, logits in zip(batch, self._logits(session, batch), strict=True):
+                        scored = self._log_softmax(logits[text.context - 1 : len(text.tokens)])
+                        for index in places[text]:
+                            results[index] = _score(scored, requests[index][2])
+                            self._count_scored(text, len(scored))
+                        bar.update(len(places[text]))
+        bar.close()
+        return results
+
+    def _text(self, key: tuple[str, str] | None, context: list[int], continuation: list[int]) -> Text:
+        context = context or [self.prefix_token_id]
+        if not 0 < len(continuation) <= self.max_length:
+            raise ValueError(
+                f"A continuation must have 1 to {self.max_length} tokens, which the model can read at once; "
+                f"{'a window' if key is None else repr(key[1])} has {len(continuation)}."
+            )
+        tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
+        prefill = self.mode == "prefill" or key is None or not key[0].strip()
+        return Text(tuple(tokens), len(tokens) - len(continuation) + 1, prefill)
+
+    def _rows_for(self, longest: Text) -> int:
+        if self.batch_size != "auto":
+            return int(self.batch_size)
+        return int(self._detect_batch_size([(None, list(longest.tokens), [0])], 0))
+
+    @torch.no_grad()
+    def _logits(self, session: Session, batch: Sequence[Text]) -> Tensor:
+        """Logits ``[B, q, V]`` of texts that are padded on the right."""
+        shape = len(batch), max(len(text.tokens) for text in batch)
+        ids, mask = torch.full(shape, self.tokenizer.pad_token_id), torch.zeros(shape, dtype=torch.long)
+        for row, text in enumerate(batch):
+            ids[row, : len(text.tokens)], mask[row, : len(text.tokens)] = torch.tensor(text.tokens), 1
+        decode: AbstractContextManager[None] = nullcontext()
+        if not self._dense and not batch[0].prefill:
+            decode = session.split(torch.tensor([text.context for text in batch], device=self.device))
+        dtype = self.mixed_precision_dtype
+        with decode, torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            output = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False)
+        logits: Tensor = output.logits
+        return logits
+
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        return logits.log_softmax(-1, self.softmax_dtype or torch.promote_types(logits.dtype, torch.float32))
+
+    def _attached(self, session: Session) -> AbstractContextManager[Any]:
+        return nullcontext() if self._dense else session
+
+    # what was done --------------------------------------------------------------------------------------------------
+
+    def _tally(self) -> Tally:
+        return self.tallies.setdefault(self._task, Tally())
+
+    def _count_scored(self, text: Text, tokens: int) -> None:
+        if not self._dense:
+            self._tally().add_scored(tokens, text.prefill, self._pruned(tokens, text.prefill))
+
+    def _count_generated(self, answers: Sequence[str]) -> None:
+        if not self._dense:
+            for answer in answers:
+                tokens = len(self.tok_encode(answer, add_special_tokens=False))
+                self._tally().add_generated(tokens, self._pruned(tokens))
+
+    def _pruned(self, tokens: int, prefill: bool = False) -> int:
+        """How many tokens of an answer have logits of pruned FFNs: not the first, if those are the dense prefill's."""
+        if not self._prunes:
+            return 0
+        return tokens if prefill or self.pop_config.prefill == "partition" else max(tokens - 1, 0)
+
+    def _warning(self, task: str) -> str | None:
+        tally = self.tallies.get(task)
+        return tally.warning(task) if tally is not None and self._prunes and not self._dense else None
+
+    def pop_info(self) -> dict[str, Any]:
+        """Settings, what was counted (in all and by task), and warnings."""
+        warnings = [warning for task in self.tallies if (warning := self._warning(task))]
+        return {
+            "config": self.pop_config.to_dict(),
+            "loglikelihood": self.mode,
+            **sum(self.tallies.values(), Tally()).to_dict(),
+            "tasks": {task: tally.to_dict() for task, tally in self.tallies.items()},
+            "warnings": warnings,
+        }
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What ``HFLM`` says of the model, and :meth:`pop_info` under ``"pop"``."""
+        return {**super().get_model_info(), "pop": self.pop_info()}
+
+
+def _sort_out(settings: Mapping[str, Any]) -> tuple[PopConfig, dict[str, Any]]:
+    """The session's settings, and those that are left for HFLM."""
+    own: dict[str, Any] = {"batch": "per_sequence"}
+    others = dict(settings)
+    for name in _SETTINGS:
+        if name in others and not (name == "backend" and others[name] in _HFLM_BACKENDS):
+            own[name] = others.pop(name)
+    known = inspect.signature(HFLM.__init__).parameters
+    for name in others:
+        if name not in known and (close := get_close_matches(name, _SETTINGS, 1, cutoff=0.8)):
+            raise ConfigError(f"Unknown setting {name!r}. Did you mean {close[0]!r}?")
+    return PopConfig.from_dict(own), others
+
+
+def _score(scored: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
+    """Sum of log-probabilities ``[n, V]`` at the tokens ``[n]``, and whether each is the most likely one."""
+    targets = torch.tensor(continuation, device=scored.device)
+    total = scored.gather(-1, targets.unsqueeze(-1)).sum()
+    return float(total), bool((scored.argmax(-1) == targets).all())
