@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lm_eval.api.task import Task
 
+from .beside import add_dense, same_requests
 from .harness_model import PopLM
 
 
@@ -30,44 +31,25 @@ def beside_dense(evaluate: Callable[..., Any]) -> Callable[..., Any]:
         with lm.dense(), _requests_again(task_dict):
             dense = evaluate(lm=lm, task_dict=task_dict, **{**settings, "write_out": False})
         if pruned is not None:  # on the other processes of a distributed run it is
-            _merge(pruned, dense)
+            add_dense(pruned, dense)
             pruned["config"] = {"pop": lm.pop_info()}
         return pruned
 
     return evaluate_twice
 
 
-def _merge(pruned: dict[str, Any], dense: dict[str, Any]) -> None:
-    for table in ("results", "groups"):
-        for name, metrics in pruned.get(table, {}).items():
-            found = dense[table][name].items()
-            metrics.update({_dense_key(key): value for key, value in found if "," in key})
-    for name, better in pruned["higher_is_better"].items():
-        pruned["higher_is_better"][name] = {**better, **{_dense_key(metric): value for metric, value in better.items()}}
-
-
-def _dense_key(key: str) -> str:
-    """``"acc (dense)_stderr,none"`` for ``"acc_stderr,none"``."""
-    metric, comma, name = key.partition(",")
-    base = metric.removesuffix("_stderr")
-    return f"{base} (dense){metric[len(base) :]}{comma}{name}"
-
-
 @contextmanager
 def _requests_again(task_dict: Mapping[str, Any]) -> Iterator[None]:
-    """Within: the tasks answer the requests that they have already built; building them again draws other few-shot examples."""
+    """Within: the tasks have the requests that they built already, unanswered; afterwards the answers are back."""
     tasks = list(_tasks(task_dict))
     requests = [request for task in tasks for request in task.instances]
     before = [(request.resps, request.filtered_resps) for request in requests]
     for request in requests:
         request.resps, request.filtered_resps = [], {}
-    for task in tasks:
-        task.build_all_requests = lambda **_: None
     try:
-        yield
+        with same_requests(tasks):
+            yield
     finally:
-        for task in tasks:
-            del task.build_all_requests
         for request, (resps, filtered) in zip(requests, before, strict=True):
             request.resps, request.filtered_resps = resps, filtered
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .beside import add_dense, same_requests
 from .lmms_model import PopVLM
 
 _VARIANTS = (  # of a metric's name; lmms-eval's table puts them into columns of the metric's row
@@ -80,41 +81,27 @@ def _pairs_stay_pairs() -> Iterator[None]:
 
 
 def _merge(pruned: dict[str, Any], dense: dict[str, Any], lm: PopVLM) -> None:
-    for table in ("results", "groups"):
-        for name, metrics in pruned.get(table, {}).items():
-            metrics.update({_dense_key(key): value for key, value in dense[table][name].items() if "," in key})
-            if name in lm.tallies:
-                generated, scored = lm.tallies[name].pruned_generated_share, lm.tallies[name].pruned_token_share
-                metrics["pruned_share,none"] = scored if generated is None else generated
-    for name, better in pruned.get("higher_is_better", {}).items():
-        pruned["higher_is_better"][name] = {**better, **{_dense_key(metric): value for metric, value in better.items()}}
+    add_dense(pruned, dense, _VARIANTS)
+    for name, tally in lm.tallies.items():
+        generated, scored = tally.pruned_generated_share, tally.pruned_token_share
+        if name in pruned["results"]:
+            pruned["results"][name]["pruned_share,none"] = scored if generated is None else generated
     for task, samples in pruned.get("samples", {}).items():
         for sample, other in zip(samples, dense["samples"][task], strict=True):
             sample["filtered_resps (dense)"] = other["filtered_resps"]
     pruned["pop"] = lm.pop_info()
 
 
-def _dense_key(key: str) -> str:
-    """``"acc (dense)_stderr,none"`` for ``"acc_stderr,none"``."""
-    metric, comma, name = key.partition(",")
-    variant = next((f"_{variant}" for variant in _VARIANTS if metric.endswith(f"_{variant}")), "")
-    return f"{metric.removesuffix(variant)} (dense){variant}{comma}{name}"
-
-
 @contextmanager
 def _requests_again(task_dict: Mapping[Any, Any]) -> Iterator[None]:
-    """Within: tasks ask what they asked already; building requests again would draw other few-shot examples."""
+    """Within: the tasks have the requests that they built already, unanswered."""
     tasks = list(_tasks(task_dict))
     for task in tasks:
         for request in task.instances:
             request.resps, request.token_counts = [], []
             request.filtered_resps, request.raw_filtered_resps = {}, {}
-        task.build_all_requests = lambda **_: None
-    try:
+    with same_requests(tasks):
         yield
-    finally:
-        for task in tasks:
-            del task.build_all_requests
 
 
 def _tasks(task_dict: Mapping[Any, Any]) -> Iterator[Any]:
