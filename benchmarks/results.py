@@ -150,9 +150,12 @@ def layers(parts: Parts, progress: Progress) -> None:
     for layer in progress.track(range(count), description="layers"):
         config = config_for("static", 0.0, scope="ffn", layer_ratios={layer: ratio})
         found.append(sum(score.kl for score in score_texts(model, ids, prompt, config, dense)) / len(ids))
-    together = score_texts(model, ids, prompt, config_for("static", ratio, scope="ffn"), dense)
-    whole = sum(score.kl for score in together) / len(ids)
-    parts.save("layers", {"ffn_ratio": ratio, "texts": len(ids), "kl": found, "together": whole})
+    worst = max(range(count), key=found.__getitem__)
+    spared = {}
+    for name, kept in (("all layers", {}), (f"layer {worst} dense", {worst: 0.0})):
+        config = config_for("static", 0.4, layer_ratios=kept)  # the other layers make up for it
+        spared[name] = sum(score.kl for score in score_texts(model, ids, prompt, config, dense)) / len(ids)
+    parts.save("layers", {"ffn_ratio": ratio, "texts": len(ids), "kl": found, "overall": spared})
 
 
 def ablations(parts: Parts, progress: Progress) -> None:

@@ -107,7 +107,9 @@ def _text(found: Mapping[str, Any], page: Path) -> str:
         f"{setup['continuation']} decode steps scored by teacher forcing, each row pruned by itself.\n\n"
         f"{show.markdown_table(found)}\n\n{LEGEND}\n![KL over bytes read]({picture.name})\n\n{_order(found['order'])}\n"
         "### At equal cost\n\nPOP computes R and C at every step to choose among C. A static mask that simply keeps all of R and C reads "
-        "the same:\n\n" + _table(["pop", "bytes, pop", "bytes, static", "KL, pop", "KL, static", "pop - static"], equal)
+        "the same. Where *pop - static* is about zero, POP's lead over the static mask of its own ratio (above) comes from the "
+        "channels that it computes more, and not from choosing among them.\n\n"
+        + _table(["pop", "bytes, pop", "bytes, static", "KL, pop", "KL, static", "pop - static"], equal)
     )
 
 
@@ -163,11 +165,13 @@ def _moe(found: Mapping[str, Any], _: Path) -> str:
 
 def _layers(found: Mapping[str, Any], _: Path) -> str:
     total = sum(found["kl"])
+    overall = ", ".join(f"KL {kl:.3f} with {name}" for name, kl in found["overall"].items())
     rows = [[str(i), f"{kl:.4f}", f"{kl / total:.1%}"] for i, kl in enumerate(found["kl"])]
     return (
         f"## Each layer's share\n\nOne layer at a time pruned by {found['ffn_ratio']:.1%} of its FFN (as at 40 % overall; static mask), "
-        f"{found['texts']} texts. All layers together: KL {found['together']:.3f}; the sum of the single ones: {total:.3f}. "
-        "`layer_ratios` keeps single layers dense.\n\n" + _table(["layer", "KL to dense", "share of the sum"], rows)
+        f"{found['texts']} texts. The sum of the single ones: {total:.3f}. At 40 % overall, the others making up for it: "
+        f"{overall} (`layer_ratios={{0: 0.0}}` keeps layer 0 dense).\n\n"
+        + _table(["layer", "KL to dense", "share of the sum"], rows)
     )
 
 
