@@ -64,7 +64,9 @@ class Parts:
         setup = Setup(name, **{**settings, **{k: v for k, v in small.items() if settings.get(k, 1)}})
         passages = texts.passages()
         cut = texts.windows(passages, tokenizer, setup.tokens, 2 if self.quick else limit)
-        calibration = texts.rests(passages, tokenizer, Setup(name).tokens)  # never what is scored at any size
+        whole = Setup(name).tokens
+        rest = texts.pieces(passages, tokenizer, whole)
+        calibration = [w for w in rest if len(w.ids) < whole]  # what follows the windows, at any size of theirs
         return Run(model, setup, [w for w in cut if "#" not in w.name], calibration, self.folder / part)
 
     def save(self, part: str, result: Any) -> None:

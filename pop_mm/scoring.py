@@ -31,7 +31,10 @@ class Scorer(ABC):
         """Weight of each channel, ``[D]`` (``[E, D]`` for experts), float32 or wider, not negative. Called once per model."""
 
     def prompt_activations(self, h: Tensor) -> Tensor:
-        """What the norm over the prompt's tokens runs over, ``[..., D]`` like ``h``: by default the activations themselves."""
+        """What the norm over the prompt's tokens runs over, ``[..., D]`` like ``h``: by default the activations themselves.
+
+        The order of the channels is that of the weights, which changes from prompt to prompt: treat all channels alike.
+        """
         return h
 
 

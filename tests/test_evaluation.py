@@ -1,5 +1,6 @@
 """``pop-mm eval`` and what is behind it: scores, methods, cost, intervals, texts, and runs that are interrupted."""
 
+import io
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 import pop_mm
 from pop_mm import ConfigError, PopConfig
@@ -16,7 +18,8 @@ from pop_mm.evaluation import run as module
 from pop_mm.evaluation.fidelity import compare, greedy
 from pop_mm.evaluation.intervals import bootstrap, difference
 from pop_mm.evaluation.run import EvaluationError, Point, Run, Setup, grid
-from pop_mm.evaluation.texts import TextError, Window, read_dataset, read_files, rests, windows
+from pop_mm.evaluation.show import markdown_table, print_table
+from pop_mm.evaluation.texts import TextError, Window, pieces, read_dataset, read_files, windows
 from tiny_folder import save
 from tiny_models import VOCAB
 
@@ -95,6 +98,23 @@ def test_calibration_adds_texts_up(model):
     together, alone = calibrate(model, rows).energies, [calibrate(model, [row]).energies for row in rows]
     for name, energy in together.items():
         torch.testing.assert_close(energy, sum(part[name] for part in alone))
+
+
+def test_calibration_that_does_not_reach_all(load):
+    model = load("mixtral")
+    calibration = calibrate(model, [texts(1)[0].ids[:1].unsqueeze(0)])  # one token: two experts of each layer
+    energy = next(iter(calibration.energies.values()))
+    missed = energy.sum(-1) == 0
+    assert 0 < missed.sum() < len(missed)
+    calibration.energies.pop(next(reversed(calibration.energies)))  # and a layer that did not run at all
+    with pop_mm.prune(model, config_for("wanda_sp", 0.4, scope="ffn", calibration=calibration)) as session:
+        greedy(model, stacked(texts(1)), 12, 2)
+        first, *_, last = session.report.ffns
+    for ffn, units in ((first, missed), (last, torch.ones_like(missed))):
+        record = ffn.plan.ffn
+        by_weights = (record.down_column_norms() * record.input_norms())[units]
+        pruned = by_weights.argsort(dim=-1, descending=True, stable=True)[:, ffn.plan.sizes.width :].sort(-1).values
+        assert torch.equal(ffn.partition.pruned[units], pruned)
 
 
 def test_wrong_methods():
@@ -199,15 +219,59 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(model, tmp_path):
     assert more.results(points) == whole.results(points)
 
 
+def test_a_record_that_was_cut_anywhere_goes_on(model, tmp_path):
+    setup = replace(SETUP, settings={"layer_ratios": {0: 0.0}})
+    points = grid(["static"], [0.4], [0.1], ["dense"])
+    whole = Run(model, setup, texts(), folder=tmp_path / "whole")
+    whole.work(points)
+    record = (tmp_path / "whole" / module.UNITS).read_bytes()
+    first = record.index(b"\n")
+    for cut in (0, 5, first, first + 1, first + 20, len(record) - 1):
+        (tmp_path / f"{cut}").mkdir()
+        (tmp_path / f"{cut}" / module.UNITS).write_bytes(record[:cut])
+        again = Run(model, setup, texts(), folder=tmp_path / f"{cut}")
+        again.work(points)
+        assert again.results(points) == whole.results(points)
+        assert len(Run(model, setup, texts(), folder=tmp_path / f"{cut}")._units) == whole.total(points)
+    with (tmp_path / "whole" / module.UNITS).open("ab") as file:
+        file.write(b"123\n\xff\n{}\n")
+    assert len(Run(model, setup, texts(), folder=tmp_path / "whole")._units) == whole.total(points)
+
+
+def test_one_text_has_no_interval(model):
+    points = grid(["static", "pop"], [0.4], [0.1, 0.2, 1.0], ["dense"])
+    run = Run(model, SETUP, texts(1))
+    run.work(points)
+    results = run.results(points)
+    for row in results["rows"]:
+        assert row["kl_interval"] is row["perplexity_interval"] is None
+    assert results["rows"][-1]["kl_minus_static"][1:] == [None, None]
+    assert 0.18 < results["rows"][-2]["candidates"] < 0.22 < results["rows"][-1]["candidates"] < 1
+    assert "[" not in markdown_table(results)
+    assert "1 (0.78)" in markdown_table(results)  # gamma that does not fit the ratio
+
+
+@pytest.mark.parametrize(("width", "terminal"), [(80, False), (110, True), (250, True)])
+def test_the_table_is_never_cut(model, width, terminal):
+    points = grid(["static", "pop"], [0.4], [0.1], ["dense"])
+    run = Run(model, replace(SETUP, model="m[bold]od"), texts())
+    run.work(points)
+    out = io.StringIO()
+    print_table(Console(file=out, width=width, force_terminal=terminal, color_system=None), run.results(points))
+    text = out.getvalue()
+    assert "\u2026" not in text and "m[bold]od" in text and "static" in text
+    assert ("95 %" in text) == (width != 110)
+
+
 def test_another_setup_is_refused(model, load, tmp_path):
     Run(model, SETUP, texts(), folder=tmp_path)
-    for setup, pieces, other, what in (
+    for setup, given, other, what in (
         (replace(SETUP, seed=1), texts(), model, "seed differ"),
         (SETUP, texts(seed=1), model, "texts differ"),
         (SETUP, texts(), load("qwen2"), "model_class, .*weights differ"),
     ):
         with pytest.raises(EvaluationError, match=what):
-            Run(other, setup, pieces, folder=tmp_path)
+            Run(other, setup, given, folder=tmp_path)
     (tmp_path / module.UNITS).write_text("something else\n")
     with pytest.raises(EvaluationError, match="not the record of an evaluation"):
         Run(model, SETUP, texts(), folder=tmp_path)
@@ -249,9 +313,34 @@ def test_windows_take_all_texts_in_turn():
         ("a #2", [4, 5, 6, 7]),
     ]
     assert [w.name for w in windows(found, Words(), 4, 2)] == ["a", "b"]
-    assert {w.name: w.ids.tolist() for w in rests(found, Words(), 4)} == {"a": [8, 9, 10]}
+    rest = {w.name: w.ids.tolist() for w in pieces(found, Words(), 4) if len(w.ids) < 4}
+    assert rest == {"a #3": [8, 9, 10]}  # and none of "b", whose rest is one token
     with pytest.raises(TextError, match=r"No text has the 12 tokens .*longest has 11"):
         windows(found, Words(), 12)
+
+
+class Framed(Words):
+    """The same, with a token before and after each text."""
+
+    def __call__(self, text, add_special_tokens=True, **_):
+        ids = super().__call__(text)["input_ids"]
+        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
+
+
+def test_every_window_begins_as_a_text_does():
+    cut = windows({"a": " ".join(map(str, range(10, 18)))}, Framed(), 4)
+    assert [w.ids.tolist() for w in cut] == [[1, 10, 11, 12], [1, 13, 14, 15]]
+    assert pieces({"a": "10 11 12 13 14"}, Framed(), 4)[-1].ids.tolist() == [1, 13, 14]
+    with pytest.raises(TextError, match="no room for text"):
+        windows({"a": "10 11"}, Framed(), 1)
+
+
+def test_files_of_one_name(tmp_path):
+    for folder, text in (("x", "one"), ("y", "two")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(f"\ufeff{text}", encoding="utf-8")
+    both = [str(tmp_path / folder / "a.txt") for folder in ("x", "y", "x")]
+    assert read_files(both) == {"a.txt": "one", "a.txt (2)": "two"}
 
 
 def test_files_and_data_sets(tmp_path):
@@ -310,7 +399,7 @@ def test_command(call, folder, prose, tmp_path):
     page = (tmp_path / "out" / "results.md").read_text()
     assert all(f"| {row['method']} |" in page for row in results["rows"])
     assert all(version in page for version in results["setup"]["versions"].values())
-    assert "pop" in out and "3 texts" in out
+    assert "pop" in out and "3 pieces of text" in out
     with Image.open(tmp_path / "out" / "quality.png") as saved:
         assert min(saved.size) > 400
     first = (tmp_path / "out" / "results.json").read_bytes()
@@ -328,7 +417,8 @@ def test_command_with_calibration_and_shared_batches(call, folder, prose, tmp_pa
     )
     assert code == 0
     results = json.loads(out)
-    assert list(results["setup"]["calibration"]) == ["prose.txt"]
+    assert list(results["setup"]["calibration"]) == ["prose.txt", "prose.txt #2", "prose.txt #3", "prose.txt #4"]
+    assert results["setup"]["calibration_tokens"] == 60
     assert [row["method"] for row in results["rows"]] == ["dense", "wanda_sp"]
 
 
@@ -345,6 +435,7 @@ def test_command_with_calibration_and_shared_batches(call, folder, prose, tmp_pa
         (("--dataset", "x"), "--text or --dataset, not both"),
         (("--text", "none.txt"), "cannot be read"),
         (("--output", __file__), "must be a folder"),
+        (("--output", ""), "--output is empty"),
     ],
 )
 def test_command_says_what_is_wrong(call, folder, prose, options, message):

@@ -129,7 +129,7 @@ def evaluate(
         list[str] | None, typer.Option(metavar="FILE", help="Text to score; else prose that ships.")
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A `datasets` data set, or a .jsonl file.")
+        str | None, typer.Option(metavar="NAME", help="Of `datasets`, or a .jsonl, .csv or .parquet.")
     ] = None,
     subset: Annotated[str | None, typer.Option(metavar="NAME", help="The data set's configuration.")] = None,
     split: Annotated[str, typer.Option(help="The data set's split.")] = "test",

@@ -13,11 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import PopConfig
 from ..evaluation import show, texts
-from ..evaluation.run import EvaluationError, Run, Setup, grid
+from ..evaluation.run import UNITS, EvaluationError, Run, Setup, grid
 from ..evaluation.texts import Window
 from ..session import plan_ffns
 from .generate import find_device, load_model
 from .terminal import CommandError, check_writable, quiet, write_json
+
+_FEW = 2000  # calibration tokens
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def run(
     json_file: str | None,
 ) -> None:
     """The command; all of it is checked before the model is loaded."""
+    if output == "":
+        raise CommandError("--output is empty: name a folder.")
     if source.files and source.dataset:
         raise CommandError("Give --text or --dataset, not both.")
     points = grid(methods, ratios, gammas, prefills)
@@ -71,6 +75,8 @@ def run(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CommandError(f"The folder {folder} cannot be made: {error.strerror or error}.") from error
+        for name in (UNITS, "results.json", "results.md", "quality.png"):
+            check_writable(folder / name)
     if json_file not in (None, "-"):
         check_writable(json_file)
     where = find_device(device)
@@ -78,6 +84,8 @@ def run(
     if source.dataset:
         named = texts.read_dataset(source.dataset, source.split, source.column, source.subset)
     extra = texts.read_files(source.calibration)
+    if "wanda_sp" in methods and named and not extra:
+        raise EvaluationError("wanda_sp ranks channels by calibration text: give some (--calibration FILE).")
     console = Console(stderr=json_file == "-")
     with quiet():
         model, tokenizer = load_model(setup.model, dtype, where)
@@ -89,12 +97,9 @@ def run(
         windows = texts.windows(named or texts.passages(), tokenizer, setup.tokens, source.limit)
         calibration: list[Window] = []
         if "wanda_sp" in methods:
-            if extra:
-                calibration = [Window(name, ids) for name, ids in texts.tokenized(extra, tokenizer).items()]
-            elif not named:
-                calibration = texts.rests(texts.passages(), tokenizer, setup.tokens)
-            if not calibration:
-                raise EvaluationError("wanda_sp ranks channels by calibration text: give some (--calibration FILE).")
+            known = {window.name for window in windows} if not extra else set()
+            every = texts.pieces(extra or texts.passages(), tokenizer, setup.tokens)
+            calibration = [window for window in every if window.name not in known]  # what is not scored
         work = Run(model, setup, windows, calibration, folder)
         for ratio in ratios:  # one that does not fit the model is found before the first forward
             plan_ffns(model, PopConfig(ratio, setup.scope))  # type: ignore[arg-type]
@@ -104,12 +109,19 @@ def run(
             task = progress.add_task("evaluating", total=work.total(points))
             work.work(points, lambda: progress.advance(task))
     results = work.results(points)
-    console.print(show.table(results))
+    show.print_table(console, results)
+    tokens = results["setup"]["calibration_tokens"]
+    if "wanda_sp" in methods and tokens < _FEW:
+        console.print(
+            f"wanda_sp was calibrated on {tokens} tokens only: give more text (--calibration).", style="yellow"
+        )
     if folder is not None:
         command = "pop-mm " + shlex.join(sys.argv[1:])
         write_json(results, str(folder / "results.json"))
         (folder / "results.md").write_text(show.markdown(results, command), encoding="utf-8")
         show.plot(results, folder / "quality.png")
-        console.print(f"Saved in {folder}: results.json, results.md, quality.png", highlight=False, soft_wrap=True)
+        console.print(
+            f"Saved in {folder}: results.json, results.md, quality.png", highlight=False, markup=False, soft_wrap=True
+        )
     if json_file is not None:
         write_json(results, json_file)

@@ -56,6 +56,8 @@ def pruned_step_logits(model: Any, ids: Tensor, prompt: int, config: PopConfig) 
 
 def compare(dense: Tensor, pruned: Tensor, targets: Tensor) -> Score:
     """Score pruned logits ``[n, V]`` against dense ones; ``targets`` ``[n]`` are the text's next tokens."""
+    if dense.device.type == "mps":  # has no float64
+        dense, pruned, targets = dense.cpu(), pruned.cpu(), targets.cpu()
     p, q = dense.double().log_softmax(-1), pruned.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean()
     agreement = (dense.argmax(-1) == pruned.argmax(-1)).double().mean()

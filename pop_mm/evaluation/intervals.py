@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 10_000
+_AT_ONCE = 1 << 21  # values that are drawn at once
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,14 @@ def bootstrap(
         One value a text.
     """
     values = torch.as_tensor(values, dtype=torch.float64)
-    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(seed))
-    resampled, value = values[picks].mean(-1), values.mean()
-    if base is not None:
-        base = torch.as_tensor(base, dtype=torch.float64)
-        resampled, value = resampled / base[picks].mean(-1), value / base.mean()
+    base = None if base is None else torch.as_tensor(base, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for size in torch.arange(RESAMPLES).split(max(1, _AT_ONCE // len(values))):
+        picks = torch.randint(len(values), (len(size), len(values)), generator=generator)
+        part = values[picks].mean(-1)
+        parts.append(part if base is None else part / base[picks].mean(-1))
+    resampled, value = torch.cat(parts), values.mean() if base is None else values.mean() / base.mean()
     low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
     return Interval(float(value), low, high)
 

@@ -71,7 +71,7 @@ class GriffinScorer(ActivationScorer):
 
     def prompt_activations(self, h: Tensor) -> Tensor:
         """Every token's activations, divided by their norm."""
-        return nn.functional.normalize(h, dim=-1)
+        return nn.functional.normalize(h.to(torch.promote_types(h.dtype, torch.float32)), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,16 @@ class CalibratedScorer(FixedScorer):
 
     def channel_weight(self, ffn: FFN | Experts) -> Tensor:
         """``[D]`` or ``[E, D]``."""
-        weight = ffn.down_column_norms()
-        return weight * self._calibration.energies[ffn.name].sqrt().to(weight.device)
+        weight, energy = ffn.down_column_norms(), self._calibration.energies.get(ffn.name)
+        if energy is not None and bool((energy.sum(-1) > 0).all()):
+            return weight * energy.sqrt().to(weight.device)
+        by_weights = weight * ffn.input_norms().to(
+            weight.device
+        )  # of FFNs and experts that no calibration token reached
+        if energy is None:
+            return by_weights
+        energy = energy.to(weight.device)
+        return (weight * energy.sqrt()).where(energy.sum(-1, keepdim=True) > 0, by_weights)
 
 
 @torch.inference_mode()

@@ -139,7 +139,7 @@ class Run:
         self.texts = texts
         self._calibration_texts = calibration
         self._calibration: Calibration | None = None
-        self.description = self._describe()
+        self.description = json.loads(json.dumps(self._describe()))  # as it comes back from a file
         self._file = None if folder is None else folder / UNITS
         self._units: dict[tuple[Point, int], dict[str, Any]] = {}
         if self._file is not None:
@@ -155,6 +155,7 @@ class Run:
             "device": self.model.device.type,
             "texts": {window.name: digest(window) for window in self.texts},
             "calibration": {window.name: digest(window) for window in self._calibration_texts},
+            "calibration_tokens": sum(len(window.ids) for window in self._calibration_texts),
             "versions": {
                 "pop_mm": __version__,
                 "torch": torch.__version__,
@@ -165,11 +166,12 @@ class Run:
 
     def _read(self, file: Path) -> None:
         """Take over what an earlier run has finished. A line that was cut off by an interruption is done again."""
-        if not file.exists():
+        first = json.dumps({"setup": self.description})
+        head, *lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else [""]
+        if not lines and first.startswith(head):  # there is none, or its first line was cut off
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"setup": self.description}) + "\n", encoding="utf-8")
+            file.write_text(first + "\n", encoding="utf-8")
             return
-        head, *lines = file.read_text(encoding="utf-8").split("\n")
         try:
             before = json.loads(head)["setup"]
         except (ValueError, KeyError, TypeError):
@@ -180,15 +182,15 @@ class Run:
                 f"{file.parent} holds an evaluation with another setup ({', '.join(changed)} differ). Name another folder, or "
                 f"delete {file} to start anew."
             )
-        whole = [head]
         for line in lines:
             try:
                 unit = json.loads(line)
-            except ValueError:
+                self._units[Point(**unit["point"]), unit["batch"]] = unit
+            except (ValueError, KeyError, TypeError):
                 continue
-            self._units[Point(**unit["point"]), unit["batch"]] = unit
-            whole.append(line)
-        file.write_text("\n".join(whole) + "\n", encoding="utf-8")
+        if lines[-1]:  # the next line must not go on where the last one was cut off
+            with file.open("a", encoding="utf-8") as more:
+                more.write("\n")
 
     def _keep(self, unit: dict[str, Any]) -> None:
         self._units[Point(**unit["point"]), unit["batch"]] = unit
@@ -228,17 +230,19 @@ class Run:
         if point.method == "dense":
             scores, whole = compare_rows(dense, dense, ids, prompt), dense_cost(self.model)
             same = [tokens] * len(ids)
-            cost = whole.to_dict(whole)
+            cost, candidates = whole.to_dict(whole), 0.0
         else:
             config = self.config(point)
             logits, session = pruned_step_logits(self.model, ids, prompt, config)
             scores = compare_rows(dense, logits, ids, prompt)
+            sizes = [plan.sizes for plan in session.plans]
+            candidates = sum(s.candidates for s in sizes) / sum(s.channels for s in sizes)
             cost = cost_of(self.model, config, session.report).to_dict(dense_cost(self.model))
             same = [] if outputs is None else first_differences(self.model, ids, prompt, config, tokens, outputs)
         rows = [asdict(score) for score in scores]
         for row, count in zip(rows, same if tokens else [], strict=False):
             row["same_tokens"] = count
-        return {"point": asdict(point), "batch": number, "scores": rows, "cost": cost}
+        return {"point": asdict(point), "batch": number, "scores": rows, "cost": cost, "candidates": candidates}
 
     def config(self, point: Point) -> Any:
         """The session's settings at a point that is not dense."""
@@ -272,20 +276,23 @@ class Run:
 
     def _row(self, point: Point, points: Sequence[Point]) -> dict[str, Any]:
         seed = self.setup.seed
+        several = len(self.texts) > 1  # one text says nothing about others
         loss = bootstrap(self.values(point, "loss"), seed=seed)
         row: dict[str, Any] = {
             "model": self.setup.model,
             **asdict(point),
+            "candidates": self._units[point, 0]["candidates"],
             "texts": len(self.texts),
             "perplexity": math.exp(loss.value),
-            "perplexity_interval": [math.exp(loss.low), math.exp(loss.high)],
+            "perplexity_interval": [math.exp(loss.low), math.exp(loss.high)] if several else None,
         }
         for name in ("kl", "agreement", *(["same_tokens"] if self.setup.generate else [])):
             found = bootstrap(self.values(point, name), seed=seed)
-            row |= {name: found.value, f"{name}_interval": [found.low, found.high]}
+            row |= {name: found.value, f"{name}_interval": [found.low, found.high] if several else None}
         static = Point("static", point.ratio, None, point.prefill)
         if static in points and point != static:
-            row["kl_minus_static"] = difference(self.values(point, "kl"), self.values(static, "kl"), seed).to_list()
+            apart = difference(self.values(point, "kl"), self.values(static, "kl"), seed)
+            row["kl_minus_static"] = apart.to_list() if several else [apart.value, None, None]
         row["cost"] = self._cost(point)
         return row
 

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 HEADS = ("method", "prefill", "ratio", "gamma", "KL to dense", "minus static", "same top token", "perplexity")
 NOTE = "KL in nats a token; in brackets 95 %, paired bootstrap over texts."
 
 
-def cells(row: Mapping[str, Any], generated: int) -> list[str]:
+def cells(row: Mapping[str, Any], generated: int, intervals: bool = True) -> list[str]:
     """One row of the table: :data:`HEADS`, the greedy outputs if there are any, and the cost."""
-    digits = 4 if row["kl"] < 0.05 else 3
 
-    def span(value: float, interval: Sequence[float], form: str) -> str:
-        return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
+    def span(value: float, interval: Sequence[float] | None, form: str) -> str:
+        known = intervals and interval is not None and interval[0] is not None
+        return f"{value:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if known and interval else "")
 
+    def digits(value: float, sign: str = "") -> str:
+        return f"{sign}.{3 if abs(value) >= 0.05 else 4}f" if value == 0 or abs(value) >= 5e-4 else f"{sign}.1e"
+
+    gamma, candidates = row["gamma"], row.get("candidates")
     found = [
         row["method"],
         "-" if row["method"] == "dense" else row["prefill"],
-        "-" if row["ratio"] is None else f"{row['ratio']:.0%}",
-        "-" if row["gamma"] is None else f"{row['gamma']:g}",
+        "-" if row["ratio"] is None else f"{100 * row['ratio']:.4g}%",
+        "-" if gamma is None else f"{gamma:g}",
     ]
+    if gamma is not None and candidates is not None and candidates < gamma - 0.01:
+        found[-1] += f" ({candidates:.2g})"  # what fits the ratio
     if row["method"] == "dense":
         found += ["-", "-", "-"]
     else:
-        found.append(span(row["kl"], row["kl_interval"], f".{digits}f"))
+        found.append(span(row["kl"], row["kl_interval"], digits(row["kl"])))
         minus = row.get("kl_minus_static")
-        found.append("-" if minus is None else span(minus[0], minus[1:], "+.3f"))
+        found.append("-" if minus is None else span(minus[0], minus[1:], digits(minus[0], "+")))
         found.append(span(row["agreement"], row["agreement_interval"], ".1%"))
     found.append(span(row["perplexity"], row["perplexity_interval"], ".2f" if row["perplexity"] < 1000 else ".2g"))
     if generated:
@@ -45,17 +55,28 @@ def heads(generated: int) -> list[str]:
     return [*HEADS, *(["same greedy tokens"] if generated else []), "multiply-adds", "bytes read"]
 
 
-def table(results: Mapping[str, Any]) -> Table:
+def table(results: Mapping[str, Any], intervals: bool = True) -> Table:
     """For the terminal."""
     setup = results["setup"]
-    found = Table(title=title(setup), caption=f"{NOTE}\n{COST}", box=box.SIMPLE_HEAD, title_justify="left")
+    caption = "\n".join([NOTE] * intervals + [COST])
+    found = Table(title=escape(title(setup)), caption=escape(caption), box=box.SIMPLE_HEAD, title_justify="left")
     for name in heads(setup["generate"]):
-        found.add_column(name, justify="left" if name in ("method", "prefill") else "right")
+        found.add_column(name, justify="left" if name in ("method", "prefill") else "right", overflow="fold")
     for row in results["rows"]:
-        found.add_row(*(cell.replace("[", "\\[") for cell in cells(row, setup["generate"])))
+        found.add_row(*(escape(cell) for cell in cells(row, setup["generate"], intervals)))
     return found
 
 
+def print_table(console: Console, results: Mapping[str, Any]) -> None:
+    """Print it: without its intervals where it is too wide for the terminal, and as wide as it is where there is none."""
+    wide = table(results)
+    width = Measurement.get(console, console.options.update(max_width=1000), wide).maximum
+    if not console.is_terminal:
+        console.width = max(console.width, width)
+    console.print(wide if width <= console.width else table(results, intervals=False))
+
+
+BAR = "\\|"  # in a table of Markdown
 COST = "Multiply-adds and bytes: weights for a decoded token at batch 1, of what the dense model needs."
 
 
@@ -63,7 +84,7 @@ def title(setup: Mapping[str, Any]) -> str:
     """What was evaluated, in a line."""
     shared = f", {setup['batch_size']} texts share a partition" if setup["batch"] == "shared" else ""
     return (
-        f"{setup['model']} ({setup['dtype']}): {len(setup['texts'])} texts, {setup['prompt']} prompt tokens, "
+        f"{setup['model']} ({setup['dtype']}): {len(setup['texts'])} pieces of text, {setup['prompt']} prompt tokens, "
         f"{setup['continuation']} decode steps scored; ratios are {setup['scope']}{shared}"
     )
 
@@ -87,7 +108,7 @@ def markdown(results: Mapping[str, Any], command: str) -> str:
         f"weights `{setup['weights']}`)",
         "device": setup["device"],
         "texts (hash of the tokens)": texts,
-        "calibration of wanda_sp": calibration,
+        "calibration of wanda_sp": f"{calibration} ({setup['calibration_tokens']} tokens)",
         "prompt / scored / generated tokens": f"{setup['prompt']} / {setup['continuation']} / {setup['generate']}",
         "ratio is a share of": {"overall": "attention and FFN weights", "ffn": "each FFN"}[setup["scope"]],
         "batch": f"{setup['batch']}, {setup['batch_size']} texts at once",
@@ -95,7 +116,7 @@ def markdown(results: Mapping[str, Any], command: str) -> str:
         "other settings": ", ".join(f"{k}={v!r}" for k, v in setup["settings"].items()) or "none",
         "versions": ", ".join(f"{name} {version}" for name, version in setup["versions"].items()),
     }
-    repeat = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    repeat = "\n".join(f"| {name} | {value.replace('|', BAR)} |" for name, value in facts.items())
     return (
         f"# {title(setup)}\n\n{markdown_table(results)}\n\n{NOTE} {COST} *Minus static*: KL minus that of the prompt's fixed "
         "best channels, text by text. *Same greedy tokens*: before the greedy outputs first differ.\n\n"
@@ -130,9 +151,10 @@ def plot(results: Mapping[str, Any], path: str | Path) -> Path:
         for number, name in enumerate(names):
             rows = [r for r in results["rows"] if _label(r) == name and (r["prefill"] == prefill or name == "full")]
             rows.sort(key=lambda r: r["cost"]["bytes_share"])
+            rows = [r for r in rows if r["kl"] > 0]  # the axis is logarithmic
             if rows:
-                shares, values = [r["cost"]["bytes_share"] for r in rows], [max(r["kl"], 1e-6) for r in rows]
-                spans = [r["kl_interval"] for r in rows]
+                shares, values = [r["cost"]["bytes_share"] for r in rows], [r["kl"] for r in rows]
+                spans = [r["kl_interval"] or [r["kl"], r["kl"]] for r in rows]
                 low = [max(v - s[0], 0) for v, s in zip(values, spans, strict=True)]
                 high = [max(s[1] - v, 0) for v, s in zip(values, spans, strict=True)]
                 style = {"color": colours[number % len(colours)], "marker": "osD^v<>pX*"[number % 10]}
@@ -156,7 +178,7 @@ def plot(results: Mapping[str, Any], path: str | Path) -> Path:
         frameon=False,
         fontsize=9,
     )
-    figure.suptitle(title(results["setup"]), x=0.01, ha="left", fontsize=10)
+    figure.suptitle(textwrap.fill(title(results["setup"]), 110), x=0.01, ha="left", fontsize=10)
     return save(figure, target)
 
 
@@ -164,4 +186,4 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{row['method']}, gamma {row['gamma']:g}" if row["gamma"] is not None else str(row["method"])
 
 
-__all__ = ["markdown", "markdown_table", "plot", "table"]
+__all__ = ["markdown", "markdown_table", "plot", "print_table", "table"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,22 @@ class Window:
 
 
 def read_files(paths: Sequence[str]) -> dict[str, str]:
-    """Texts of files by file name."""
+    """Texts of files by file name; with a number where another file has that name."""
     found: dict[str, str] = {}
+    seen = set()
     for path in paths:
         file = Path(path).expanduser()
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
             raise TextError(f"The text {path} cannot be read: {reason}.") from error
         if not text.strip():
             raise TextError(f"The text {path} is empty.")
-        found[file.name if file.name not in found else str(file)] = text.strip()
+        if file.resolve() not in seen:
+            seen.add(file.resolve())
+            names = (file.name if number == 1 else f"{file.name} ({number})" for number in count(1))
+            found[next(name for name in names if name not in found)] = text.strip()
     return found
 
 
@@ -59,7 +64,8 @@ def read_dataset(name: str, split: str, column: str, subset: str | None = None) 
         raise TextError('Data sets need the library datasets: pip install "pop_mm[eval]".') from error
     try:
         if Path(name).is_file():  # JSON lines, CSV, Parquet or plain text
-            kind = {".jsonl": "json", ".txt": "text"}.get(Path(name).suffix, Path(name).suffix[1:])
+            suffix = Path(name).suffix.lower()
+            kind = {".jsonl": "json", ".txt": "text"}.get(suffix, suffix[1:])
             rows = load_dataset(kind, data_files={split: name}, split=split)
         else:
             rows = load_dataset(name, subset, split=split)
@@ -77,6 +83,8 @@ def read_dataset(name: str, split: str, column: str, subset: str | None = None) 
 def windows(texts: Mapping[str, str], tokenizer: Any, tokens: int, limit: int | None = None) -> list[Window]:
     """Cut texts into windows of ``tokens`` tokens; what is left at the end of a text is not used.
 
+    Every window begins as the tokenizer begins a text (with ``<s>``, say); nothing is put at its end.
+
     Parameters
     ----------
     limit : int, optional
@@ -89,11 +97,11 @@ def windows(texts: Mapping[str, str], tokenizer: Any, tokens: int, limit: int | 
     """
     found = []
     longest = 0
-    for position, (name, ids) in enumerate(tokenized(texts, tokenizer).items()):
-        longest = max(longest, len(ids))
-        for number in range(len(ids) // tokens):
-            title = name if number == 0 else f"{name} #{number + 1}"
-            found.append((number, position, Window(title, ids[number * tokens : (number + 1) * tokens])))
+    for position, (name, text) in enumerate(texts.items()):
+        pieces = _pieces(name, text, tokenizer, tokens)
+        longest = max([longest, *(len(piece.ids) for piece in pieces)])
+        whole = [piece for piece in pieces if len(piece.ids) == tokens]
+        found += [(number, position, piece) for number, piece in enumerate(whole)]
     if not found:
         raise TextError(
             f"No text has the {tokens} tokens that prompt and continuation need (the longest has {longest}). Give longer "
@@ -102,18 +110,33 @@ def windows(texts: Mapping[str, str], tokenizer: Any, tokens: int, limit: int | 
     return [window for _, _, window in sorted(found, key=lambda item: item[:2])][:limit]
 
 
-def rests(texts: Mapping[str, str], tokenizer: Any, tokens: int) -> list[Window]:
-    """What follows the windows of each text, for calibration: text that is not scored."""
-    found = tokenized(texts, tokenizer).items()
-    return [Window(name, rest) for name, ids in found if len(rest := ids[len(ids) // tokens * tokens :]) > 1]
+def pieces(texts: Mapping[str, str], tokenizer: Any, tokens: int) -> list[Window]:
+    """All of the texts, in pieces of at most ``tokens`` tokens, for calibration."""
+    return [piece for name, text in texts.items() for piece in _pieces(name, text, tokenizer, tokens)]
 
 
-def tokenized(texts: Mapping[str, str], tokenizer: Any) -> dict[str, Tensor]:
-    """Token ids of each text, ``[T]``."""
-    return {
-        name: torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
-        for name, text in texts.items()
-    }
+def _pieces(name: str, text: str, tokenizer: Any, tokens: int) -> list[Window]:
+    start, ids = _split_start(text, tokenizer)
+    room = tokens - len(start)
+    if room < 1:
+        raise TextError(
+            f"Pieces of {tokens} tokens have no room for text: the tokenizer begins each with {len(start)}."
+        )
+    cut = [[*start, *ids[at : at + room]] for at in range(0, len(ids), room)]
+    return [
+        Window(name if number == 0 else f"{name} #{number + 1}", torch.tensor(piece, dtype=torch.long))
+        for number, piece in enumerate(cut)
+        if len(piece) > len(start) + 1
+    ]
+
+
+def _split_start(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before every text, and the text's own tokens."""
+    own = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    whole = list(tokenizer(text, verbose=False)["input_ids"])
+    places = range(len(whole) - len(own) + 1)
+    at = next((at for at in places if whole[at : at + len(own)] == own), 0)
+    return whole[:at], own
 
 
 def passages() -> dict[str, str]:
@@ -126,4 +149,4 @@ def digest(window: Window) -> str:
     return hashlib.sha256(window.ids.numpy().tobytes()).hexdigest()[:16]
 
 
-__all__ = ["TextError", "Window", "digest", "passages", "read_dataset", "read_files", "rests", "windows"]
+__all__ = ["TextError", "Window", "digest", "passages", "pieces", "read_dataset", "read_files", "windows"]
