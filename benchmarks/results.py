@@ -320,7 +320,9 @@ PARTS: dict[str, Callable[[Parts, Progress], None]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what was asked for and write the page; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(PARTS), nargs="+", metavar="PART", default=list(PARTS))
+    parser.add_argument(
+        "--only", choices=list(PARTS), nargs="*", metavar="PART", default=list(PARTS), help="none: the page alone"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "results", help="where parts are kept")
     parser.add_argument("--page", type=Path, help="the page (docs/results.md; with --quick in --output)")
     parser.add_argument("--model", default="smollm2-135m")
