@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,9 @@ def layers(parts: Parts, progress: Progress) -> None:
     worst = max(range(count), key=found.__getitem__)
     spared = {}
     for name, kept in (("all layers", {}), (f"layer {worst} dense", {worst: 0.0})):
-        config = config_for("static", 0.4, layer_ratios=kept)  # the other layers make up for it
-        spared[name] = sum(score.kl for score in score_texts(model, ids, prompt, config, dense)) / len(ids)
+        config = config_for("static", 0.4, layer_ratios=kept)  # the other layers make up for it, if there are enough
+        with suppress(pop_mm.ConfigError):
+            spared[name] = sum(score.kl for score in score_texts(model, ids, prompt, config, dense)) / len(ids)
     parts.save("layers", {"ffn_ratio": ratio, "texts": len(ids), "kl": found, "overall": spared})
 
 

@@ -143,8 +143,11 @@ def test_vlm_accuracy_runs(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
     methods = [row["method"] for row in result["rows"]]
-    assert methods[0] == "dense" and methods[1:9] == methods[9:]
-    assert {"Wanda-sp", "static", "POP", "POP, partition prefill"} < set(methods)
+    half = 1 + len(methods) // 2
+    assert methods[0] == "dense" and methods[1:half] == methods[half:]
+    assert {"random", "magnitude", "Wanda-sp", "GRIFFIN", "static", "POP", "full", "POP, partition prefill"} < set(
+        methods
+    )
     for row in result["rows"]:
         assert set(row["types"]) == {"colour", "shape", "position", "count", "presence", "description"}
         assert all(0 <= own["exact_match"] <= 1 and own["n"] == 1 for own in row["types"].values())
