@@ -33,13 +33,12 @@ from pop_mm.evaluation import METHODS, config_for, score_texts, step_logits, tex
 from pop_mm.evaluation.intervals import bootstrap, difference
 from pop_mm.evaluation.methods import FixedScorer
 from pop_mm.evaluation.run import Point, Run, Setup, grid
+from pop_mm.passages import load_passages
 from pop_mm.samples import load
 from pop_mm.scoring import ActivationScorer, WandaScorer
 
 ROOT = Path(__file__).parents[1]
 RATIOS, GAMMAS = (0.2, 0.4), (0.05, 0.1, 0.2)
-FIXED = ("wanda_sp", "magnitude", "random")
-Advance = Callable[[], object]
 
 
 class Parts:
@@ -63,7 +62,7 @@ class Parts:
         model, tokenizer = self.model(name)
         small = {"prompt": 32, "continuation": 8, "generate": 4} if self.quick else {}
         setup = Setup(name, **{**settings, **{k: v for k, v in small.items() if settings.get(k, 1)}})
-        passages = texts.passages()
+        passages = load_passages()
         cut = texts.windows(passages, tokenizer, setup.tokens, 2 if self.quick else limit)
         whole = Setup(name).tokens
         rest = texts.pieces(passages, tokenizer, whole)
@@ -304,7 +303,7 @@ def _work(run: Run, points: Sequence[Point], name: str, progress: Progress) -> N
 def _ids(parts: Parts, tokenizer: Any, limit: int | None = None) -> tuple[int, Tensor]:
     """Prompt tokens, and token ids of the passages."""
     setup = Setup("", prompt=32, continuation=8) if parts.quick else Setup("")
-    cut = texts.windows(texts.passages(), tokenizer, setup.tokens, 2 if parts.quick else limit)
+    cut = texts.windows(load_passages(), tokenizer, setup.tokens, 2 if parts.quick else limit)
     return setup.prompt, torch.stack([window.ids for window in cut if "#" not in window.name])
 
 

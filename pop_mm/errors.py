@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line and without its full stop."""
+    return " ".join((str(error) or type(error).__name__).split()).rstrip(".")
+
+
 class PopError(Exception):
     """Base class of every error that pop_mm raises on purpose."""
 

@@ -15,8 +15,9 @@ from ..config import PopConfig
 from ..evaluation import show, texts
 from ..evaluation.run import UNITS, EvaluationError, Run, Setup, grid
 from ..evaluation.texts import Window
+from ..passages import load_passages
 from ..session import plan_ffns
-from .generate import find_device, load_model
+from .generate import exceeded_context, find_device, load_model
 from .terminal import CommandError, check_writable, quiet, write_json
 
 _FEW = 2000  # calibration tokens
@@ -89,16 +90,16 @@ def run(
     console = Console(stderr=json_file == "-")
     with quiet():
         model, tokenizer = load_model(setup.model, dtype, where)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if context and setup.prompt + max(setup.continuation, setup.generate) > context:
+        context = exceeded_context(model, setup.prompt, max(setup.continuation, setup.generate))
+        if context is not None:
             raise CommandError(
                 f"--prompt and --continuation or --generate ask for more tokens than the model's context of {context}."
             )
-        windows = texts.windows(named or texts.passages(), tokenizer, setup.tokens, source.limit)
+        windows = texts.windows(named or load_passages(), tokenizer, setup.tokens, source.limit)
         calibration: list[Window] = []
         if "wanda_sp" in methods:
             known = {window.name for window in windows} if not extra else set()
-            every = texts.pieces(extra or texts.passages(), tokenizer, setup.tokens)
+            every = texts.pieces(extra or load_passages(), tokenizer, setup.tokens)
             calibration = [window for window in every if window.name not in known]  # what is not scored
         work = Run(model, setup, windows, calibration, folder)
         for ratio in ratios:  # one that does not fit the model is found before the first forward

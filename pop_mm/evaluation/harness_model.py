@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -20,9 +20,8 @@ from ..config import PopConfig
 from ..errors import ConfigError
 from ..samples import SAMPLES, resolve
 from ..session import Session
-from .harness_tally import Tally
+from .harness_tally import Counting
 
-MODES = ("decode", "prefill")
 _SETTINGS = [field.name for field in fields(PopConfig)]
 _HFLM_BACKENDS = ("default", "causal", "seq2seq")  # HFLM has a setting of the same name
 _log = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ class Text:
 
 
 @register_model("pop")
-class PopLM(HFLM):  # type: ignore[misc]
+class PopLM(Counting, HFLM):  # type: ignore[misc]
     """A Hugging Face model under POP, for ``lm_eval --model pop --model_args pretrained=...,ratio=0.2``.
 
     Generation is pruned as in :func:`pop_mm.prune`. A continuation to be scored goes through the model in one forward
@@ -78,13 +77,9 @@ class PopLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, pretrained: Any, loglikelihood: str = "decode", **settings: Any) -> None:
-        if loglikelihood not in MODES:
-            raise ConfigError(f"loglikelihood must be one of {', '.join(map(repr, MODES))}; got {loglikelihood!r}.")
-        self.pop_config, others = _sort_out(settings)
-        self.mode = loglikelihood
-        self.tallies: dict[str, Tally] = {}
+        config, others = _sort_out(settings)
+        self._start_counting(config, loglikelihood)
         self._task = ""
-        self._dense = False
         if isinstance(pretrained, str):
             if pretrained in SAMPLES:
                 others.setdefault("dtype", SAMPLES[pretrained].dtype)
@@ -93,16 +88,7 @@ class PopLM(HFLM):  # type: ignore[misc]
         super().__init__(pretrained, **others)
         self._session = Session(self.model, self.pop_config)
         self._partition_session = Session(self.model, replace(self.pop_config, prefill="partition"))
-        self._prunes = any(plan.backend != "dense" for plan in self._session.plans)
-
-    @contextmanager
-    def dense(self) -> Iterator[None]:
-        """Within: no pruning, and nothing is counted."""
-        self._dense = True
-        try:
-            yield
-        finally:
-            self._dense = False
+        self.prunes = any(plan.backend != "dense" for plan in self._session.plans)
 
     def set_cache_hook(self, cache_hook: Any) -> NoReturn:
         """Refuse lm_eval's cache of responses."""
@@ -138,8 +124,9 @@ class PopLM(HFLM):  # type: ignore[misc]
             for index, result in zip(places, answers, strict=True):
                 results[index] = result
             if generated:
-                self._count_generated(answers)
-            if warning := self._warning(self._task):
+                for tokens in (self.tok_encode(answer, add_special_tokens=False) for answer in answers):
+                    self._count_generated(self._task, len(tokens))
+            if warning := self._warnings().get(self._task):
                 _log.warning(warning)
         return results
 
@@ -166,7 +153,7 @@ class PopLM(HFLM):  # type: ignore[misc]
                         scored = self._log_softmax(logits[text.context - 1 : len(text.tokens)])
                         for index in places[text]:
                             results[index] = _score(scored, requests[index][2])
-                            self._count_scored(text, len(scored))
+                            self._count_scored(self._task, len(scored), text.prefill)
                         bar.update(len(places[text]))
         bar.close()
         return results
@@ -210,40 +197,6 @@ class PopLM(HFLM):  # type: ignore[misc]
         return nullcontext() if self._dense else session
 
     # what was done --------------------------------------------------------------------------------------------------
-
-    def _tally(self) -> Tally:
-        return self.tallies.setdefault(self._task, Tally())
-
-    def _count_scored(self, text: Text, tokens: int) -> None:
-        if not self._dense:
-            self._tally().add_scored(tokens, text.prefill, self._pruned(tokens, text.prefill))
-
-    def _count_generated(self, answers: Sequence[str]) -> None:
-        if not self._dense:
-            for answer in answers:
-                tokens = len(self.tok_encode(answer, add_special_tokens=False))
-                self._tally().add_generated(tokens, self._pruned(tokens))
-
-    def _pruned(self, tokens: int, prefill: bool = False) -> int:
-        """How many tokens of an answer have logits of pruned FFNs: not the first, if those are the dense prefill's."""
-        if not self._prunes:
-            return 0
-        return tokens if prefill or self.pop_config.prefill == "partition" else max(tokens - 1, 0)
-
-    def _warning(self, task: str) -> str | None:
-        tally = self.tallies.get(task)
-        return tally.warning(task) if tally is not None and self._prunes and not self._dense else None
-
-    def pop_info(self) -> dict[str, Any]:
-        """Settings, what was counted (in all and by task), and warnings."""
-        warnings = [warning for task in self.tallies if (warning := self._warning(task))]
-        return {
-            "config": self.pop_config.to_dict(),
-            "loglikelihood": self.mode,
-            **sum(self.tallies.values(), Tally()).to_dict(),
-            "tasks": {task: tally.to_dict() for task, tally in self.tallies.items()},
-            "warnings": warnings,
-        }
 
     def get_model_info(self) -> dict[str, Any]:
         """What ``HFLM`` says of the model, and :meth:`pop_info` under ``"pop"``."""

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
+
+from ..config import PopConfig
+from ..errors import ConfigError
+
+MODES = ("decode", "prefill")
 
 
 @dataclass
@@ -60,3 +67,69 @@ class Tally:
         """Plain values, shares included."""
         shares = {"pruned_token_share": self.pruned_token_share, "pruned_generated_share": self.pruned_generated_share}
         return {**vars(self), **shares}
+
+
+class Counting:
+    """What the models of both harnesses keep: their settings, whether they prune just now, and what was counted.
+
+    Attributes
+    ----------
+    pop_config : PopConfig
+    mode : {"decode", "prefill"}
+        How continuations are scored.
+    prunes : bool
+        Whether the settings leave anything out.
+    tallies : dict of str to Tally
+        By task, of what was not dense.
+    """
+
+    pop_config: PopConfig
+    mode: str
+    prunes: bool
+    tallies: dict[str, Tally]
+
+    def _start_counting(self, config: PopConfig, loglikelihood: str) -> None:
+        if loglikelihood not in MODES:
+            raise ConfigError(f"loglikelihood must be one of {', '.join(map(repr, MODES))}; got {loglikelihood!r}.")
+        self.pop_config, self.mode, self.tallies, self._dense = config, loglikelihood, {}, False
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Within: no pruning, and nothing is counted."""
+        self._dense = True
+        try:
+            yield
+        finally:
+            self._dense = False
+
+    def _count_scored(self, task: str | None, tokens: int, prefill: bool) -> None:
+        if not self._dense:
+            self._tally(task).add_scored(tokens, prefill, self._pruned(tokens, prefill))
+
+    def _count_generated(self, task: str | None, tokens: int) -> None:
+        if not self._dense:
+            self._tally(task).add_generated(tokens, self._pruned(tokens, False))
+
+    def _tally(self, task: str | None) -> Tally:
+        return self.tallies.setdefault(task or "unnamed", Tally())
+
+    def _pruned(self, tokens: int, prefill: bool) -> int:
+        """How many tokens of an answer have logits of pruned FFNs: not the first, if those are the dense prefill's."""
+        dense = self.pop_config.prefill == "dense" and not prefill
+        return max(tokens - dense, 0) if self.prunes else 0
+
+    def _warnings(self) -> dict[str, str]:
+        """Task -> what to say of one that hardly shows what pruning does."""
+        if not self.prunes or self._dense:
+            return {}
+        return {task: warning for task, tally in self.tallies.items() if (warning := tally.warning(task))}
+
+    def pop_info(self) -> dict[str, Any]:
+        """Settings, what was counted (in all and by task), and warnings."""
+        return {
+            "config": self.pop_config.to_dict(),
+            "loglikelihood": self.mode,
+            **sum(self.tallies.values(), Tally()).to_dict(),
+            "tasks": {task: tally.to_dict() for task, tally in self.tallies.items()},
+            "warnings": list(self._warnings().values()),
+        }

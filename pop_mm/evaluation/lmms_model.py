@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -20,14 +20,13 @@ from ..errors import ConfigError
 from ..samples import load_vision
 from ..session import Session
 from ..vision import decode, prepare_chats
-from .harness_tally import Tally
+from .harness_tally import Counting
 from .lmms_requests import Until, chat_of, cut, document_of, extended, generate_settings, settings_of
 
-MODES = ("decode", "prefill")
 _log = logging.getLogger(__name__)
 
 
-class PopVLM(lmms):  # type: ignore[misc]
+class PopVLM(Counting, lmms):  # type: ignore[misc]
     """A vision-language model under POP, for ``lmms_eval --model pop --model_args pretrained=...,ratio=0.2``.
 
     Parameters
@@ -84,12 +83,10 @@ class PopVLM(lmms):  # type: ignore[misc]
         from .lmms_results import wrap_evaluator
 
         super().__init__()
-        if loglikelihood not in MODES:
-            raise ConfigError(f"loglikelihood must be one of {', '.join(map(repr, MODES))}; got {loglikelihood!r}.")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"batch_size must be a positive integer; got {batch_size!r}.")
-        self.pop_config = PopConfig.from_dict({"batch": "per_sequence", **_read_mappings(settings)})
-        self.batch_size, self.mode, self.max_new_tokens = int(batch_size), loglikelihood, max_new_tokens
+        self._start_counting(PopConfig.from_dict({"batch": "per_sequence", **_read_mappings(settings)}), loglikelihood)
+        self.batch_size, self.max_new_tokens = int(batch_size), max_new_tokens
         if isinstance(pretrained, str):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             pretrained, processor = load_vision(pretrained, dtype=dtype, device=device)
@@ -97,23 +94,12 @@ class PopVLM(lmms):  # type: ignore[misc]
             raise ConfigError("A model that is loaded already needs its processor: PopVLM(model, processor=...).")
         self.model, self.processor, self.device = pretrained, processor, pretrained.device
         _limit_pixels(processor.image_processor, min_pixels, max_pixels)
-        self.tallies: dict[str, Tally] = {}
-        self._dense = False
         session = Session(self.model, self.pop_config)
         paper = replace(self.pop_config, prefill="partition")
         self._session: Session | None = session
         self._scoring: Session | None = session if self.mode == "decode" else Session(self.model, paper)
         self.prunes = any(plan.backend != "dense" for plan in session.plans)
         wrap_evaluator()
-
-    @contextmanager
-    def dense(self) -> Iterator[None]:
-        """Within: no pruning, nothing is counted, and :meth:`clean` keeps the model."""
-        self._dense = True
-        try:
-            yield
-        finally:
-            self._dense = False
 
     def clean(self) -> None:
         """Drop the model, as lmms-eval asks when all requests are answered."""
@@ -133,10 +119,12 @@ class PopVLM(lmms):  # type: ignore[misc]
                 found = self._generate([chat_of(request.args, self.task_dict) for request in batch], settings)
                 for place, request, answer in zip(places, batch, found, strict=True):
                     answers[place] = answer
-                    self._count_generated(request.task_name, answer)
+                    tokens = self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+                    self._count_generated(request.task_name, len(tokens))
                     self.cache_hook.add_partial("generate_until", (request.args[0], settings), answer)
                 bar.update(len(batch))
-        self._warn()
+        for warning in self._warnings().values():
+            _log.warning(warning)
         return answers
 
     @torch.no_grad()
@@ -154,11 +142,12 @@ class PopVLM(lmms):  # type: ignore[misc]
                     continuation = continuation(document_of(request.args, self.task_dict))
                 logits, targets = self._logits(chat_of(request.args, self.task_dict), continuation)
                 losses = -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1))
-                self._count_scored(request.task_name, len(targets))
+                self._count_scored(request.task_name, len(targets), self.mode == "prefill")
                 loss = float(losses.mean()) if len(targets) else 0.0
                 scores.append((loss, bool((logits.argmax(-1) == targets).all())))
                 bar.update()
-        self._warn()
+        for warning in self._warnings().values():
+            _log.warning(warning)
         return scores
 
     def generate_until_multi_round(self, requests: Any) -> NoReturn:
@@ -207,44 +196,6 @@ class PopVLM(lmms):  # type: ignore[misc]
     def _progress(self, total: int) -> Any:
         name = "dense" if self._dense or not self.prunes else f"pruned, ratio {self.pop_config.ratio:g}"
         return tqdm(total=total, disable=self.rank != 0, desc=name)
-
-    # what was done --------------------------------------------------------------------------------------------------
-
-    def _tally(self, task: str | None) -> Tally:
-        return self.tallies.setdefault(task or "unnamed", Tally())
-
-    def _pruned(self, tokens: int, prefill: bool = False) -> int:
-        """How many of an answer's tokens come from pruned FFNs: with a dense prefill, all but the first."""
-        dense = self.pop_config.prefill == "dense" and not prefill
-        return max(tokens - dense, 0) if self.prunes else 0
-
-    def _count_scored(self, task: str | None, tokens: int) -> None:
-        if not self._dense:
-            prefill = self.mode == "prefill"
-            self._tally(task).add_scored(tokens, prefill, self._pruned(tokens, prefill))
-
-    def _count_generated(self, task: str | None, answer: str) -> None:
-        if not self._dense:
-            tokens = len(self.processor.tokenizer(answer, add_special_tokens=False)["input_ids"])
-            self._tally(task).add_generated(tokens, self._pruned(tokens))
-
-    def _warnings(self) -> list[str]:
-        tallies = self.tallies.items() if self.prunes else ()
-        return [warning for task, tally in tallies if (warning := tally.warning(task))]
-
-    def _warn(self) -> None:
-        for warning in () if self._dense else self._warnings():
-            _log.warning(warning)
-
-    def pop_info(self) -> dict[str, Any]:
-        """Settings, what was counted (in all and by task), and warnings."""
-        return {
-            "config": self.pop_config.to_dict(),
-            "loglikelihood": self.mode,
-            **sum(self.tallies.values(), Tally()).to_dict(),
-            "tasks": {task: tally.to_dict() for task, tally in self.tallies.items()},
-            "warnings": self._warnings(),
-        }
 
 
 class PopVLMSimple(PopVLM):

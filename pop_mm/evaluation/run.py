@@ -8,6 +8,7 @@ import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import PopError
-from .cost import cost_of, dense_cost
+from .cost import Cost, cost_of, dense_cost
 from .fidelity import compare_rows, first_differences, greedy, pruned_step_logits, step_logits
 from .intervals import bootstrap, difference
 from .methods import METHODS, Calibration, calibrate, config_for
@@ -206,9 +207,17 @@ class Run:
         for number, start in enumerate(range(0, len(self.texts), size)):
             yield number, torch.stack([window.ids for window in self.texts[start : start + size]]).to(self.model.device)
 
+    @property
+    def _batch_count(self) -> int:
+        return -(-len(self.texts) // self.setup.batch_size)
+
+    @cached_property
+    def _dense_cost(self) -> Cost:
+        return dense_cost(self.model)
+
     def total(self, points: Sequence[Point]) -> int:
         """Parts of the whole work."""
-        return len(points) * -(-len(self.texts) // self.setup.batch_size)
+        return len(points) * self._batch_count
 
     def work(self, points: Sequence[Point], advance: Callable[[], object] = lambda: None) -> None:
         """Do what is missing; ``advance`` is called after each part."""
@@ -228,7 +237,7 @@ class Run:
     def _unit(self, point: Point, number: int, ids: Tensor, dense: Tensor, outputs: Tensor | None) -> dict[str, Any]:
         prompt, tokens = self.setup.prompt, self.setup.generate
         if point.method == "dense":
-            scores, whole = compare_rows(dense, dense, ids, prompt), dense_cost(self.model)
+            scores, whole = compare_rows(dense, dense, ids, prompt), self._dense_cost
             same = [tokens] * len(ids)
             cost, candidates = whole.to_dict(whole), 0.0
         else:
@@ -237,7 +246,7 @@ class Run:
             scores = compare_rows(dense, logits, ids, prompt)
             sizes = [plan.sizes for plan in session.plans]
             candidates = sum(s.candidates for s in sizes) / sum(s.channels for s in sizes)
-            cost = cost_of(self.model, config, session.report).to_dict(dense_cost(self.model))
+            cost = cost_of(self.model, config, session.report).to_dict(self._dense_cost)
             same = [] if outputs is None else first_differences(self.model, ids, prompt, config, tokens, outputs)
         rows = [asdict(score) for score in scores]
         for row, count in zip(rows, same if tokens else [], strict=False):
@@ -267,8 +276,7 @@ class Run:
 
     def values(self, point: Point, name: str) -> list[float]:
         """One value of each text: "loss", "kl", "agreement" or "same_tokens"."""
-        batches = range(-(-len(self.texts) // self.setup.batch_size))
-        return [row[name] for number in batches for row in self._units[point, number]["scores"]]
+        return [row[name] for number in range(self._batch_count) for row in self._units[point, number]["scores"]]
 
     def results(self, points: Sequence[Point]) -> dict[str, Any]:
         """``{"setup": ..., "rows": [...]}``; the same for the same setup and points."""

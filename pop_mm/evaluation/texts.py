@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PopError
-from ..passages import load_passages
+from ..errors import PopError, one_line
 
 
 class TextError(PopError):
@@ -70,8 +69,7 @@ def read_dataset(name: str, split: str, column: str, subset: str | None = None) 
         else:
             rows = load_dataset(name, subset, split=split)
     except Exception as error:  # of the hub, the network, or a builder
-        reason = " ".join((str(error) or type(error).__name__).split()).rstrip(".")
-        raise TextError(f"The data set {name!r} (split {split!r}) cannot be loaded: {reason}.") from error
+        raise TextError(f"The data set {name!r} (split {split!r}) cannot be loaded: {one_line(error)}.") from error
     if column not in rows.column_names:
         raise TextError(f"The data set {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}.")
     text = "\n\n".join(row for row in rows[column] if isinstance(row, str) and row.strip())
@@ -139,14 +137,9 @@ def _split_start(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     return whole[:at], own
 
 
-def passages() -> dict[str, str]:
-    """The passages that ship with pop_mm."""
-    return load_passages()
-
-
 def digest(window: Window) -> str:
     """A short hash of a window's tokens."""
     return hashlib.sha256(window.ids.numpy().tobytes()).hexdigest()[:16]
 
 
-__all__ = ["TextError", "Window", "digest", "passages", "pieces", "read_dataset", "read_files", "windows"]
+__all__ = ["TextError", "Window", "digest", "pieces", "read_dataset", "read_files", "windows"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .images import ImageSource, InputError, from_base64, is_url, load_image, one_line
+from ..errors import one_line
+from .images import ImageSource, InputError, from_base64, is_url, load_image
 from .processors import check_takes_images
 from .qwen import resolve_media
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import unquote
 
-from ..errors import PopError
+from ..errors import PopError, one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -257,8 +257,3 @@ def _start(name: str) -> str:
 
 def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line and without its full stop."""
-    return " ".join((str(error) or type(error).__name__).split()).rstrip(".")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .images import PIP_LINE, InputError, is_url, one_line
+from ..errors import one_line
+from .images import PIP_LINE, InputError, is_url
 from .processors import has_torchvision
 
 _SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
