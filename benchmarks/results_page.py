@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pop_mm.evaluation import show
+from pop_mm.tables import markdown_table
 
 HEAD = """# What pruning costs in quality
 
@@ -226,8 +227,4 @@ def _pair(interval: Sequence[float], form: str) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|-" * len(heads) + "|"]
-    return (
-        "\n".join([*lines, *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)])
-        + "\n"
-    )
+    return markdown_table(heads, rows) + "\n"

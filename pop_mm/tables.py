@@ -188,11 +188,21 @@ def adapters_table(support: Sequence[Mapping[str, Any]]) -> Table:
 
 def adapters_markdown(support: Sequence[Mapping[str, Any]]) -> str:
     """The support table for the README, without a newline at its end."""
-    lines = ["| model types | kind | projections of one FFN | adapter |", "|-|-|-|-|"]
-    for types, kind, layout, adapter in adapter_rows(support):
-        names = ", ".join(f"`{name}`" for name in types.split(", "))
-        lines.append(f"| {names} | {kind} | {layout.replace('|', chr(92) + '|')} | `{adapter}` |")
-    return "\n".join(lines)
+    rows = [
+        [", ".join(f"`{name}`" for name in types.split(", ")), kind, layout, f"`{adapter}`"]
+        for types, kind, layout, adapter in adapter_rows(support)
+    ]
+    return markdown_table(["model types", "kind", "projections of one FFN", "adapter"], rows)
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown, without a newline at its end."""
+    return "\n".join([markdown_row(heads), "|-" * len(heads) + "|", *map(markdown_row, rows)])
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """One line of it."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def byte_size(count: float) -> str:
@@ -278,6 +288,8 @@ __all__ = [
     "answers_table",
     "byte_size",
     "footprint_table",
+    "markdown_row",
+    "markdown_table",
     "plan_table",
     "report_summary",
     "report_table",

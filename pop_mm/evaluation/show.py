@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from .. import tables
+
 HEADS = ("method", "prefill", "ratio", "gamma", "KL to dense", "minus static", "same top token", "perplexity")
 NOTE = "KL in nats a token; in brackets 95 %, paired bootstrap over texts."
 
@@ -76,7 +78,6 @@ def print_table(console: Console, results: Mapping[str, Any]) -> None:
     console.print(wide if width <= console.width else table(results, intervals=False))
 
 
-BAR = "\\|"  # in a table of Markdown
 COST = "Multiply-adds and bytes: weights for a decoded token at batch 1, of what the dense model needs."
 
 
@@ -92,9 +93,7 @@ def title(setup: Mapping[str, Any]) -> str:
 def markdown_table(results: Mapping[str, Any]) -> str:
     """The table alone."""
     generated = results["setup"]["generate"]
-    lines = ["| " + " | ".join(heads(generated)) + " |", "|-" * len(heads(generated)) + "|"]
-    lines += ["| " + " | ".join(cells(row, generated)) + " |" for row in results["rows"]]
-    return "\n".join(lines)
+    return tables.markdown_table(heads(generated), [cells(row, generated) for row in results["rows"]])
 
 
 def markdown(results: Mapping[str, Any], command: str) -> str:
@@ -116,7 +115,7 @@ def markdown(results: Mapping[str, Any], command: str) -> str:
         "other settings": ", ".join(f"{k}={v!r}" for k, v in setup["settings"].items()) or "none",
         "versions": ", ".join(f"{name} {version}" for name, version in setup["versions"].items()),
     }
-    repeat = "\n".join(f"| {name} | {value.replace('|', BAR)} |" for name, value in facts.items())
+    repeat = "\n".join(map(tables.markdown_row, facts.items()))
     return (
         f"# {title(setup)}\n\n{markdown_table(results)}\n\n{NOTE} {COST} *Minus static*: KL minus that of the prompt's fixed "
         "best channels, text by text. *Same greedy tokens*: before the greedy outputs first differ.\n\n"
