@@ -1,7 +1,8 @@
 """Decode speed at batch 1, dense and pruned side by side in one run: FFN, whole model, and peak memory.
 
-Run: ``python benchmarks/decode_speed.py [--only ffn|model|memory] [--quick] [--json FILE]``; exit code 1 if a target
-fails. Timings need a quiet machine: see the README here.
+Run: ``python benchmarks/decode_speed.py [--only ffn|model|memory] [--model NAME | --config NAME --random-weights]
+[--quick] [--json FILE]``; exit code 1 if a target fails. The whole model is measured as ``pop-mm bench`` does it. Timings need
+a quiet machine: see the README here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,25 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from speed_ffn import ffn_steps, ffn_table, ffn_verdicts, measure_ffn
-from speed_memory import measure_memory, memory_steps, memory_table, memory_verdicts
-from speed_model import measure_model, model_steps, model_table, model_verdicts
+from speed_verdicts import SPEEDUP, measure_peaks, memory_table, memory_verdicts, prefill_verdicts, speed_verdicts
 
 from measure import Verdict, available_cores, machine_facts, print_machine, print_verdicts, wide_console
-from pop_mm.samples import load
+from pop_mm.bench import Setup, measure, show, steps
+from pop_mm.bench.variants import kernels_for
+from pop_mm.cli.bench import source_of
+from pop_mm.cli.terminal import quiet
 
 STANDARD_MODEL = "smollm2-135m"
 PARTS = ("ffn", "model", "memory")
+CPU = torch.device("cpu")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=STANDARD_MODEL, help="sample name, folder or hub id")
+    parser.add_argument("--model", help=f"sample name, folder or hub id ({STANDARD_MODEL})")
+    parser.add_argument("--config", metavar="NAME", help="published dimensions instead, as for pop-mm bench")
+    parser.add_argument("--random-weights", action="store_true", help="of --config")
+    parser.add_argument("--layers", type=int, help="of --config: build fewer layers")
     parser.add_argument("--only", choices=PARTS, help="one part instead of all")
     parser.add_argument("--prompt", type=int, help="prompt tokens of the whole model (128)")
     parser.add_argument("--new-tokens", type=int, help="decoded tokens of the whole model (128)")
@@ -53,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    name = args.config or args.model or STANDARD_MODEL
+    source = source_of(None if args.config else name, args.config, args.random_weights, args.layers, "auto")
     console, machine = wide_console(), machine_facts()
     print_machine(console, machine)
     prompt = args.prompt or (16 if args.quick else 128)
@@ -60,15 +70,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     rounds = {"ffn": args.rounds or (2 if args.quick else 15), "model": args.rounds or (2 if args.quick else 7)}
     repeats = 1 if args.quick else 3
     parts = PARTS if args.only is None else (args.only,)
-    standard = not args.quick and args.model == STANDARD_MODEL and (prompt, new_tokens) == (128, 128)
-    settings = {"model": args.model, "prompt": prompt, "new_tokens": new_tokens, "rounds": rounds, "quick": args.quick}
+    standard = not args.quick and name in SPEEDUP and args.layers is None and (prompt, new_tokens) == (128, 128)
+    setup = Setup(prompts=[prompt], new_tokens=new_tokens, rounds=rounds["model"])
+    settings = {
+        "model": source.label,
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "quick": args.quick,
+    }
     result: dict[str, Any] = {"machine": machine, "settings": settings}
     verdicts: list[Verdict] = []
 
     if "memory" in parts:  # first, while this process is small
-        with progress_bar("memory", memory_steps(repeats)) as tick:
-            memory = measure_memory(args.model, prompt, new_tokens, repeats, args.threads, tick)
-        console.print(memory_table(memory, args.model))
+        with progress_bar("memory", 2 * repeats) as tick:
+            memory = measure_peaks(source, setup, repeats, tick)
+        console.print(memory_table(memory, source.label))
         result["memory"] = memory
         verdicts += memory_verdicts(memory, standard)
     if "ffn" in parts:
@@ -78,12 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         result["ffn"] = [row.to_dict() for row in ffn]
         verdicts += ffn_verdicts(ffn, not args.quick)
     if "model" in parts:
-        model, tokenizer = load(args.model)
-        with progress_bar("whole model", model_steps(rounds["model"])) as tick:
-            whole = measure_model(model, tokenizer, prompt, new_tokens, rounds["model"], tick)
-        console.print(model_table(whole, args.model, prompt, new_tokens))
-        result["model"] = [row.to_dict() for row in whole]
-        verdicts += model_verdicts(whole, standard)
+        with quiet():
+            model, tokenizer = source.load(CPU)
+            longer = replace(setup, prompts=[32 if args.quick else 512], new_tokens=8)
+            setup = replace(setup, kernels=kernels_for(CPU, model.dtype))
+            for part, own in (("model", setup), ("prefill", longer)):
+                with progress_bar(f"whole model, {own.prompts[0]} tokens in", steps(own)) as tick:
+                    result[part] = {"model": source.label, **measure(model, tokenizer, own, tick)}
+                show.print_tables(console, result[part])
+        verdicts += speed_verdicts(result["model"], name, standard)
+        verdicts += prefill_verdicts(result["prefill"], standard)
 
     result["load_average_at_end"] = machine_facts()["load_average"]
     result["verdicts"] = [verdict.to_dict() for verdict in verdicts]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
+
+from pop_mm.bench.machine import available_cores as available_cores
+from pop_mm.bench.machine import last_level_cache as last_level_cache
+from pop_mm.bench.machine import machine_facts as machine_facts
+from pop_mm.bench.machine import machine_line
+from pop_mm.bench.timing import quartiles as quartiles
 
 QUIET_READ = 0.8  # a round counts only if plain reads ran at this share of the median read of all rounds
 
@@ -53,57 +55,11 @@ def print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> int:
     return int(any(verdict.passed is False for verdict in verdicts))
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def last_level_cache() -> int:
-    """Bytes of the last-level cache as the system reports it; 64 MiB if it does not."""
-    units = {"K": 1 << 10, "M": 1 << 20}
-    sizes = []
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        sizes.append(int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text))
-    return max(sizes, default=64 << 20)
-
-
-def machine_facts() -> dict[str, Any]:
-    """What a figure must be read with."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": available_cores(),
-        "threads": torch.get_num_threads(),
-        "last_level_cache_mib": last_level_cache() >> 20,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    }
-
-
 def print_machine(console: Console, facts: Mapping[str, Any]) -> None:
     """One line about the machine, and a warning if something else runs on it."""
-    console.print(
-        f"{facts['cpu']} ({facts['cpu_capability']}), {facts['cores']} cores, {facts['threads']} threads, "
-        f"last-level cache {facts['last_level_cache_mib']} MiB, torch {facts['torch']}, transformers "
-        f"{facts['transformers']}, load average {facts['load_average']}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(machine_line(facts), highlight=False, soft_wrap=True)
     if facts["load_average"] is not None and facts["load_average"] > 0.5:
         console.print("[yellow]Other processes are running: timings below are noisy.[/]")
-
-
-def _cpu_name() -> str:
-    """Model name, with the numbers that tell generations apart where the name does not."""
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return platform.processor() or platform.machine()
-    lines = (line.split(":", 1) for line in path.read_text().split("\n\n")[0].splitlines() if ":" in line)
-    found = {key.strip(): value.strip() for key, value in lines}
-    name = found.get("model name", platform.machine())
-    return f"{name}, family {found['cpu family']} model {found['model']}" if "cpu family" in found else name
 
 
 class Evictor:
@@ -189,11 +145,3 @@ def alternate(
     if len(quiet) < max(3, rounds // 3):
         quiet = seconds  # no quiet phase: the caller sees it in the spread
     return Rounds({name: [s[name] for s in quiet] for name in variants}, rounds - len(quiet), typical)
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """Lower and upper quartile."""
-    if len(values) < 2:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high

@@ -254,7 +254,7 @@ def reading_library() -> ctypes.CDLL | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "read_rows.so")
-        if (reason := build(Path(__file__).with_name("read_rows.c"), made)) is not None:
+        if (reason := build([Path(__file__).with_name("read_rows.c")], made)) is not None:
             raise RuntimeError(reason)
         return ctypes.CDLL(str(made))
 

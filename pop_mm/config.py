@@ -21,7 +21,7 @@ _CHOICES = {
     "variant": ("pop", "static", "full"),
     "unseen": ("dense", "weights"),
     "expert_score": ("plain", "routed"),
-    "kernels": ("auto", "stock", "compiled"),
+    "kernels": ("auto", "stock", "compiled", "triton"),
 }
 
 
@@ -41,6 +41,10 @@ class PopConfig:
         ratio is clamped, and the report says so.
     prefill : {"dense", "partition"}
         Whether the prompt runs on the whole FFN, or (as in the paper) is completed on R and C only.
+    probe_tokens : int
+        With ``prefill="partition"``: how many tokens of each sequence's prompt, evenly spaced, each FFN ranks its channels by
+        before it runs all of them on R and C only, gate and up too. 0: all tokens rank, and only down is narrow. Not
+        for mixtures of experts.
     batch : {"shared", "per_sequence"}
         One partition and step mask for the whole batch (the paper), or one for each row.
     backend : {"auto", "masked", "inplace"}
@@ -69,9 +73,11 @@ class PopConfig:
         How much a modality ("text", "image", "video") counts in the prompt's scores of a vision-language model: the
         squared activations of its tokens are multiplied by this. 1 for those that are not named, which is the paper's
         plain norm over all prompt tokens. Experts learn from decoded tokens as text.
-    kernels : {"auto", "stock", "compiled"}
+    kernels : {"auto", "stock", "compiled", "triton"}
         How FFNs in place decode a single token on a CPU: by torch's kernels, or by a faster one that the machine's C
-        compiler makes on first use; ``auto`` takes that where it can be had. Sums are rounded differently.
+        compiler makes on first use; ``auto`` takes that where it can be had. Sums are rounded differently. ``triton`` is for
+        CUDA devices (on a CPU only where TRITON_INTERPRET=1 is set, for tests): kernels for one token of each of up to 8
+        sequences, which also let each have its own channels with ``batch="per_sequence"``.
 
     Raises
     ------
@@ -94,7 +100,8 @@ class PopConfig:
     expert_score: Literal["plain", "routed"] = "plain"
     prune_shared: bool = True
     modality_weights: Mapping[str, float] = field(default_factory=dict)
-    kernels: Literal["auto", "stock", "compiled"] = "auto"
+    kernels: Literal["auto", "stock", "compiled", "triton"] = "auto"
+    probe_tokens: int = 0
 
     def __post_init__(self) -> None:
         _check_number("ratio", self.ratio, upper_open=True)
@@ -108,6 +115,13 @@ class PopConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer; got {value!r}.")
+        if isinstance(self.probe_tokens, bool) or not isinstance(self.probe_tokens, int) or self.probe_tokens < 0:
+            raise ConfigError(f"probe_tokens must be an integer from 0; got {self.probe_tokens!r}.")
+        if self.probe_tokens and self.prefill != "partition":
+            raise ConfigError(
+                f"probe_tokens={self.probe_tokens} is for prefill='partition', where the prompt is completed on the channels "
+                f"that these tokens choose; got prefill={self.prefill!r}."
+            )
         if not isinstance(self.prune_shared, bool):
             raise ConfigError(f"prune_shared must be true or false; got {self.prune_shared!r}.")
         if not isinstance(self.layer_ratios, Mapping):

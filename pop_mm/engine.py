@@ -18,11 +18,11 @@ from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
 from .experts import Experts
 from .layout import FFN
-from .modality import TEXT, ByModality, added, weighted_sum
+from .modality import MODALITIES, TEXT, ByModality, added, weighted_sum
 from .partition import Partition, Sizes, dropped_candidates, partition
 from .phase import Forward, Phase
 from .routed import ExpertsState, RoutedExperts
-from .scoring import get_scorer
+from .scoring import channel_energy, get_scorer
 from .steplog import StepLog
 
 
@@ -212,31 +212,32 @@ class Engine:
     def count_tokens(self, forward: Forward) -> None:
         """Add this forward's prompt tokens to the state's count."""
         state: PromptState = forward.state
-        for modality, mask, _ in self._prompt_by_modality(forward, _where(forward)):
+        for modality, mask in self._masks(forward, _where(forward)):
             tokens = torch.full((forward.rows,), forward.length) if mask is None else mask.sum(-1)
             state.tokens_of = added(state.tokens_of, modality, tokens)
 
-    def observe(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> None:
-        """Add the squared activations of the prompt's tokens, in float32 or wider; padding never counts.
+    def observe(
+        self, index: int, forward: Forward, h: Tensor, positions: Tensor | None, numbers: Tensor | None = None
+    ) -> None:
+        """Add the squared activations of the prompt's tokens (of its probe tokens, if there are any); padding never counts.
 
         Parameters
         ----------
         h : Tensor
-            ``[B, q, D]``, the input of the down projection.
+            ``[B, q, D]``, the input of the down projection; ``[n, D]`` of the tokens that ``numbers`` names.
         positions : Tensor or None
             ``[D]``: where each original channel is in ``h``; None if in its own place.
+        numbers : Tensor, optional
+            ``[n]``, from :meth:`probe_numbers`.
         """
-        dtype = torch.promote_types(h.dtype, torch.float32)
-        h = self.scorer.prompt_activations(h)
-        for modality, mask, numbers in self._prompt_by_modality(forward, h.device):
+        h = self.scorer.prompt_activations(h.detach())
+        for modality, mask in self._observed(forward, h.device):
             if self.per_sequence:
-                counted = h if mask is None else h.masked_fill(~mask.unsqueeze(-1), 0)
-                norm = torch.linalg.vector_norm(counted, dim=1, dtype=dtype)
+                energy = channel_energy(h, mask)
+            elif numbers is not None and mask is not None:
+                energy = channel_energy(h, mask.flatten()[numbers])
             else:
-                tokens = h.flatten(0, 1)
-                counted = tokens if numbers is None else tokens[numbers]
-                norm = torch.linalg.vector_norm(counted, dim=0, dtype=dtype)
-            energy = norm.square()
+                energy = channel_energy(h.flatten(0, -2), None if mask is None else mask.flatten())
             _ffn_state(forward.state, index).add(modality, energy if positions is None else energy[..., positions])
 
     def partition(self, index: int, state: PromptState) -> Partition:
@@ -245,28 +246,45 @@ class Engine:
         if isinstance(ffn, ExpertsState):
             return self.routed(index).partition(ffn)
         if ffn.partition is None:
-            ffn.partition = self.rank(index, state, self.config.modality_weights)
-            ffn.candidate_weight = self.channel_weights()[index][ffn.partition.candidates]
+            return self._keep(index, ffn, self.rank(index, state, self.config.modality_weights))
         return ffn.partition
 
+    def _keep(self, index: int, ffn: FFNState, part: Partition) -> Partition:
+        ffn.partition = part
+        ffn.candidate_weight = self.channel_weights()[index][part.candidates]
+        return part
+
     def rank(self, index: int, state: PromptState, modality_weights: Mapping[str, float]) -> Partition:
-        """The partition of one FFN that these weights of the modalities would make (for experts: of every unit).
+        """The partition of one FFN that these weights of the modalities would make (for experts: of every unit)."""
+        return partition(self._scores(index, state, modality_weights), self.sizes[index])
+
+    def _scores(self, index: int, state: PromptState, modality_weights: Mapping[str, float]) -> Tensor:
+        """``[D]``, ``[B, D]`` or (experts) ``[U, D]``.
 
         An FFN that the prompt did not run (a cross-attention layer without an image) has nothing but its weights to go by.
         """
         ffn = state.ffns[index]
         if isinstance(ffn, ExpertsState):
-            return partition(self.routed(index).scores(ffn, modality_weights), self.sizes[index])
+            return self.routed(index).scores(ffn, modality_weights)
         energy, weight = ffn.energy(modality_weights), self.channel_weights()[index]
         if energy is not None:
-            return partition(weight * energy.sqrt(), self.sizes[index])
-        return partition(weight.expand(state.rows, -1) if self.per_sequence else weight, self.sizes[index])
+            return weight * energy.sqrt()
+        return weight.expand(state.rows, -1) if self.per_sequence else weight
 
     def partition_all(self, state: PromptState) -> None:
-        """Make every partition that is missing; before the first decode step."""
+        """Make every partition that is missing; before the first decode step. FFNs that are alike are ranked together."""
         self.check_prompt(state)
-        for index in range(len(self.ffns)):
-            self.partition(index, state)
+        alike: dict[Any, list[tuple[int, FFNState, Tensor]]] = {}
+        for index, ffn in enumerate(state.ffns):
+            if isinstance(ffn, ExpertsState):
+                self.partition(index, state)
+            elif ffn.partition is None:
+                scores = self._scores(index, state, self.config.modality_weights)
+                alike.setdefault((self.sizes[index], scores.device, scores.dtype), []).append((index, ffn, scores))
+        for (sizes, *_), group in alike.items():
+            parts = partition(torch.stack([scores for *_, scores in group]), sizes)
+            for number, (index, ffn, _) in enumerate(group):
+                self._keep(index, ffn, parts[number])
 
     def check_prompt(self, state: PromptState) -> None:
         """Raise :class:`PhaseError` if the prompt (or, per sequence, one of its rows) has no token to go by."""
@@ -305,16 +323,34 @@ class Engine:
         prompt = ~_decode_positions(forward, device)
         return prompt if valid is None else prompt & valid.to(device)
 
-    def _prompt_by_modality(self, forward: Forward, device: torch.device) -> list[ByModality]:
-        """Each modality of the prompt's tokens in this forward. Made once for all FFNs: finding them waits for the device."""
+    def _observed(self, forward: Forward, device: torch.device) -> list[ByModality]:
+        """The tokens of this forward that statistics are made from, by modality. Made once for all FFNs."""
         if device not in forward.by_modality:
             masks = self._masks(forward, device)
-            forward.by_modality[device] = [
-                (m, mask, None if mask is None else mask.flatten().nonzero()[:, 0]) for m, mask in masks
-            ]
+            if self.config.probe_tokens:
+                probes = self._probes(forward, device)
+                masks = [(m, probes if mask is None else mask & probes) for m, mask in masks]
+            forward.by_modality[device] = masks
         return forward.by_modality[device]
 
-    def _masks(self, forward: Forward, device: torch.device) -> list[tuple[int, Tensor | None]]:
+    def _probes(self, forward: Forward, device: torch.device) -> Tensor:
+        """``[B, q]``: the ``probe_tokens`` of each row's prompt, evenly spaced over those that count, the last one included.
+
+        All of them if there are no more.
+        """
+        counting = torch.zeros(forward.rows, forward.length, dtype=torch.bool, device=device)
+        for modality, mask in self._masks(forward, device):
+            if self.config.modality_weights.get(MODALITIES[modality], 1) > 0:
+                counting = counting | (True if mask is None else mask)
+        wanted, count = self.config.probe_tokens, counting.sum(-1, keepdim=True).clamp_(min=1)
+        number = counting.cumsum(-1)  # from 1
+        return counting & (number * wanted // count > (number - 1) * wanted // count)
+
+    def probe_numbers(self, forward: Forward) -> Tensor:
+        """``[n]``: the probe tokens of this forward as numbers of its positions, row by row."""
+        return self._probes(forward, _where(forward)).flatten().nonzero().squeeze(1)
+
+    def _masks(self, forward: Forward, device: torch.device) -> list[ByModality]:
         prompt = self._prompt_positions(forward, device)
         if prompt is not None:
             prompt = prompt.to(device)

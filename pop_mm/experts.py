@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .kernels import Rows, View, rows_of
+from .kernels import Exchange, Rows, View, rows_of
 from .layout import as_integers, swap_channels
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -173,10 +173,10 @@ class Experts:
         yield self.down[expert], int(not self._transposed)
 
     @torch.no_grad()
-    def swap(self, expert: int, first: Tensor, second: Tensor) -> None:
-        """Exchange channels of one expert in place: ``first[i]`` with ``second[i]``; its function stays the same."""
+    def swap(self, expert: int, first: Tensor, second: Tensor, exchange: Exchange | None = None) -> None:
+        """Exchange channels of one expert in place (see :meth:`Projection.swap`); its function stays the same."""
         for matrix, axis in self.channel_matrices(expert):
-            swap_channels(as_integers(matrix), axis, first, second)
+            swap_channels(as_integers(matrix), axis, first, second, exchange)
 
     def input_views(self, expert: int, width: int) -> list[tuple[Tensor, Tensor | None]]:
         """Gate and up of an expert's first ``width`` channels, as ``[H, n]`` and a bias: views.
@@ -186,13 +186,15 @@ class Experts:
         weight = self._parameter(self.input_name)[expert]
         weight = weight if self._transposed else weight.t()
         bias = self._parameter(f"{self.input_name}_bias")[expert] if self.module.has_bias else None
+        return [(weight[:, a:b], None if bias is None else bias[a:b]) for a, b in self._spans(width)]
+
+    def _spans(self, width: int) -> list[tuple[int, int]]:
+        """Where the outputs of gate and up for the first ``width`` channels stand."""
         if not self.module.has_gate:
-            spans = [(0, width)]
-        elif self.module.is_concatenated:
-            spans = [(0, width), (self.size, self.size + width)] if width < self.size else [(0, 2 * width)]
-        else:
-            spans = [(0, 2 * width)]
-        return [(weight[:, a:b], None if bias is None else bias[a:b]) for a, b in spans]
+            return [(0, width)]
+        if self.module.is_concatenated and width < self.size:
+            return [(0, width), (self.size, self.size + width)]
+        return [(0, 2 * width)]
 
     def views(self, expert: int, width: int) -> ExpertViews:
         """The weights of an expert's first ``width`` channels."""
@@ -205,6 +207,18 @@ class Experts:
         return (weight if self._transposed else weight.t())[:width], bias
 
     # all experts ----------------------------------------------------------------------------------------------------
+
+    def all_views(self, width: int) -> ExpertViews:
+        """The weights of every expert's first ``width`` channels: like :meth:`views`, with a leading axis ``[E, ...]``."""
+        weight, down = self._parameter(self.input_name), self.down
+        weight, down = (weight, down) if self._transposed else (weight.transpose(1, 2), down.transpose(1, 2))
+        bias = self._parameter(f"{self.input_name}_bias") if self.module.has_bias else None
+        inputs: list[View] = [
+            (weight[:, :, a:b], None if bias is None else bias[:, a:b]) for a, b in self._spans(width)
+        ]
+        return ExpertViews(
+            inputs, (down[:, :width], self._parameter("down_proj_bias") if self.module.has_bias else None)
+        )
 
     @torch.no_grad()
     def down_column_norms(self) -> Tensor:

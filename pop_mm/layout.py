@@ -14,9 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .kernels import Exchange
+
 Role = Literal["dense", "shared_expert"]
 
-_SWAP_ROWS = 64  # rows moved at once: the block stays in the cache, and the scratch stays small
+_SWAP_ROWS = 256  # rows moved at once: few calls, and the scratch stays small
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -125,20 +127,22 @@ class Projection:
 
         return forward
 
-    def swap(self, first: Tensor, second: Tensor) -> None:
+    def swap(self, first: Tensor, second: Tensor, exchange: Exchange | None = None) -> None:
         """Exchange channels in place: position ``first[i]`` with position ``second[i]``.
 
         Parameters
         ----------
         first, second : Tensor
             ``[n]``, int64, disjoint and without repeats.
+        exchange : Exchange, optional
+            What does so on a CPU instead of torch's kernels.
         """
         tensors = [(self.weight, self.axis)]
         if self.side == "out" and self.bias is not None:
-            tensors.append((self.bias, 0))
+            tensors.append((self.bias.unsqueeze(1), 0))
         for tensor, axis in tensors:
             for block in as_integers(tensor).chunk(self.blocks, axis):
-                swap_channels(block, axis, first, second)
+                swap_channels(block, axis, first, second, exchange)
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -151,9 +155,14 @@ def as_integers(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGER[tensor.element_size()])
 
 
-def swap_channels(matrix: Tensor, axis: int, first: Tensor, second: Tensor) -> None:
-    """Exchange rows (axis 0) or columns (axis 1) in place: ``first[i]`` with ``second[i]``, disjoint and no repeats."""
-    if axis == 0:
+def swap_channels(matrix: Tensor, axis: int, first: Tensor, second: Tensor, exchange: Exchange | None = None) -> None:
+    """Exchange rows (axis 0) or columns (axis 1) in place: ``first[i]`` with ``second[i]``, disjoint and no repeats.
+
+    On a CPU by ``exchange``, if there is one.
+    """
+    if exchange is not None and matrix.device.type == "cpu":
+        exchange(matrix, axis, first, second)
+    elif axis == 0:
         _swap_rows(matrix, first, second)
     else:
         _swap_columns(matrix, first, second)
@@ -165,7 +174,7 @@ def _swap_rows(rows: Tensor, first: Tensor, second: Tensor) -> None:
 
 
 def _swap_columns(matrix: Tensor, first: Tensor, second: Tensor) -> None:
-    # gather and scatter_ on a block of rows run at 3-8 times the speed of index_select and index_copy_ along columns
+    # gather and scatter_ on a block of rows are far faster than index_select and index_copy_ along columns
     target = torch.cat([first, second]).expand(_SWAP_ROWS, -1)
     source = torch.cat([second, first]).expand(_SWAP_ROWS, -1)
     for rows in matrix.split(_SWAP_ROWS):
@@ -249,10 +258,10 @@ class FFN:
         return next((reason for p in self.projections if (reason := p.why_not_plain())), None)
 
     @torch.no_grad()
-    def swap(self, first: Tensor, second: Tensor) -> None:
+    def swap(self, first: Tensor, second: Tensor, exchange: Exchange | None = None) -> None:
         """Exchange channels of all projections in place (see :meth:`Projection.swap`): the function stays the same."""
         for projection in self.projections:
-            projection.swap(first, second)
+            projection.swap(first, second, exchange)
 
     @torch.no_grad()
     def input_norms(self) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 MODALITIES = ("text", "image", "video")  # in the order of transformers' mm_token_type_ids
 TEXT = 0
-# A modality, [B, q]: which positions of a forward are its prompt tokens, and [n]: their numbers; None twice if all are
-ByModality = tuple[int, Tensor | None, Tensor | None]
+ByModality = tuple[
+    int, Tensor | None
+]  # a modality, and [B, q]: which positions of a forward count for it; None if all do
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ integers that depend on (channels, ratio, gamma) alone: no shape ever depends on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ class Sizes:
         """K = |R| + |C|: the channels whose gate and up a decode step computes."""
         return self.retained + self.candidates
 
-    @cached_property
+    @property
     def candidates_dropped(self) -> int:
         """Candidates that a step leaves out."""
         return self.candidates - self.candidates_kept
@@ -119,6 +118,12 @@ class Partition:
     def front(self) -> Tensor:
         """R and C together, ``[..., K]``: the channels that a decode step computes."""
         return torch.cat([self.retained, self.candidates], -1)
+
+    def zones(self) -> Tensor:
+        """``[..., D]``, uint8: 0 for each channel of R, 1 of C, 2 of P."""
+        shape = (*self.pruned.shape[:-1], self.sizes.channels)
+        zones = torch.zeros(shape, dtype=torch.uint8, device=self.pruned.device)
+        return zones.scatter_(-1, self.candidates, 1).scatter_(-1, self.pruned, 2)
 
     def allowed(self) -> Tensor:
         """Boolean ``[..., D]``: true on R and C."""

@@ -55,6 +55,10 @@ class Forward:
         Set by the backend: FFNs may compute R and C only.
     single : bool
         Set by the backend: and they may do so by the compiled kernel, which takes one token and knows no autograd.
+    partial : bool
+        Set by the backend: FFNs complete the prompt on R and C only, as soon as they have ranked their channels.
+    probes : Tensor or None
+        Set by the backend: and they do so from gate and up on. ``[n]``, numbers of the positions that rank the channels.
     by_modality : dict of device to list of ByModality
         Filled in by the engine.
     """
@@ -70,6 +74,8 @@ class Forward:
     cache: Any = None
     fast: bool = False
     single: bool = False
+    partial: bool = False
+    probes: Tensor | None = None
     by_modality: dict[torch.device, list[ByModality]] = field(default_factory=dict)
 
 
@@ -263,6 +269,16 @@ class PhaseTracker:
                 forward.state.bind(cache)
                 self._bind(cache, forward.state)
         self._handler.end(forward, output is not None)
+
+    def around(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run what stands for a forward of the model without its hooks (a compiled step), attributed all the same."""
+        self._before(self._model, args, kwargs)
+        output = None
+        try:
+            output = step(*args, **kwargs)
+            return output
+        finally:
+            self._after(self._model, args, kwargs, output)
 
     def forget(self, forward: Forward) -> None:
         """Drop the state of a forward's prompt."""

@@ -39,7 +39,7 @@ class FFNPlan:
         The FFN's own ratio.
     sizes : Sizes
     backend : str
-        ``"inplace"``, ``"masked"`` or ``"dense"`` (nothing to leave out).
+        ``"inplace"``, ``"gathered"``, ``"masked"`` or ``"dense"`` (nothing to leave out).
     reason : str
         Why this backend.
     """
@@ -80,9 +80,11 @@ class Timings:
         Seconds in forwards of each phase; scoring in one forward counts as prefill.
     partitioning, moving : float
         Seconds spent making partitions and moving channels before the first decode step of each prompt; not in ``decode``.
-        Only an expert's channels move later, when a step first needs it, and that is in ``decode`` too.
+        Only an expert's channels move later, when a step first needs it, and that is in ``decode`` too. With
+        ``prefill="partition"`` both happen within the prefill, and partitioning is counted as that alone.
     masked_forwards : int
-        Decode forwards that ran masked though FFNs are in place: another prompt's order was resident.
+        Decode forwards that ran masked though FFNs are in place: another prompt's order was resident. With a partition for
+        each row: those that its kernels do not take.
     """
 
     prefill: float = 0.0
@@ -233,8 +235,8 @@ class Report:
     moved_channels : int
     weights_per_token : int
         Weights that a decoded token reads from the dense model.
-    kernels : {"stock", "compiled"}
-        How FFNs in place decode a single token.
+    kernels : {"stock", "compiled", "triton"}
+        How FFNs in place decode a single token; "triton": one token of each of a few rows.
     modality_tokens : mapping of str to int
         Modality -> tokens of the latest prompt.
     notes : sequence of str
@@ -375,7 +377,7 @@ def _ffn_report(plan: FFNPlan, known: FFNState | ExpertsState | None, decoded: b
 
 def _notes(config: PopConfig, plans: Sequence[FFNPlan], timings: Timings) -> list[str]:
     notes = []
-    clamped = [p for p in plans if p.backend != "dense" and 2 * p.sizes.candidates_kept < config.gamma * p.ffn.size - 2]
+    clamped = [p for p in plans if not p.sizes.dense and 2 * p.sizes.candidates_kept < config.gamma * p.ffn.size - 2]
     if clamped and config.variant == "pop":
         notes.append(
             f"gamma={config.gamma:g} does not fit the ratio in {len(clamped)} FFNs and was clamped; "
@@ -385,9 +387,10 @@ def _notes(config: PopConfig, plans: Sequence[FFNPlan], timings: Timings) -> lis
     if masked:
         notes.append(f"{len(masked)} FFNs run masked, without speed-up: {masked[0].reason} ({masked[0].ffn.name}).")
     if timings.masked_forwards:
-        notes.append(
-            f"{timings.masked_forwards} decode forwards ran masked, without speed-up: another prompt's channels were in place."
-        )
+        why = "another prompt's channels were in place"
+        if config.batch == "per_sequence":
+            why = "the kernels take one token a row, at most 8 rows, and no autograd"
+        notes.append(f"{timings.masked_forwards} decode forwards ran masked, without speed-up: {why}.")
     return notes
 
 

@@ -15,6 +15,39 @@ if TYPE_CHECKING:
     from .experts import Experts
     from .layout import FFN
 
+_BLOCK = 1 << 20  # activations that are squared at once: the scratch stays small
+
+
+def channel_energy(h: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Sum of squared activations of each channel over tokens, in float32 or wider.
+
+    Parameters
+    ----------
+    h : Tensor
+        ``[..., T, D]``.
+    counted : Tensor, optional
+        ``[..., T]``, boolean: tokens that count; the others may hold anything.
+
+    Returns
+    -------
+    Tensor
+        ``[..., D]``.
+    """
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    if h.device.type != "cpu":
+        h = h if counted is None else h.masked_fill(~counted.unsqueeze(-1), 0)
+        return torch.linalg.vector_norm(h, dim=-2, dtype=dtype).square_()
+    energy = h.new_zeros((*h.shape[:-2], h.shape[-1]), dtype=dtype)
+    tokens = max(1, _BLOCK * h.shape[-2] // h.numel())
+    for start in range(0, h.shape[-2], tokens):
+        block = h[..., start : start + tokens, :]
+        squared = block.square() if block.dtype == dtype else block.to(dtype).square_()
+        if counted is not None:
+            squared.masked_fill_(~counted[..., start : start + tokens].unsqueeze(-1), 0)
+        # a product with ones: torch's norm and sum along that axis take several times as long on a CPU
+        energy += squared.new_ones(squared.shape[-2]) @ squared
+    return energy
+
 
 class Scorer(ABC):
     """How important a channel is, from the norm of its activations. Subclass it and register it, or pass an instance.

@@ -17,16 +17,20 @@ from torch import Tensor, nn
 from . import kernels
 from .adapters import Adapter, adapter_for
 from .backends.experts import IMPLEMENTATION
+from .backends.gathered import GatheredBackend, gathered_fits
 from .backends.inplace import InplaceBackend
+from .backends.linears import SingleTokenLinears
 from .backends.masked import MaskedBackend
+from .compiled import CompiledSteps
 from .config import PopConfig, as_config
 from .engine import Engine, PromptState
 from .errors import AdapterError, ConfigError, NonFiniteError, SessionError
 from .experts import Experts
+from .kernels import gpu
 from .layout import FFN
 from .modality import MODALITIES
 from .partition import Sizes, partition_sizes
-from .phase import Forward, Phase, PhaseTracker
+from .phase import Forward, Phase, PhaseTracker, set_instance_attribute
 from .ratio import ffn_ratios
 from .report import Alone, FFNPlan, Report, Timings, build_report
 from .routed import ExpertsState
@@ -91,18 +95,34 @@ def weights_per_token(model: nn.Module, adapter: Adapter, plans: Sequence[FFNPla
 
 
 def _choose_backend(ffn: FFN | Experts, sizes: Sizes, config: PopConfig, shared: Counter[int]) -> tuple[str, str]:
+    reason = _why_masked(ffn, config, shared)
     if sizes.dense:
+        if reason is None and config.kernels == "compiled":
+            return "inplace", "its ratio leaves nothing out; kernels='compiled' decodes all of it"
         return "dense", "its ratio leaves nothing out"
-    if config.backend == "masked":
-        return "masked", "asked for"
+    if reason is not None:
+        return "masked", reason
     if config.batch == "per_sequence":
-        return "masked", "batch='per_sequence' needs a mask for each row; no speed-up"
+        return "gathered", "plain weights, of which each row reads its own channels"
+    return "inplace", "asked for" if config.backend == "inplace" else "plain weights"
+
+
+def _why_masked(ffn: FFN | Experts, config: PopConfig, shared: Counter[int]) -> str | None:
+    """Why an FFN cannot decode on narrow views of its weights, or None if it can."""
+    if config.backend == "masked":
+        return "asked for"
+    per_sequence = config.batch == "per_sequence"
+    if per_sequence and not (config.kernels == "triton" and isinstance(ffn, FFN)):
+        return "batch='per_sequence' needs a mask for each row; no speed-up"
     reason = ffn.why_not_plain()
     if reason is None and any(shared[_storage(p)] > 1 for module in ffn.modules for p in module.parameters(False)):
         reason = f"{ffn.name} shares its weights with another module"
-    if reason is not None:
-        return "masked", f"{reason}, so its channels cannot be reordered; no speed-up"
-    return "inplace", "asked for" if config.backend == "inplace" else "plain weights"
+    if reason is None and per_sequence and isinstance(ffn, FFN) and not gathered_fits(ffn):
+        reason = f"{ffn.name} computes something that the kernels do not"
+    if reason is None:
+        return None
+    consequence = "batch='per_sequence' needs a mask" if per_sequence else "its channels cannot be reordered"
+    return f"{reason}, so {consequence}; no speed-up"
 
 
 def _storage(tensor: Tensor) -> int:
@@ -139,6 +159,14 @@ class Session:
         self._adapter = adapter_for(model) if adapter is None else adapter
         self.plans = plan_ffns(model, config, self._adapter)
         pruned = [plan for plan in self.plans if plan.backend != "dense"]
+        if config.kernels == "triton":
+            gpu.require(plan.ffn.device for plan in pruned)
+        experts = next((plan.ffn.name for plan in pruned if isinstance(plan.ffn, Experts)), None)
+        if config.probe_tokens and experts is not None:
+            raise ConfigError(
+                f"probe_tokens={config.probe_tokens} is not for mixtures of experts: the few tokens would not reach every one of "
+                f"the experts of {experts}. Use prefill='partition' without probe_tokens."
+            )
         tokens = self._adapter.modality_token_ids(model)
         if config.modality_weights and not tokens:
             raise ConfigError(
@@ -151,9 +179,14 @@ class Session:
         self._masked = MaskedBackend(self._engine, self._tracker)
         self._backends = [plan.backend for plan in pruned]
         self._matvec = kernels.load(config.kernels) if "inplace" in self._backends else None
-        self._inplace = InplaceBackend(self._engine, self._tracker, self._matvec)
-        experts = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
-        self._expert_configs: list[Any] = list({id(module.config): module.config for module in experts}.values())
+        self._inplace = InplaceBackend(self._engine, self._tracker, self._matvec, config.kernels == "triton")
+        self._gathered = GatheredBackend(self._engine, self._tracker)
+        self._fast = bool({"inplace", "gathered"} & set(self._backends))
+        self._linears = None
+        if self._matvec is not None:
+            self._linears = SingleTokenLinears(self._matvec, self._single, self._inplace.static)
+        modules = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
+        self._expert_configs: list[Any] = list({id(module.config): module.config for module in modules}.values())
         self._undo: list[Callable[[], object]] = []
         self._busy = threading.Lock()
         self._owner: threading.Thread | None = None
@@ -182,7 +215,13 @@ class Session:
             self._engine.channel_weights()
             self._tracker.install()
             for index, backend in enumerate(self._backends):
-                (self._inplace if backend == "inplace" else self._masked).attach(index)
+                self._backend(backend).attach(index)
+            if self._linears is not None:
+                self._linears.attach(self._adapter.other_linears(self.model, [plan.ffn for plan in self.plans]))
+            if hasattr(self.model, "get_compiled_call"):
+                traceable = all(plan.backend in ("inplace", "dense") for plan in self.plans)
+                steps = CompiledSteps(self.model, self._tracker, self._inplace if traceable else None)
+                self._undo.append(set_instance_attribute(self.model, "get_compiled_call", steps.get_compiled_call))
             for index, ffn in enumerate(self._engine.ffns):
                 hook = ffn.modules[-1].register_load_state_dict_post_hook(self._reload(index))
                 self._undo.append(hook.remove)
@@ -191,6 +230,11 @@ class Session:
             raise
         return self
 
+    def _backend(self, name: str) -> InplaceBackend | GatheredBackend | MaskedBackend:
+        if name == "inplace":
+            return self._inplace
+        return self._gathered if name == "gathered" else self._masked
+
     def detach(self) -> None:
         """Stop pruning and restore the model bit for bit. Harmless if not attached."""
         if not self.attached:
@@ -198,6 +242,9 @@ class Session:
         try:
             self._inplace.detach()
         finally:
+            if self._linears is not None:
+                self._linears.detach()
+            self._gathered.detach()
             self._masked.detach()
             self._tracker.remove()
             while self._undo:
@@ -205,6 +252,11 @@ class Session:
             for plan in self.plans:
                 _PRUNED_MODULES.discard(plan.ffn.modules[-1])
             self.attached = False
+
+    def _single(self) -> bool:
+        """Whether the forward that runs now is a step of one token that the compiled kernel may compute."""
+        forward = self._tracker.current
+        return forward is not None and forward.single
 
     def _reload(self, index: int) -> Callable[..., None]:
         def loaded(*_: Any) -> None:
@@ -239,12 +291,13 @@ class Session:
     @property
     def report(self) -> Report:
         """What happened so far; the partition and the steps are those of the latest prompt."""
+        self._inplace.static.flush()
         state = self._last
         if state is not None and state.tokens is not None and not state.partitioned:
             self._engine.partition_all(state)
         self.timings.moving = self._inplace.seconds
         read = sum(weights_per_token(self.model, self._adapter, self.plans).values())
-        name = "stock" if self._matvec is None else "compiled"
+        name = "triton" if self.config.kernels == "triton" else "stock" if self._matvec is None else "compiled"
         alone = self._alone(state) if state is not None else []
         moved = self._inplace.moved_channels
         return build_report(self.config, self.plans, state, self.timings, moved, read, name, alone)
@@ -321,6 +374,8 @@ class Session:
                 state.invalidate()
             if forward.phase is Phase.MIXED:
                 self._engine.check_prompt(state)
+            elif self.config.prefill == "partition" and "inplace" in self._backends:
+                self._inplace.begin_prompt(forward)
             self._last = state
             return
         if not state.partitioned:
@@ -330,12 +385,14 @@ class Session:
         self._last = state
         if "inplace" in self._backends:
             self._inplace.begin(forward)
+        if "gathered" in self._backends:
+            self._gathered.begin(forward)
 
     def end(self, forward: Forward, completed: bool) -> None:
         """After a forward, also one that raised (called by the phase tracker)."""
         self._leave()
         elapsed = time.perf_counter() - self._started.at
-        self.timings.add(forward, elapsed, masked="inplace" in self._backends and not forward.fast)
+        self.timings.add(forward, elapsed, masked=self._fast and not forward.fast)
         if completed and forward.phase is not Phase.DECODE:
             try:
                 self._engine.check_finite(forward.state)
@@ -362,15 +419,15 @@ class Session:
                 )
 
     def _enter(self) -> None:
-        """One forward at a time where weights are reordered; the lock of an interrupted forward is taken over."""
-        if "inplace" not in self._backends:
+        """One forward at a time where channels are in place; the lock of an interrupted forward is taken over."""
+        if not self._fast:
             return
         me = threading.current_thread()
         if not self._busy.acquire(blocking=False):
             owner = self._owner
             if owner is not None and owner is not me and owner.is_alive():
                 raise SessionError(
-                    "Two threads run forwards of one in-place pruned model at once, but its weights hold the order of one "
+                    "Two threads run forwards of one in-place pruned model at once, but it holds the channels of one "
                     "prompt at a time. Take turns, use backend='masked', or load the model twice."
                 )
         self._owner = me

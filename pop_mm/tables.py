@@ -93,9 +93,9 @@ def _settings(report: Report) -> str:
     asked = (
         f"{config.ratio:.0%} of attention and FFN" if config.scope == "overall" else f"{config.ratio:.0%} of each FFN"
     )
-    kernel = " (compiled kernel)" if report.kernels == "compiled" else ""
+    kernel = {"compiled": " (compiled kernel)", "triton": " (Triton kernels)"}.get(report.kernels, "")
     backends = ", ".join(
-        f"{count} {name}{kernel if name == 'inplace' else ''}" for name, count in report.backends.items()
+        f"{count} {name}{kernel if name in ('inplace', 'gathered') else ''}" for name, count in report.backends.items()
     )
     return (
         f"POP: {asked} left out ({own} of an FFN), gamma {config.gamma:g}, {config.prefill} prefill, {config.batch} "

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from reference import columns, down_projections
 
-_TRANSFORMERS_OWN = {"config", "generation_config", "_previous_max_cache_length"}  # generate() sets them itself
+TRANSFORMERS_OWN = {"config", "generation_config", "_previous_max_cache_length"}  # generate() sets them itself
 _PRODUCTS = {F.linear, torch.mm, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 _GROUPED = {getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)} - {None}
 
@@ -203,7 +203,7 @@ def fingerprint(model):
                     found[name, key, own] = None if tensor is None else (tensor, tensor.detach().clone())
             elif isinstance(value, dict):
                 found[name, key] = list(value.items())
-            elif key not in _TRANSFORMERS_OWN:
+            elif key not in TRANSFORMERS_OWN:
                 found[name, key] = value if isinstance(value, bool | int | float | str | None) else id(value)
     return found
 

@@ -46,9 +46,10 @@ class Pop:
         Active channels whose activation is not zero by itself: of every forward, of each FFN, of each row, of each column.
     """
 
-    def __init__(self, model, ratio, gamma=0.1, batch="shared", prefill="dense"):
+    def __init__(self, model, ratio, gamma=0.1, batch="shared", prefill="dense", probe_tokens=None):
         self.model, self.ratio, self.gamma = model, ratio, gamma
         self.per_row, self.partial = batch == "per_sequence", prefill == "partition"
+        self.probe_tokens = probe_tokens
         self.downs = down_projections(model)
         self.norms = [columns(down).norm(dim=1).tolist() for down in self.downs]
         self.energy = [None] * len(self.downs)
@@ -133,9 +134,12 @@ class Pop:
         if self.energy[index] is None:
             self.energy[index] = [torch.zeros(h.shape[-1], dtype=torch.float64) for _ in range(groups)]
         for row in range(self.rows):
-            for column in range(self.length):
-                if self.valid[row][column]:
-                    self.energy[index][row if self.per_row else 0] += h[row, column].double() ** 2
+            columns = [column for column in range(self.length) if self.valid[row][column]]
+            if self.probe_tokens is not None and len(columns) > self.probe_tokens:
+                ends = [-(-part * len(columns) // self.probe_tokens) for part in range(1, self.probe_tokens + 1)]
+                columns = [columns[end - 1] for end in ends]  # the last column of each of N equal parts
+            for column in columns:
+                self.energy[index][row if self.per_row else 0] += h[row, column].double() ** 2
 
     def _cut(self, index):
         self.parts[index] = []

@@ -72,27 +72,21 @@ def test_decode_speed_runs(tiny_folder, tmp_path):
     assert row["quotient"] == pytest.approx(row["speedup"] / 2)
     assert 0 < row["similar_changed"] < 0.3
     kinds = ["stock", "compiled"] if kernels.why_not() is None else ["stock"]
-    variants = [(kind, ratio) for kind in kinds for ratio in (0, 0.2, 0.4)]
-    assert [(row["kernels"], row["ratio"]) for row in result["model"]] == variants
-    assert result["model"][0]["decode_speedup"] == 1
-    limits = [row["byte_limit"] for row in result["model"]][:3]
+    variants = [(kind, ratio) for kind in kinds for ratio in (None, 0.2, 0.4)]
+    rows = result["model"]["rows"]
+    assert [(row["kernels"], row["ratio"]) for row in rows] == variants
+    assert rows[0]["speedup"] == 1
+    limits = [row["byte_limit"] for row in rows][:3]
     assert limits[0] == 1 < limits[1] < limits[2]
     assert 0.5 < result["memory"]["whole"]["ratio"] < 1.5
+    assert {row["prompt"] for row in result["prefill"]["rows"]} == {32}
+    targets = [verdict["target"] for verdict in result["verdicts"]]
+    assert sum("of Amdahl's limit" in target for target in targets) == 2 * len(kinds)
+    assert sum("scoring and selection" in target for target in targets) == 2 * len(kinds)
+    assert sum("statistics, partition and reordering" in target for target in targets) == 4
+    assert sum("as fast as stock dense" in target for target in targets) == len(kinds) - 1
+    assert sum("peak resident size" in target for target in targets) == 2
     assert all(verdict["passed"] is None for verdict in result["verdicts"])
-
-
-def test_bytes_per_token_counts_what_a_step_reads(fidelity):
-    from speed_model import bytes_per_token
-
-    for tied in (False, True):
-        model = tiny("llama", tie_word_embeddings=tied)
-        embedding = model.get_input_embeddings().weight.nbytes
-        everything = sum(p.nbytes for p in model.parameters())
-        assert bytes_per_token(model, 0.0) == (everything - (0 if tied else embedding), 0.0, 1.0)
-        ffn = sum(p.nbytes for name, p in model.named_parameters() if ".mlp." in name and name.endswith("weight"))
-        size, _, kept = bytes_per_token(model, 0.4)
-        assert 0 < kept < 1
-        assert size == pytest.approx(bytes_per_token(model, 0.0)[0] - (1 - kept) * ffn, abs=1)
 
 
 def test_no_divergence_at_ratio_0(fidelity):
@@ -136,6 +130,22 @@ def test_moe_decode_speed_runs(tmp_path):
         stock = {"pruned", "same", "views", "eager", "batched_mm", "grouped_mm"}
         assert set(row["milliseconds"]) - {"read whole", "read narrow"} == stock
     assert [verdict["passed"] for verdict in result["verdicts"]] == [None] * 4  # not the real shapes
+
+
+def test_prefill_cost_runs(tiny_folder, tmp_path):
+    done = run("prefill_cost.py", "--model", tiny_folder, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    kinds = ["stock", "compiled"] if kernels.why_not() is None else ["stock"]
+    ways = ("dense", "partition", "probe 64", "probe 128")
+    expected = [(kind, way, prompt) for kind in kinds for way in ways for prompt in ("first", "next")]
+    assert [(row["kernels"], row["prefill"], row["prompt"]) for row in result["rows"]] == expected
+    for row in result["rows"]:
+        assert row["overhead"] == pytest.approx(row["statistics"] + row["partition"] + row["reordering"])
+        assert min(row["statistics"], row["partition"], row["reordering"]) > 0
+        assert 0 < row["moved_share"] < 1
+    assert list(result["quality"]) == ["dense", "partition", "probe 32", "probe 64", "probe 128"]
+    assert [verdict["passed"] for verdict in result["verdicts"]] == [None] * 2 * len(kinds)
 
 
 def test_vlm_accuracy_runs(tmp_path):

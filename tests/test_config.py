@@ -37,6 +37,10 @@ INVALID = [
     ({"layer_ratios": {True: 0.1}}, "a layer is an integer from 0; got True"),
     ({"layer_ratios": {0: 1.0}}, r"layer_ratios\[0\] must lie in \[0, 1\); got 1.0"),
     ({"layer_ratios": {0: "all"}}, r"layer_ratios\[0\] must be a number"),
+    ({"prefill": "partition", "probe_tokens": -1}, "probe_tokens must be an integer from 0; got -1"),
+    ({"prefill": "partition", "probe_tokens": True}, "probe_tokens must be an integer from 0; got True"),
+    ({"prefill": "partition", "probe_tokens": 64.0}, "probe_tokens must be an integer from 0; got 64.0"),
+    ({"probe_tokens": 64}, "probe_tokens=64 is for prefill='partition'.*got prefill='dense'"),
     (
         {"backend": "inplace", "batch": "per_sequence"},
         "backend='inplace' .* cannot serve batch='per_sequence'.*backend='auto' or 'masked'",
@@ -68,6 +72,7 @@ FULL = {
     "scope": "ffn",
     "gamma": 0.25,
     "prefill": "partition",
+    "probe_tokens": 64,
     "batch": "per_sequence",
     "backend": "masked",
     "scorer": "activation",

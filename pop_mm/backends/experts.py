@@ -27,6 +27,7 @@ from ..phase import Forward, PhaseTracker, set_instance_attribute
 from ..routed import ExpertsState, Slots
 from .base import current_forward
 from .order import ChannelOrder
+from .static import StaticSteps, fixed
 
 IMPLEMENTATION = "pop_mm"
 _HANDLERS: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
@@ -101,6 +102,7 @@ class MaskedExperts:
         self._positions: Tensor | None = (
             None  # [E, D]: where each expert's original channels are, if not in their own places
         )
+        self._activate: Callable[[Tensor], Tensor]  # what is between the projections
         self._local = threading.local()
         self._undo: list[Callable[[], object]] = []
 
@@ -111,13 +113,14 @@ class MaskedExperts:
         _HANDLERS[module] = self
         self._undo.append(partial(_HANDLERS.pop, module, None))
         if module.has_gate:
-            own_gate = module._apply_gate
+            self._activate = own_gate = module._apply_gate
 
             def gate(gate_up: Tensor) -> Tensor:
                 return self._look(own_gate(gate_up))
 
             self._undo.append(set_instance_attribute(module, "_apply_gate", gate))
         else:
+            self._activate = module.act_fn.forward
             hook = module.act_fn.register_forward_hook(lambda _, __, h: self._look(h))
             self._undo.append(hook.remove)
 
@@ -166,12 +169,17 @@ class MaskedExperts:
 class InplaceExperts(MaskedExperts):
     """Reorders the channels of an expert when a decode step first needs it, and decodes on narrow views."""
 
-    def __init__(self, engine: Engine, index: int, tracker: PhaseTracker, matvec: Matvec | None = None) -> None:
+    def __init__(
+        self, engine: Engine, index: int, tracker: PhaseTracker, static: StaticSteps, matvec: Matvec | None = None
+    ) -> None:
         super().__init__(engine, index, tracker)
         record = self._record
+        self._static = static
         self._matvec = matvec
+        exchange = None if matvec is None else matvec.exchange
         self._orders = [
-            ChannelOrder(record.size, record.device, partial(record.swap, expert)) for expert in range(record.count)
+            ChannelOrder(record.size, record.device, partial(record.swap, expert, exchange=exchange))
+            for expert in range(record.count)
         ]
         self._placed: set[int] = set()
         self._views: dict[int, ExpertViews] = {}
@@ -179,6 +187,18 @@ class InplaceExperts(MaskedExperts):
         self._weight: Tensor | None = None  # [E, |C|], of the candidates as they stand in the weights
         self.seconds = 0.0
         self.moved_channels = 0
+
+    def attach(self) -> None:
+        """Take over the module. If that fails, :meth:`detach` undoes what was done."""
+        super().attach()
+        module, static = self._module, self._static
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            if static.active:
+                return self._traced(*args, **kwargs)
+            return type(module).forward(module, *args, **kwargs)
+
+        self._undo.append(set_instance_attribute(module, "forward", forward))
 
     def detach(self) -> None:
         """Restore the original order, and give the module back as it was."""
@@ -240,6 +260,32 @@ class InplaceExperts(MaskedExperts):
         state.count(ids if forward.valid is None else ids[forward.valid.reshape(-1)], state.decode_tokens)
         return result
 
+    def prepare_traced(self, forward: Forward) -> bool:
+        """Place every expert, if this decode step can be a compiled one: one token, and all experts have partitions."""
+        state = self._state(forward)
+        if forward.rows > 1 or self._module._is_expert_parallel or not state.all_ready:
+            return False
+        for expert in range(self._record.count if len(self._placed) < self._record.count else 0):
+            if expert not in self._placed:
+                self._place(state, expert)
+        return True
+
+    def _traced(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """:meth:`_narrow` for one token, traceable: the experts' weights are looked up within the products."""
+        sizes, record, experts = self._engine.sizes[self._index], self._record, ids[0]
+        views = record.all_views(sizes.width)
+        h = self._activate(torch.cat([chosen_product(hidden, *view, experts) for view in views.inputs], -1))
+        if sizes.candidates:
+            assert self._weight is not None
+            candidates = h[:, sizes.retained :]
+            dropped = dropped_candidates(candidates.abs() * self._weight[experts], sizes)
+            h = torch.cat([h[:, : sizes.retained], candidates.scatter(1, dropped, 0)], 1)
+        self._static.count(self._index, experts)
+        out = chosen_product(h, *views.down, experts)
+        if getattr(self._module, "has_post_expert_norm", False):
+            out = self._module.post_expert_norm(out)
+        return (out * weights[0].unsqueeze(1)).sum(0, keepdim=True).to(hidden.dtype)
+
     def _choose(
         self, forward: Forward, candidates: Tensor, ids: Tensor, weights: Tensor, order: Tensor | None
     ) -> Tensor:
@@ -259,13 +305,31 @@ class InplaceExperts(MaskedExperts):
         if self._positions is None or self._weight is None or self._weight.shape != state.candidate_weight.shape:
             with torch.inference_mode(False):  # buffers that may be written in and out of inference mode
                 self._positions = torch.stack([order.position_of for order in self._orders])
-                self._weight = torch.zeros_like(state.candidate_weight)
-        part, order = state.partition[expert], self._orders[expert]
-        self.moved_channels += order.place(part, order.target_zones(part).cpu())
+                self._weight = fixed(torch.zeros_like(state.candidate_weight))
+        order, sizes = self._orders[expert], self._engine.sizes[self._index]
+        zones = state.partition[expert].zones().cpu().numpy()
+        self.moved_channels += order.place(zones, sizes)
         self._positions[expert] = order.position_of
-        self._weight[expert] = state.candidate_weight[expert][order.candidates(part)]
+        self._weight[expert] = state.candidate_weight[expert][order.candidate_ranks(zones, sizes)]
         self._placed.add(expert)
         self.seconds += time.perf_counter() - started
+
+
+def chosen_product(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tensor) -> Tensor:
+    """``x[i] @ weight[experts[i]] + bias[experts[i]]``, summed in float32, in a form that the compiler fuses.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``[k, in]``, or ``[1, in]`` for all.
+    weight, bias : Tensor
+        ``[E, in, out]``, ``[E, out]``.
+    experts : Tensor
+        ``[k]``.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = (x.unsqueeze(2).to(wide) * weight[experts].to(wide)).sum(1).to(x.dtype)
+    return out if bias is None else out + bias[experts]
 
 
 def run_experts(

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from ..engine import Engine, PromptState
 from ..experts import Experts
-from ..kernels import Matvec, rows_of
+from ..kernels import Matvec, Rows, rows_of, traced
 from ..layout import FFN, Projection, linear
+from ..partition import Partition
 from ..phase import Forward, PhaseTracker
 from .base import current_forward
 from .experts import InplaceExperts
+from .fused import fused_forward
 from .order import ChannelOrder
+from .static import StaticSteps
 
 
 class ResidentCandidates(NamedTuple):
@@ -43,6 +46,13 @@ class ResidentCandidates(NamedTuple):
     choose: Callable[[Tensor], Tensor]
 
 
+class _Placed(NamedTuple):
+    """A partition whose R and C stand at the front of an FFN's weights, and the ``ranks`` of its candidates there."""
+
+    partition: Partition
+    ranks: Tensor
+
+
 class InplaceBackend:
     """Reorders channels in the weights at the first decode step of a prompt, and decodes on narrow views.
 
@@ -52,17 +62,24 @@ class InplaceBackend:
         Time spent moving channels.
     moved_channels : int
         Channels moved so far.
+    static : StaticSteps
+        For steps that are compiled.
     """
 
     name = "inplace"
 
-    def __init__(self, engine: Engine, tracker: PhaseTracker, matvec: Matvec | None = None) -> None:
+    def __init__(
+        self, engine: Engine, tracker: PhaseTracker, matvec: Matvec | None = None, triton: bool = False
+    ) -> None:
         self._engine = engine
         self._tracker = tracker
         self._matvec = matvec
+        self._triton = triton
         self._orders: dict[int, ChannelOrder] = {}
         self._experts: dict[int, InplaceExperts] = {}
+        self._placed: dict[int, _Placed] = {}
         self._candidates: dict[int, ResidentCandidates] = {}
+        self.static = StaticSteps(engine)
         self._resident: PromptState | None = None
         self._undo: list[Callable[[], object]] = []
         self._seconds = 0.0
@@ -82,16 +99,21 @@ class InplaceBackend:
         """Take over FFN number ``index`` of the engine."""
         record = self._engine.ffns[index]
         if isinstance(record, Experts):
-            self._experts[index] = experts = InplaceExperts(self._engine, index, self._tracker, self._matvec)
+            self._experts[index] = experts = InplaceExperts(
+                self._engine, index, self._tracker, self.static, self._matvec
+            )
+            self.static.load_experts(index)
             experts.attach()
             restore = experts.restore
         else:
-            order = self._orders[index] = ChannelOrder(record.size, record.device, record.swap)
+            swap = record.swap if self._matvec is None else partial(record.swap, exchange=self._matvec.exchange)
+            order = self._orders[index] = ChannelOrder(record.size, record.device, swap)
             self._replace_forwards(index, record)
             restore = order.restore
 
         def canonical(*_: Any) -> None:
             self._resident = None
+            self._placed.pop(index, None)
             restore()
 
         for module in record.modules:
@@ -110,6 +132,7 @@ class InplaceBackend:
     def detach(self) -> None:
         """Restore the original order and the modules' own forwards."""
         self._resident = None
+        self._placed.clear()
         for order in self._orders.values():
             order.restore()
         for experts in self._experts.values():
@@ -127,6 +150,25 @@ class InplaceBackend:
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
         )
+
+    def begin_prompt(self, forward: Forward) -> None:
+        """Before a prefill that is completed on R and C: let each FFN move its channels as soon as it has ranked them.
+
+        The prompt is not the resident one before its first decode step, so an older one can still go on in place.
+        """
+        if torch.is_grad_enabled() or not self._orders:  # a graph would hold weights that move
+            return
+        forward.partial, self._resident = True, None
+        if self._engine.config.probe_tokens:
+            numbers = self._engine.probe_numbers(forward)
+            if 2 * len(numbers) <= forward.rows * forward.length:  # else gate and up of all tokens cost less once
+                forward.probes = numbers
+
+    def prepare_traced(self, forward: Forward) -> bool:
+        """Whether this forward can be a compiled step: one token a row, on what is resident."""
+        if not forward.fast or forward.length > 1:
+            return False
+        return all(experts.prepare_traced(forward) for experts in self._experts.values())
 
     def place(self, state: PromptState) -> bool:
         """Bring a prompt's R and C to the front, if it may be the resident one.
@@ -153,26 +195,48 @@ class InplaceBackend:
         return True
 
     def _place_ffns(self, state: PromptState) -> None:
-        partitions = {index: self._engine.partition(index, state) for index in self._orders}
-        zones = [self._orders[index].target_zones(part) for index, part in partitions.items()]
-        # one transfer to the host for all FFNs: how many channels move is not known before
-        on_host = torch.cat([z.to(zones[0].device) for z in zones]).cpu().split([len(z) for z in zones])
-        for (index, part), zone in zip(partitions.items(), on_host, strict=True):
-            order = self._orders[index]
-            self._moved_channels += order.place(part, zone)
-            ranks = order.candidates(part)
-            weight = state.ffns[index].candidate_weight
+        self.static.flush()
+        parts = {index: self._engine.partition(index, state) for index in self._orders}
+        missing = {index: part for index, part in parts.items() if not self._is_placed(index, part)}
+        if missing:
+            zones = [part.zones() for part in missing.values()]
+            # one transfer to the host for all FFNs: how many channels move is not known before
+            on_host = torch.cat([z.to(zones[0].device) for z in zones]).cpu().split([len(z) for z in zones])
+            for (index, part), zone in zip(missing.items(), on_host, strict=True):
+                self._move(index, part, zone)
+        for index in parts:
+            ranks, weight = self._placed[index].ranks, state.ffns[index].candidate_weight
             assert weight is not None
             weight = weight[ranks]
             choose = self._engine.chooser(index, state, weight, ranks)
             self._candidates[index] = ResidentCandidates(ranks, weight, choose)
+            self.static.load(index, weight, ranks)
+
+    def _place_prompt(self, index: int, state: PromptState) -> None:
+        """Rank the channels of one FFN, and move them, within a prefill."""
+        part = self._engine.partition(index, state)
+        started = time.perf_counter()
+        self._move(index, part, part.zones().cpu())
+        self._seconds += time.perf_counter() - started
+
+    def _is_placed(self, index: int, part: Partition) -> bool:
+        return index in self._placed and self._placed[index].partition is part
+
+    def _move(self, index: int, part: Partition, zones: Tensor) -> None:
+        """Bring R and C of one FFN to the front; ``zones`` are those of its partition, on the host."""
+        order = self._orders[index]
+        self._moved_channels += order.place(zones.numpy(), part.sizes)
+        self._placed[index] = _Placed(part, order.candidate_ranks(zones.numpy(), part.sizes))
 
     def _input_forward(self, index: int, projection: Projection) -> Callable[[Tensor], Tensor]:
         tracker, module = self._tracker, projection.module
         own_forward = type(module).forward
-        narrow = projection.narrow(self._engine.sizes[index].width)
+        width, static, compiled = self._engine.sizes[index].width, self.static, self._matvec is not None
+        narrow = projection.narrow(width)
 
         def forward(x: Tensor) -> Tensor:
+            if static.active:
+                return static_linear(projection, width, x, compiled)
             current = tracker.current
             if current is not None and current.fast:
                 return narrow(x)
@@ -187,9 +251,16 @@ class InplaceBackend:
         narrow = ffn.down.narrow(sizes.width)
         engine, order = self._engine, self._orders[index]
         has_candidates = sizes.candidates > 0
+        static, compiled = self.static, self._matvec is not None
 
         def forward(h: Tensor) -> Tensor:
+            if static.active:
+                if has_candidates:
+                    h = static.without_dropped(index, h.reshape(-1, sizes.width)).view(h.shape)
+                return static_linear(ffn.down, sizes.width, h, compiled)
             current = current_forward(tracker, ffn)
+            if current.partial:
+                return narrow(self._front_of_prompt(index, current, h))
             if not current.fast:
                 return own_forward(module, engine.apply(index, current, h, order.position_of if order.moved else None))
             if has_candidates:
@@ -200,6 +271,28 @@ class InplaceBackend:
 
         zero_dropped = self._zero_dropped(index)
         return forward
+
+    def _front_of_prompt(self, index: int, forward: Forward, h: Tensor) -> Tensor:
+        """Rank and move an FFN's channels within a prefill: of ``[..., D]`` activations those of R and C, ``[..., K]``."""
+        order, width = self._orders[index], self._engine.sizes[index].width
+        before, moved = order.position_of, order.moved
+        tokens = h.view(forward.rows, forward.length, -1)
+        self._engine.observe(index, forward, tokens, before if moved else None)
+        self._place_prompt(index, forward.state)
+        places = before[order.front(width)]
+        rows = h.flatten(0, -2)
+        return rows.gather(1, places.expand(len(rows), -1)).view(*h.shape[:-1], width)
+
+    def _probed_prompt(self, index: int, forward: Forward, x: Tensor) -> Tensor:
+        """The whole FFN in a prefill: the probe tokens on all channels, to rank them, then every token on R and C."""
+        ffn, order, sizes = self._engine.ffn(index), self._orders[index], self._engine.sizes[index]
+        assert forward.probes is not None
+        rows, probes = x.reshape(-1, x.shape[-1]), forward.probes.to(x.device)
+        h = down_input(ffn, rows[probes], sizes.channels)
+        self._engine.observe(index, forward, h, order.position_of if order.moved else None, probes)
+        self._place_prompt(index, forward.state)
+        h = down_input(ffn, rows, sizes.width)
+        return linear(h, *ffn.down.narrow_views(sizes.width)[0]).view(x.shape)
 
     def _zero_dropped(self, index: int) -> Callable[[Tensor, Forward], None]:
         """What zeroes, in place, the candidates that a step leaves out of ``h``, ``[..., K]``."""
@@ -218,6 +311,14 @@ class InplaceBackend:
 
         return zero_dropped
 
+    def _direct_forward(
+        self, index: int, zero_dropped: Callable[[Tensor, Forward], None] | None
+    ) -> Callable[[Tensor, Forward | None], Tensor]:
+        """The FFN on narrow views of its weights as they are now, by the kernels of this session."""
+        width = self._engine.sizes[index].width
+        compute = direct_forward(self._engine.ffn(index), width, zero_dropped, self._matvec)
+        return fused_forward(self._engine, index, self._candidates, compute) if self._triton else compute
+
     def _holder_forward(self, index: int) -> Callable[..., Tensor]:
         """The whole FFN of a decode step in one function.
 
@@ -232,21 +333,46 @@ class InplaceBackend:
         hooks = [h for m in bypassed if m is not None for h in (m._forward_hooks, m._forward_pre_hooks)]
         parameters: list[Any] = [p.module._parameters for p in ffn.projections]
         zero_dropped = self._zero_dropped(index) if sizes.candidates else None
-        compute = direct_forward(ffn, sizes.width, zero_dropped, self._matvec)
+        compute = self._direct_forward(index, zero_dropped)
         addresses = [p["weight"].data_ptr() for p in parameters]
+        static = self.static
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             nonlocal compute, addresses
+            if static.active:  # the compiler sees through modules
+                return own_forward(holder, x, *args, **kwargs)
             current = tracker.current
+            if current is not None and current.probes is not None and not any(hooks):
+                return self._probed_prompt(index, current, x)
             if current is None or not current.fast or any(hooks):
                 return own_forward(holder, x, *args, **kwargs)
             now = [p["weight"].data_ptr() for p in parameters]
             if now != addresses:
                 addresses = now
-                compute = direct_forward(ffn, sizes.width, zero_dropped, self._matvec)
+                compute = self._direct_forward(index, zero_dropped)
             return compute(x, current)
 
         return forward
+
+
+def down_input(ffn: FFN, rows: Tensor, width: int) -> Tensor:
+    """The input of the down projection on an FFN's first ``width`` channels, ``[N, H]`` to ``[N, width]``."""
+    parts = [linear(rows, *view) for p in ffn.inputs for view in p.narrow_views(width)]
+    assert ffn.activation is not None
+    h = ffn.activation.forward(parts[0])
+    return h.mul_(parts[1]) if len(parts) == 2 else h
+
+
+def static_linear(projection: Projection, width: int, x: Tensor, compiled: bool) -> Tensor:
+    """A projection on its first ``width`` channels, traceable: ``[..., in]`` to ``[..., out]``."""
+    rows = x.reshape(-1, x.shape[-1])
+    views = projection.narrow_views(width)
+    if compiled and len(rows) == 1 and Rows.fit([w.t() for w, _ in views]):
+        parts = [traced.matvec(rows, weight.t(), bias) for weight, bias in views]
+    else:
+        parts = [linear(rows, weight, bias) for weight, bias in views]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def direct_forward(

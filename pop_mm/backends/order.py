@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..partition import Partition, Sizes
+from ..partition import Sizes
+
+Numbers = NDArray[np.int64]
+Zones = NDArray[np.uint8]
 
 
 class ChannelOrder:
-    """The present order of one FFN's (or one expert's) channels in its weights.
+    """The present order of one FFN's (or one expert's) channels in its weights, kept on the host.
 
     Parameters
     ----------
@@ -24,78 +29,90 @@ class ChannelOrder:
 
     Attributes
     ----------
-    channel_at : Tensor
+    channel_at : array
         ``[D]``: original channel at each position.
-    position_of : Tensor
-        ``[D]``: position of each original channel.
     moved : bool
         Whether the order differs from the original one.
     """
 
     def __init__(self, size: int, device: torch.device, swap: Callable[[Tensor, Tensor], None]) -> None:
+        self._device = device
         self._swap = swap
-        self.channel_at = torch.arange(size, device=device)
-        self.position_of = self.channel_at.clone()
+        self.channel_at: Numbers = np.arange(size)
+        self._position_of: Tensor | None = None
         self.moved = False
 
-    def target_zones(self, partition: Partition) -> Tensor:
-        """``[D]``: for each position the zone where its channel belongs: 0 retained, 1 candidate, 2 pruned."""
-        zones = torch.zeros_like(self.channel_at, dtype=torch.uint8)
-        zones[self.position_of[partition.candidates]] = 1
-        zones[self.position_of[partition.pruned]] = 2
-        return zones
+    @property
+    def position_of(self) -> Tensor:
+        """``[D]``: position of each original channel."""
+        if self._position_of is None:
+            positions = np.empty_like(self.channel_at)
+            positions[self.channel_at] = np.arange(len(positions))
+            self._position_of = self._on_device(positions)
+        return self._position_of
 
-    def place(self, partition: Partition, zones: Tensor) -> int:
+    def place(self, zones: Zones, sizes: Sizes) -> int:
         """Bring R to the front and C behind it; how many channels moved.
 
-        ``zones`` is what :meth:`target_zones` gave, on the host.
+        Parameters
+        ----------
+        zones : array
+            ``[D]``: of each original channel, from :meth:`pop_mm.partition.Partition.zones`.
         """
         moved = 0
-        for first, second in zone_swaps(zones, partition.sizes):
+        for first, second in zone_swaps(zones[self.channel_at], sizes):
             self.swap(first, second)
             moved += 2 * len(first)
         return moved
 
-    def candidates(self, partition: Partition) -> Tensor:
-        """``[|C|]``: which of the candidates in ascending order stands at each place behind R."""
-        return torch.searchsorted(
-            partition.candidates, self.channel_at[partition.sizes.retained : partition.sizes.width]
-        )
+    def front(self, width: int) -> Tensor:
+        """``[K]``: original channels of the first ``width`` positions."""
+        return self._on_device(self.channel_at[:width].copy())
 
-    def swap(self, first: Tensor, second: Tensor) -> None:
-        """Exchange the channels at positions ``first[i]`` and ``second[i]``."""
+    def candidate_ranks(self, zones: Zones, sizes: Sizes) -> Tensor:
+        """``[|C|]``: which of the candidates in ascending order stands at each place behind R, once they are placed."""
+        ranks = np.cumsum(zones == 1) - 1
+        return self._on_device(ranks[self.channel_at[sizes.retained : sizes.width]])
+
+    def swap(self, first: Numbers, second: Numbers) -> None:
+        """Exchange the channels at positions ``first[i]`` and ``second[i]``, disjoint and without repeats."""
         if not len(first):
             return
         self.moved = True
-        first, second = first.to(self.channel_at.device), second.to(self.channel_at.device)
-        self._swap(first, second)
-        at = self.channel_at.clone()
-        at[first], at[second] = self.channel_at[second], self.channel_at[first]
-        self.channel_at = at
-        self.position_of = torch.empty_like(at).scatter_(0, at, torch.arange(len(at), device=at.device))
+        self._swap(self._on_device(first), self._on_device(second))
+        at = self.channel_at
+        at[first], at[second] = at[second], at[first]
+        self._position_of = None
 
     def restore(self) -> None:
         """Put every channel back: bit for bit, since only whole channels were ever exchanged."""
         if not self.moved:
             return
         for first, second in _involutions(self.channel_at.tolist()):
-            self.swap(torch.tensor(first), torch.tensor(second))
+            self.swap(np.array(first, np.int64), np.array(second, np.int64))
         assert bool((self.channel_at[1:] > self.channel_at[:-1]).all())
         self.moved = False
 
+    @torch.inference_mode(False)  # tensors that may be used in and out of inference mode
+    def _on_device(self, numbers: Numbers) -> Tensor:
+        return torch.from_numpy(numbers).to(self._device)
 
-def zone_swaps(zones: Tensor, sizes: Sizes) -> list[tuple[Tensor, Tensor]]:
+
+def zone_swaps(zones: Zones, sizes: Sizes) -> list[tuple[Numbers, Numbers]]:
     """The fewest exchanges that bring every channel into its zone, as two rounds of disjoint swaps.
 
     Parameters
     ----------
-    zones : Tensor
-        ``[D]`` on the host, from :meth:`ChannelOrder.target_zones`.
+    zones : array
+        ``[D]``: for each position the zone where its channel belongs: 0 retained, 1 candidate, 2 pruned.
     """
-    here = torch.tensor([0, 1, 2], dtype=zones.dtype).repeat_interleave(
-        torch.tensor([sizes.retained, sizes.candidates, sizes.pruned])
-    )
-    strayed = {(i, j): ((here == i) & (zones == j)).nonzero().squeeze(-1) for i in range(3) for j in range(3) if i != j}
+    spans = ((0, sizes.retained), (sizes.retained, sizes.width), (sizes.width, sizes.channels))
+    strayed = {
+        (i, j): np.flatnonzero(zones[start:end] == j) + start
+        for i, (start, end) in enumerate(spans)
+        for j in range(3)
+        if i != j
+    }
     firsts, seconds = [], []
     for i, j in ((0, 1), (0, 2), (1, 2)):  # pairs that are each in the other's zone
         n = min(len(strayed[i, j]), len(strayed[j, i]))
@@ -105,7 +122,7 @@ def zone_swaps(zones: Tensor, sizes: Sizes) -> list[tuple[Tensor, Tensor]]:
     # what is left runs round the three zones one way or the other, and takes two exchanges each
     around = ((0, 1), (1, 2), (2, 0)) if len(strayed[0, 1]) else ((0, 2), (2, 1), (1, 0))
     a, b, c = (strayed[edge] for edge in around)
-    return [(torch.cat([*firsts, a]), torch.cat([*seconds, b])), (a, c)]
+    return [(np.concatenate([*firsts, a]), np.concatenate([*seconds, b])), (a, c)]
 
 
 def _involutions(channel_at: list[int]) -> list[tuple[list[int], list[int]]]:

@@ -28,6 +28,9 @@ Gamma = Annotated[float, typer.Option(help="Share of an FFN's channels that are 
 Backend = Annotated[str, typer.Option(metavar="auto|masked|inplace", help="inplace is fast, masked saves no time.")]
 Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16", help="auto: the checkpoint's own.")]
 Prefill = Annotated[str, typer.Option(metavar="dense|partition", help="partition: as in the paper.")]
+ProbeTokens = Annotated[
+    int, typer.Option(metavar="N", help="With --prefill partition: tokens that choose the channels; 0: all of them.")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, max=100, help="0 is greedy; above 0 the answer is sampled.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For sampling.")]
@@ -38,7 +41,9 @@ Methods = Annotated[
 Ratios = Annotated[list[float], typer.Option(metavar="SHARE", help="To leave out, in [0, 1); repeat it for more.")]
 Gammas = Annotated[list[float], typer.Option(metavar="SHARE", help="Of pop: candidates, in [0, 1]; repeat it.")]
 Prefills = Annotated[list[str], typer.Option(metavar="dense|partition", help="Repeat it for both.")]
+Counts = Annotated[list[int], typer.Option(min=1, metavar="N", help="Repeat it for more.")]
 _METHODS, _RATIOS, _GAMMAS, _PREFILLS = ["static", "pop", "full"], [0.2, 0.4], [0.1], ["dense"]  # of `eval`
+_BATCHES, _PROMPTS, _BENCH_METHODS, _CACHES = [1], [128], ["pop"], ["dynamic"]  # of `bench`
 JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Save as JSON; - is stdout.")]
 Plot = Annotated[str | None, typer.Option(metavar="FILE", help="Save a picture: .png, .svg or .pdf.")]
 
@@ -61,6 +66,7 @@ def generate(
     scope: Scope = "overall",
     gamma: Gamma = 0.1,
     prefill: Prefill = "dense",
+    probe_tokens: ProbeTokens = 0,
     backend: Backend = "auto",
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
@@ -75,7 +81,7 @@ def generate(
     from ..config import PopConfig
     from .generate import Sampling, run
 
-    config = PopConfig(ratio, scope, gamma, prefill=prefill, backend=backend)  # type: ignore[arg-type]
+    config = PopConfig(ratio, scope, gamma, prefill=prefill, backend=backend, probe_tokens=probe_tokens)  # type: ignore[arg-type]
     sampling = Sampling(max_new_tokens, temperature, seed, chat)
     run(model, prompt, config, sampling, dtype, device, json_file, plot)
 
@@ -89,6 +95,7 @@ def ask(
     scope: Scope = "overall",
     gamma: Gamma = 0.1,
     prefill: Prefill = "dense",
+    probe_tokens: ProbeTokens = 0,
     backend: Backend = "auto",
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
@@ -103,7 +110,7 @@ def ask(
     from .ask import run
     from .generate import Sampling
 
-    config = PopConfig(ratio, scope, gamma, prefill=prefill, backend=backend)  # type: ignore[arg-type]
+    config = PopConfig(ratio, scope, gamma, prefill=prefill, backend=backend, probe_tokens=probe_tokens)  # type: ignore[arg-type]
     run(
         model,
         image,
@@ -191,6 +198,53 @@ def inspect(
     from .inspect import run
 
     run(model, PopConfig(ratio, scope, gamma, backend=backend), dtype, as_json)  # type: ignore[arg-type]
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Option(help="A sample's name, a folder, or a hub id.")] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Published dimensions instead: llama3.2-1b, mixtral-8x7b, ...")
+    ] = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Of --config; built on the device.")] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of --config: build fewer layers.")] = None,
+    batch: Counts = _BATCHES,
+    prompt: Counts = _PROMPTS,
+    new_tokens: Annotated[int, typer.Option(min=4, help="Decoded tokens, exactly.")] = 128,
+    ratio: Ratios = _RATIOS,
+    method: Annotated[list[str], typer.Option(metavar="pop|static", help="Repeat it for both.")] = _BENCH_METHODS,
+    gamma: Gamma = 0.1,
+    batch_mode: Annotated[
+        str, typer.Option(metavar="shared|per_sequence", help="per_sequence: one partition a row.")
+    ] = ("shared"),
+    kernels: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="stock|compiled|triton", help="Repeat it; default: stock, and compiled if there is a compiler."
+        ),
+    ] = None,
+    cache: Annotated[list[str], typer.Option(metavar="dynamic|static", help="Repeat it for both.")] = _CACHES,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile, dense and pruned; needs --cache static.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one to warm up.")] = 7,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Peak memory on a CPU too, each in a fresh process.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the order, prompts and random weights.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json_file: JsonFile = None,
+    plot: Plot = None,
+) -> None:
+    """Measure speed and memory, dense and pruned in turn, beside the byte limit and Amdahl's."""
+    from ..bench import Setup
+    from .bench import run, source_of
+
+    source = source_of(model, config, random_weights, layers, dtype)
+    grid = (batch, prompt, new_tokens, ratio, method, gamma, batch_mode)
+    setup = Setup(*grid, kernels or ["stock"], cache, compiled, rounds, seed)
+    run(source, setup, kernels or [], memory, device, json_file, plot)
 
 
 @app.command()

@@ -1,7 +1,8 @@
-"""A compiled matrix-vector kernel for decoding one token on a CPU. Its absence costs nothing but speed.
+"""Compiled kernels for a CPU: a matrix-vector product for decoding one token, and moving channels. Their absence costs
+nothing but speed.
 
 Stock kernels read weights at a third to a half of the memory's speed at batch 1, and pay a fixed price for every call, so
-that narrow weights gain little. This one is a page of C that the machine's own compiler turns into a library on first use
+that narrow weights gain little. These are two pages of C that the machine's own compiler turns into a library on first use
 (about a second; kept in the cache folder).
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-_SOURCE = Path(__file__).with_name("matvec.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("matvec.c", "moves.c"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 View = tuple[Tensor, Tensor | None]  # a weight as [in, out], and its bias
@@ -79,9 +80,15 @@ class Matvec:
     Parameters
     ----------
     library : ctypes.CDLL
+
+    Attributes
+    ----------
+    exchange : Exchange
+        From the same library.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        self.exchange = Exchange(library)
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._functions = {dtype: getattr(library, f"matvec_{name}") for dtype, name in _DTYPES.items()}
         for function in self._functions.values():
@@ -126,20 +133,58 @@ class Matvec:
         return out
 
 
-def load(wanted: str) -> Matvec | None:
-    """The kernel, or None for stock kernels.
+class Exchange:
+    """Exchanges rows or columns of a matrix in place.
 
     Parameters
     ----------
-    wanted : {"auto", "stock", "compiled"}
-        ``auto`` does without where no compiler is found.
+    library : ctypes.CDLL
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        self._function = library.exchange
+        self._function.argtypes = [pointer, *[integer] * 4, pointer, pointer, integer, ctypes.c_int]
+        self._function.restype = None
+
+    def __call__(self, matrix: Tensor, axis: int, first: Tensor, second: Tensor) -> None:
+        """Exchange row (axis 0) or column (axis 1) ``first[i]`` with ``second[i]``.
+
+        Parameters
+        ----------
+        matrix : Tensor
+            ``[n, m]`` on the CPU, of any strides and dtype.
+        first, second : Tensor
+            ``[k]``, int64 on the CPU, contiguous; within the matrix, disjoint and without repeats.
+        """
+        self._function(
+            matrix.data_ptr(),
+            matrix.element_size(),
+            matrix.shape[1 - axis],
+            matrix.stride(1 - axis),
+            matrix.stride(axis),
+            first.data_ptr(),
+            second.data_ptr(),
+            len(first),
+            torch.get_num_threads(),
+        )
+        torch.autograd.graph.increment_version(matrix)  # what torch's own in-place functions tell a graph that holds it
+
+
+def load(wanted: str) -> Matvec | None:
+    """The kernels, or None for stock kernels.
+
+    Parameters
+    ----------
+    wanted : {"auto", "stock", "compiled", "triton"}
+        ``auto`` does without where no compiler is found; ``triton`` is for GPUs and has no use for it.
 
     Raises
     ------
     ConfigError
         ``compiled`` was asked for and cannot be had.
     """
-    if wanted == "stock":
+    if wanted in ("stock", "triton"):
         return None
     library = _library()
     if isinstance(library, str):
@@ -158,10 +203,10 @@ def why_not() -> str | None:
     return library if isinstance(library, str) else None
 
 
-def build(source: Path, target: Path) -> str | None:
+def build(sources: Sequence[Path], target: Path) -> str | None:
     """Compile C for this very machine into a shared library; why that failed, or None if it did not."""
     compiler = _compiler()
-    command = [*compiler, *_FLAGS, "-o", str(target), str(source)]
+    command = [*compiler, *_FLAGS, "-o", str(target), *map(str, sources)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if not done.returncode:
         return None
@@ -184,14 +229,14 @@ def _library() -> ctypes.CDLL | str:
         return "none was found"
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-        facts = (_SOURCE.read_text(), " ".join(_FLAGS), version, _cpu())
+        facts = (*(source.read_text() for source in _SOURCES), " ".join(_FLAGS), version, _cpu())
         key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
-        path = cache_folder() / "kernels" / f"matvec-{key}.so"
+        path = cache_folder() / "kernels" / f"kernels-{key}.so"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 made = Path(folder, path.name)
-                if (reason := build(_SOURCE, made)) is not None:
+                if (reason := build(_SOURCES, made)) is not None:
                     return reason
                 made.replace(path)
         return ctypes.CDLL(str(path))

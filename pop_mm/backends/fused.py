@@ -1,0 +1,54 @@
+"""Decode steps on narrow views by Triton kernels, in front of the stock ones: for :mod:`.inplace` on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..engine import Engine
+from ..kernels.gpu import FusedStep, fits
+from ..phase import Forward
+
+if TYPE_CHECKING:
+    from .inplace import ResidentCandidates
+
+Compute = Callable[[Tensor, Forward | None], Tensor]
+
+
+def fused_forward(engine: Engine, index: int, resident: Mapping[int, ResidentCandidates], stock: Compute) -> Compute:
+    """The FFN as one function, for one token of each of 1 to 8 sequences; anything else is left to ``stock``.
+
+    Parameters
+    ----------
+    index : int
+        Number of the FFN; its weights are read where they are now.
+    resident : mapping
+        FFN -> the candidates as they stand in the weights at the time of a step.
+    stock : callable
+        What computes the same by torch's kernels, as :func:`.inplace.direct_forward` makes it.
+    """
+    ffn, sizes = engine.ffn(index), engine.sizes[index]
+    if not fits(ffn):
+        return stock
+    step = FusedStep(ffn, sizes)
+    loaded: ResidentCandidates | None = None
+
+    def compute(x: Tensor, current: Forward | None) -> Tensor:
+        nonlocal loaded
+        rows = x.reshape(-1, x.shape[-1])
+        if current is None or current.length != 1 or current.rows != len(rows) or not step.takes(rows):
+            return stock(x, current)
+        if not sizes.candidates:
+            return step(rows).view(x.shape)
+        here = resident[index]
+        if here is not loaded:
+            step.load(here.weight)
+            loaded = here
+        valid = None if current.valid is None or len(rows) == 1 else current.valid[:, 0].to(x.device)
+        out = step(rows, valid)
+        current.state.ffns[index].steps.add(step.dropped, here.ranks)
+        return out.view(x.shape)
+
+    return compute

@@ -1,0 +1,117 @@
+"""What a decode step needs when it is compiled or captured as a graph: the same addresses at every step of every prompt.
+
+The eager step looks up the prompt that is resident; a compiled one has read all that once, when it was traced. So whatever
+changes from prompt to prompt, or from step to step, is copied into tensors that stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..engine import Engine, FFNState, PromptState
+from ..partition import dropped_candidates
+from ..phase import Forward
+from ..routed import ExpertsState
+
+_STEPS = 32  # kept before they are handed to the step logs
+
+
+class StaticSteps:
+    """The candidates' weights of the resident prompt, and a log of what the steps left out, at fixed addresses.
+
+    Attributes
+    ----------
+    active : bool
+        Whether the step that runs now (or is being traced) is a compiled one.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.active = False
+        self._weights: dict[int, Tensor] = {}  # [|C|]
+        self._logs: dict[int, Tensor] = {}  # [32, n]
+        self._ranks: dict[int, Tensor] = {}
+        self._tokens: dict[int, Tensor] = {}  # [E]: how many each expert saw
+        self._slots: dict[torch.device, Tensor] = {}  # [1]: where the step goes in the logs
+        self._valid: dict[torch.device, Tensor] = {}  # [B, 1]: rows that count
+        self._state: PromptState | None = None  # whose steps the logs hold
+        self._count = 0
+
+    def load(self, index: int, weight: Tensor, ranks: Tensor) -> None:
+        """Another prompt's candidates of FFN number ``index`` as they stand in the weights, ``[|C|]`` each."""
+        if index not in self._weights:
+            sizes, device = self._engine.sizes[index], weight.device
+            self._weights[index] = fixed(torch.empty_like(weight))
+            self._logs[index] = fixed(torch.zeros(_STEPS, sizes.candidates_dropped, dtype=torch.int64, device=device))
+            self._slots.setdefault(device, fixed(torch.zeros(1, dtype=torch.int64, device=device)))
+        self._weights[index].copy_(weight)
+        self._ranks[index] = ranks
+
+    def load_experts(self, index: int) -> None:
+        """Count the tokens of the experts that are number ``index`` of the FFNs."""
+        experts = self._engine.ffns[index]
+        self._tokens[index] = fixed(torch.zeros(experts.channel_shape[0], dtype=torch.int64, device=experts.device))
+
+    @contextmanager
+    def step(self, forward: Forward) -> Iterator[None]:
+        """Around one compiled step."""
+        if self._state is not forward.state or self._count == _STEPS:
+            self.flush()
+            self._state = forward.state
+        for device, slot in self._slots.items():
+            slot.fill_(self._count)
+            if forward.rows > 1:
+                if device not in self._valid or len(self._valid[device]) != forward.rows:
+                    self._valid[device] = fixed(torch.empty(forward.rows, 1, dtype=torch.bool, device=device))
+                self._valid[device].copy_(torch.tensor(True) if forward.valid is None else forward.valid)
+        self._count += 1
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+
+    def flush(self) -> None:
+        """Hand the steps so far to the logs of their prompt."""
+        if self._state is not None and self._count:
+            for index, log in self._logs.items():
+                ffn = self._state.ffns[index]
+                assert isinstance(ffn, FFNState)
+                ffn.steps.add(log[: self._count].clone(), self._ranks[index])
+            for index, tokens in self._tokens.items():
+                experts = self._state.ffns[index]
+                assert isinstance(experts, ExpertsState)
+                experts.decode_tokens = [a + b for a, b in zip(experts.decode_tokens, tokens.tolist(), strict=True)]
+                tokens.zero_()
+        self._count, self._state = 0, None
+
+    def count(self, index: int, experts: Tensor) -> None:
+        """One token went to each of ``experts``, ``[k]``."""
+        self._tokens[index].index_add_(0, experts, torch.ones_like(experts))
+
+    def without_dropped(self, index: int, h: Tensor) -> Tensor:
+        """``[N, K]``, zero on the candidates that this step leaves out: what :meth:`Engine.select` does, traceable.
+
+        N are the rows of a batch that share one choice.
+        """
+        sizes, weight = self._engine.sizes[index], self._weights[index]
+        candidates = h[:, sizes.retained :]
+        if len(h) == 1:
+            scores = (candidates * weight).abs()
+        else:
+            squared = candidates.to(weight.dtype).square().masked_fill(~self._valid[h.device], 0)
+            scores = squared.sum(0, keepdim=True).sqrt() * weight
+        dropped = dropped_candidates(scores, sizes)
+        self._logs[index].index_copy_(0, self._slots[h.device], dropped)
+        kept = candidates.scatter(1, dropped.expand(len(h), -1), 0)
+        return torch.cat([h[:, : sizes.retained], kept], 1)
+
+
+def fixed(tensor: Tensor) -> Tensor:
+    """Tell the compiler that this tensor stays where it is, so that a captured graph need not copy it."""
+    torch._dynamo.mark_static_address(tensor)
+    return tensor

@@ -1,0 +1,51 @@
+"""The compiled kernel as an operator of torch, so that ``torch.compile`` can put it into a graph."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import Matvec, Rows, load
+
+_LIBRARY = torch.library.Library("pop_mm", "DEF")
+_LIBRARY.define("matvec(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.needs_fixed_stride_order,))
+
+
+@cache
+def _kernel() -> Matvec:
+    kernel = load("compiled")
+    assert kernel is not None
+    return kernel
+
+
+@torch.library.impl(_LIBRARY, "matvec", "CPU")
+def _matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _kernel()((Rows([weight], [bias]),), x)
+
+
+@torch.library.register_fake("pop_mm::matvec", lib=_LIBRARY)
+def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(1, weight.shape[0])
+
+
+def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` for one token.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``[1, m]``.
+    weight : Tensor
+        ``[n, m]``, which :meth:`Rows.fit` accepts.
+    bias : Tensor or None
+        ``[n]``.
+
+    Returns
+    -------
+    Tensor
+        ``[1, n]``.
+    """
+    result: Tensor = torch.ops.pop_mm.matvec(x, weight, bias)
+    return result
