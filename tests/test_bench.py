@@ -17,7 +17,8 @@ from pop_mm.bench.prompts import Prompts
 from pop_mm.bench.timing import decode_options, generate, generate_timed
 from pop_mm.bench.variants import STOCK_DENSE, Cell, Variant, kernels_for, running
 from pop_mm.config import PopConfig
-from pop_mm.session import plan_ffns
+from pop_mm.kernels import Matvec
+from pop_mm.session import plan_ffns, weights_per_token
 from tiny_folder import save
 from tiny_models import VOCAB, tiny
 
@@ -328,15 +329,23 @@ def test_the_compiled_kernel_where_there_is_none():
 
 
 @pytest.mark.skipif(not COMPILED, reason="no C compiler")
-def test_the_dense_model_on_the_compiled_kernel(load):
-    model = load("llama", torch.float32)
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_the_dense_model_on_the_compiled_kernel(load, monkeypatch, model_type):
+    model = load(model_type, torch.float32)
+    read = []
+    kernel = Matvec.__call__
+    monkeypatch.setattr(
+        Matvec,
+        "__call__",
+        lambda self, rows, x: (read.append(sum(r.columns * r.total for r in rows)), kernel(self, rows, x))[1],
+    )
     ids = Prompts(model, None).ids(0, 1, 6)
     expected = model.generate(ids, max_new_tokens=6, do_sample=False)
     with running(model, SMALL, Variant("dense", None, "compiled")):
         assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
-        replaced = [name for name, module in model.named_modules() if "forward" in module.__dict__]
-    layer = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp"]
-    assert replaced == [f"model.layers.{i}.{name}" for i in (0, 1) for name in layer] + ["lm_head"]
+    adapter = adapter_for(model)
+    dense = sum(weights_per_token(model, adapter, plan_ffns(model, PopConfig(0.0))).values())
+    assert sum(read) == 5 * dense  # all that a token reads, at each of five steps
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 

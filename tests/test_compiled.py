@@ -11,7 +11,13 @@ from pop_mm import PhaseError
 from tiny_models import tiny
 
 KERNELS = pytest.mark.parametrize("kernels", ["stock", "compiled"])
-LAYOUTS = ("llama", "phi3", "gemma2", "qwen3", "starcoder2")  # separate, fused, another activation, norms, ungated and biased
+LAYOUTS = (
+    "llama",
+    "phi3",
+    "gemma2",
+    "qwen3",
+    "starcoder2",
+)  # separate, fused, another activation, norms, ungated and biased
 
 
 @pytest.fixture(autouse=True)

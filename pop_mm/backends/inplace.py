@@ -262,6 +262,8 @@ class InplaceBackend:
             if current.partial:
                 return narrow(self._front_of_prompt(index, current, h))
             if not current.fast:
+                if sizes.dense:
+                    return own_forward(module, h)
                 return own_forward(module, engine.apply(index, current, h, order.position_of if order.moved else None))
             if has_candidates:
                 if h.requires_grad:

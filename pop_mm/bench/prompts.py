@@ -39,7 +39,7 @@ class Prompts:
     def ids(self, number: int, batch: int, tokens: int) -> Tensor:
         """``[batch, tokens]``: a row begins at a passage of its own and goes on with those after it, as often as needed."""
         if not self._passages:
-            random = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+            random = torch.Generator().manual_seed((self._seed * 1_000_003 + number) % 2**63)
             return self._ordinary[torch.randint(len(self._ordinary), (batch, tokens), generator=random)].to(
                 self._device
             )

@@ -118,7 +118,8 @@ def _rounds(
             if number:
                 runs[variant].append(run)
         for variant in order.sample(variants, len(variants)) if number else ():
-            with running(model, setup, variant) as session:
+            with running(model, setup, variant) as attached:
+                session = None if variant.ratio is None else attached
                 look = partial(measure_parts, model, records, session, new_tokens=min(setup.new_tokens, _PART_TOKENS))
                 first = look(ids, **uncompiled)
                 then = None if session is None else look(following, **uncompiled)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from ..adapters import adapter_for
-from ..backends.inplace import direct_forward, direct_forward_fits
 from ..config import PopConfig
-from ..kernels import Rows, why_not
-from ..kernels import load as load_kernel
-from ..layout import FFN
-from ..phase import Forward, Phase, set_instance_attribute
+from ..kernels import why_not
 from ..session import prune
 from .errors import BenchError
 
@@ -177,45 +171,10 @@ def kernels_for(device: torch.device, dtype: torch.dtype, asked: Sequence[str] =
 
 
 def running(model: Any, setup: Setup, variant: Variant) -> AbstractContextManager[Any]:
-    """Within: the model is this variant. Gives the session of a pruned one, None for a dense one."""
+    """Within: the model is this variant. Gives its session; None for the dense model with stock kernels."""
     if variant.ratio is not None:
         return prune(model, setup.config(variant))
-    return dense_on_kernel(model) if variant.kernels == "compiled" else nullcontext()
-
-
-@contextmanager
-def dense_on_kernel(model: Any) -> Iterator[None]:
-    """Within: the dense FFNs, and the linears of attention and the lm_head, compute a single token by the compiled kernel."""
-    matvec = load_kernel("compiled")
-    assert matvec is not None
-    adapter = adapter_for(model)
-    records = adapter.projections(model)
-    single = Forward(Phase.DECODE, None, 1, 1, single=True)
-    undo: list[Callable[[], object]] = []
-    try:
-        for ffn in records:
-            if isinstance(ffn, FFN) and ffn.holder is not None and direct_forward_fits(ffn):
-                own, compute = ffn.holder.forward, direct_forward(ffn, ffn.size, None, matvec)
-
-                def whole(x: Tensor, own: Any = own, compute: Any = compute) -> Tensor:
-                    return compute(x, single) if x.shape[:-1].numel() == 1 else own(x)
-
-                undo.append(set_instance_attribute(ffn.holder, "forward", whole))
-        for module in adapter.other_linears(model, records):
-            weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
-            if Rows.fit([weight]):
-                rows = (Rows([weight], [bias]),)
-
-                def linear(input: Tensor, own: Any = module.forward, rows: tuple[Rows] = rows) -> Tensor:
-                    if not rows[0].takes(input):
-                        return own(input)
-                    return matvec(rows, input.view(1, -1)).view(*input.shape[:-1], -1)
-
-                undo.append(set_instance_attribute(module, "forward", linear))
-        yield
-    finally:
-        while undo:
-            undo.pop()()
+    return prune(model, ratio=0.0, kernels="compiled") if variant.kernels == "compiled" else nullcontext()
 
 
 __all__ = ["STOCK_DENSE", "Cell", "Setup", "Variant", "kernels_for", "running"]
