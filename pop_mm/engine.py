@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
 from .experts import Experts
+from .kernels import Energy
 from .layout import FFN
 from .modality import MODALITIES, TEXT, ByModality, added, weighted_sum
 from .partition import Partition, Sizes, dropped_candidates, partition
@@ -145,6 +146,11 @@ class Engine:
     config : PopConfig
     modalities : int
         How many the model can have: 1 is text alone.
+
+    Attributes
+    ----------
+    compiled_energy : Energy or None
+        What sums the prompt's activations instead of torch's kernels.
     """
 
     def __init__(
@@ -157,6 +163,7 @@ class Engine:
         self._weights: list[Tensor] | None = None
         self._routed: dict[int, RoutedExperts] = {}
         self._modalities = modalities
+        self.compiled_energy: Energy | None = None
 
     @property
     def per_sequence(self) -> bool:
@@ -234,10 +241,11 @@ class Engine:
         for modality, mask in self._observed(forward, h.device):
             if self.per_sequence:
                 energy = channel_energy(h, mask)
-            elif numbers is not None and mask is not None:
-                energy = channel_energy(h, mask.flatten()[numbers])
             else:
-                energy = channel_energy(h.flatten(0, -2), None if mask is None else mask.flatten())
+                counted = None if mask is None else mask.flatten()
+                if counted is not None and numbers is not None:
+                    counted = counted[numbers]
+                energy = channel_energy(h.flatten(0, -2), counted, self.compiled_energy)
             _ffn_state(forward.state, index).add(modality, energy if positions is None else energy[..., positions])
 
     def partition(self, index: int, state: PromptState) -> Partition:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import Exchange, Rows, View, rows_of
-from .layout import as_integers, swap_channels
+from .layout import swap_channels
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -176,7 +176,7 @@ class Experts:
     def swap(self, expert: int, first: Tensor, second: Tensor, exchange: Exchange | None = None) -> None:
         """Exchange channels of one expert in place (see :meth:`Projection.swap`); its function stays the same."""
         for matrix, axis in self.channel_matrices(expert):
-            swap_channels(as_integers(matrix), axis, first, second, exchange)
+            swap_channels(matrix, axis, first, second, exchange)
 
     def input_views(self, expert: int, width: int) -> list[tuple[Tensor, Tensor | None]]:
         """Gate and up of an expert's first ``width`` channels, as ``[H, n]`` and a bias: views.

@@ -141,7 +141,7 @@ class Projection:
         if self.side == "out" and self.bias is not None:
             tensors.append((self.bias.unsqueeze(1), 0))
         for tensor, axis in tensors:
-            for block in as_integers(tensor).chunk(self.blocks, axis):
+            for block in tensor.chunk(self.blocks, axis) if self.blocks > 1 else (tensor,):
                 swap_channels(block, axis, first, second, exchange)
 
 
@@ -163,9 +163,9 @@ def swap_channels(matrix: Tensor, axis: int, first: Tensor, second: Tensor, exch
     if exchange is not None and matrix.device.type == "cpu":
         exchange(matrix, axis, first, second)
     elif axis == 0:
-        _swap_rows(matrix, first, second)
+        _swap_rows(as_integers(matrix), first, second)
     else:
-        _swap_columns(matrix, first, second)
+        _swap_columns(as_integers(matrix), first, second)
 
 
 def _swap_rows(rows: Tensor, first: Tensor, second: Tensor) -> None:

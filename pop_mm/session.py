@@ -179,6 +179,8 @@ class Session:
         self._masked = MaskedBackend(self._engine, self._tracker)
         self._backends = [plan.backend for plan in pruned]
         self._matvec = kernels.load(config.kernels) if "inplace" in self._backends else None
+        if self._matvec is not None:
+            self._engine.compiled_energy = self._matvec.energy
         self._inplace = InplaceBackend(self._engine, self._tracker, self._matvec, config.kernels == "triton")
         self._gathered = GatheredBackend(self._engine, self._tracker)
         self._fast = bool({"inplace", "gathered"} & set(self._backends))

@@ -62,7 +62,7 @@ def test_compiled_moves_are_those_of_torch(exchange, dtype, rows, columns, count
         exchange(view(found), axis, first, second)
     finally:
         torch.set_num_threads(before)
-    swap_channels(as_integers(view(expected)), axis, first, second)
+    swap_channels(view(expected), axis, first, second)
     assert torch.equal(found, expected)
     own = view(matrix((rows, columns), dtype))
     index = torch.arange(size)
@@ -78,7 +78,7 @@ def test_large_weights_are_shared_out_among_threads(exchange):
             )
             first, second = pairs(700, 333)
             exchange(found, axis, first, second)
-            swap_channels(as_integers(expected), axis, first, second)
+            swap_channels(expected, axis, first, second)
             assert torch.equal(found, expected)
 
 
@@ -152,6 +152,6 @@ def test_autograd_notices_that_weights_moved(exchange):
     x = torch.randn(1, 4, requires_grad=True)
     out = torch.nn.functional.linear(x, weight).sum()
     with torch.no_grad():
-        swap_channels(as_integers(weight), 0, torch.tensor([0]), torch.tensor([1]), exchange)
+        swap_channels(weight, 0, torch.tensor([0]), torch.tensor([1]), exchange)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()

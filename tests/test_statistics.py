@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pop_mm import scoring
+from pop_mm import kernels, scoring
 from pop_mm.scoring import channel_energy
 
 
@@ -29,14 +31,48 @@ def test_energy_is_that_of_float64(dtype, shape, block, monkeypatch):
     torch.testing.assert_close(channel_energy(h, counted).double(), expected(h, counted), rtol=1e-5, atol=0)
 
 
-def test_what_does_not_count_may_be_anything():
-    h, counted = activations(2, 9, 5), torch.ones(2, 9, dtype=torch.bool)
-    counted[0, :3] = False
-    before = channel_energy(h, counted)
-    h[0, :3] = float("nan")
-    assert torch.equal(channel_energy(h, counted), before)
-    h[1, 2, 3] = float("inf")
-    assert channel_energy(h, counted).isfinite().tolist() == [[True] * 5, [True, True, True, False, True]]
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    tokens=st.integers(1, 30),
+    channels=st.sampled_from([1, 7, 63, 64, 200, 5000]),
+    gap=st.integers(0, 5),
+    masked=st.booleans(),
+    threads=st.integers(1, 4),
+)
+def test_the_compiled_sum_is_that_of_float64(dtype, tokens, channels, gap, masked, threads):
+    h = activations(tokens, channels + gap, dtype=dtype)[:, :channels]
+    counted = torch.arange(tokens) % 3 > 0 if masked else None
+    compiled, before = kernels.load("compiled").energy, torch.get_num_threads()
+    assert compiled.takes(h)
+    torch.set_num_threads(threads)
+    try:
+        found = channel_energy(h, counted, compiled)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found.double(), expected(h, counted), rtol=1e-5, atol=0)
+    assert torch.equal(found, channel_energy(h, counted, compiled))
+
+
+def test_what_the_compiled_sum_does_not_take():
+    compiled = kernels.load("compiled").energy
+    for h in (activations(2, 3, 4), activations(3, 4).t(), activations(3, 4).double(), activations(3, 4).half()):
+        assert not compiled.takes(h)
+        torch.testing.assert_close(
+            channel_energy(h, None, compiled).double(), expected(h), check_dtype=False, rtol=1e-5, atol=0
+        )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_does_not_count_may_be_anything(compiled):
+    h, counted = activations(9, 5), torch.ones(9, dtype=torch.bool)
+    counted[:3] = False
+    own = kernels.load("compiled").energy if compiled else None
+    before = channel_energy(h, counted, own)
+    h[:3] = float("nan")
+    assert torch.equal(channel_energy(h, counted, own), before)
+    h[5, 3] = float("inf")
+    assert channel_energy(h, counted, own).isfinite().tolist() == [True, True, True, False, True]
 
 
 def test_activations_are_not_changed():

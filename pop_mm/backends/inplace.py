@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..engine import Engine, PromptState
 from ..experts import Experts
-from ..kernels import Matvec, Rows, rows_of, traced
+from ..kernels import Matvec, rows_of, traced
 from ..layout import FFN, Projection, linear
 from ..partition import Partition
 from ..phase import Forward, PhaseTracker
@@ -369,10 +369,12 @@ def static_linear(projection: Projection, width: int, x: Tensor, compiled: bool)
     """A projection on its first ``width`` channels, traceable: ``[..., in]`` to ``[..., out]``."""
     rows = x.reshape(-1, x.shape[-1])
     views = projection.narrow_views(width)
-    if compiled and len(rows) == 1 and Rows.fit([w.t() for w, _ in views]):
-        parts = [traced.matvec(rows, weight.t(), bias) for weight, bias in views]
-    else:
-        parts = [linear(rows, weight, bias) for weight, bias in views]
+    parts = [
+        traced.matvec(rows, weight.t(), bias)
+        if compiled and traced.fits(rows, weight.t())
+        else linear(rows, weight, bias)
+        for weight, bias in views
+    ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     return out.view(*x.shape[:-1], out.shape[-1])
 

@@ -49,18 +49,16 @@ class SingleTokenLinears:
 
         def forward(input: Tensor) -> Tensor:  # nn.Linear's name for it, which a caller may use
             nonlocal rows, address
-            if static.active and input.shape[:-1].numel() == 1 and Rows.fit([module.weight]):
+            if static.active and traced.fits(input, module.weight):
                 return traced.matvec(input.reshape(1, -1), module.weight, module.bias).view(*input.shape[:-1], -1)
-            if static.active:
-                return own_forward(module, input)
-            if not single():
+            if static.active or not single():
                 return own_forward(module, input)
             weight, bias = parameters["weight"], parameters["bias"]
             if weight.data_ptr() != address:
                 rows, address = rows_of_linear(weight, bias), weight.data_ptr()
             if not rows or not rows[0].takes(input):
                 return own_forward(module, input)
-            return matvec(rows, input.view(1, -1)).view(*input.shape[:-1], -1)
+            return matvec(rows, input.reshape(1, -1)).view(*input.shape[:-1], -1)
 
         return forward
 

@@ -79,7 +79,7 @@ class ChannelOrder:
         if not len(first):
             return
         self.moved = True
-        self._swap(self._on_device(first), self._on_device(second))
+        self._swap(torch.from_numpy(first).to(self._device), torch.from_numpy(second).to(self._device))
         at = self.channel_at
         at[first], at[second] = at[second], at[first]
         self._position_of = None

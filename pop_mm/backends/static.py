@@ -41,11 +41,12 @@ class StaticSteps:
         self._state: PromptState | None = None  # whose steps the logs hold
         self._count = 0
 
+    @torch.inference_mode(False)  # buffers that may be written in and out of inference mode
     def load(self, index: int, weight: Tensor, ranks: Tensor) -> None:
         """Another prompt's candidates of FFN number ``index`` as they stand in the weights, ``[|C|]`` each."""
         if index not in self._weights:
             sizes, device = self._engine.sizes[index], weight.device
-            self._weights[index] = fixed(torch.empty_like(weight))
+            self._weights[index] = fixed(torch.empty(weight.shape, dtype=weight.dtype, device=device))
             self._logs[index] = fixed(torch.zeros(_STEPS, sizes.candidates_dropped, dtype=torch.int64, device=device))
             self._slots.setdefault(device, fixed(torch.zeros(1, dtype=torch.int64, device=device)))
         self._weights[index].copy_(weight)
@@ -65,15 +66,19 @@ class StaticSteps:
         for device, slot in self._slots.items():
             slot.fill_(self._count)
             if forward.rows > 1:
-                if device not in self._valid or len(self._valid[device]) != forward.rows:
-                    self._valid[device] = fixed(torch.empty(forward.rows, 1, dtype=torch.bool, device=device))
-                self._valid[device].copy_(torch.tensor(True) if forward.valid is None else forward.valid)
+                self._load_valid(forward, device)
         self._count += 1
         self.active = True
         try:
             yield
         finally:
             self.active = False
+
+    @torch.inference_mode(False)
+    def _load_valid(self, forward: Forward, device: torch.device) -> None:
+        if device not in self._valid or len(self._valid[device]) != forward.rows:
+            self._valid[device] = fixed(torch.empty(forward.rows, 1, dtype=torch.bool, device=device))
+        self._valid[device].copy_(torch.tensor(True) if forward.valid is None else forward.valid)
 
     def flush(self) -> None:
         """Hand the steps so far to the logs of their prompt."""

@@ -1,8 +1,8 @@
-"""Compiled kernels for a CPU: a matrix-vector product for decoding one token, and moving channels. Their absence costs
-nothing but speed.
+"""Compiled kernels for a CPU: a matrix-vector product for decoding one token, moving channels, and a prompt's statistics.
+Their absence costs nothing but speed.
 
 Stock kernels read weights at a third to a half of the memory's speed at batch 1, and pay a fixed price for every call, so
-that narrow weights gain little. These are two pages of C that the machine's own compiler turns into a library on first use
+that narrow weights gain little. These are a few pages of C that the machine's own compiler turns into a library on first use
 (about a second; kept in the cache folder).
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("matvec.c", "moves.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("matvec.c", "moves.c", "statistics.c"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 View = tuple[Tensor, Tensor | None]  # a weight as [in, out], and its bias
@@ -84,11 +84,12 @@ class Matvec:
     Attributes
     ----------
     exchange : Exchange
+    energy : Energy
         From the same library.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.exchange = Exchange(library)
+        self.exchange, self.energy = Exchange(library), Energy(library)
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._functions = {dtype: getattr(library, f"matvec_{name}") for dtype, name in _DTYPES.items()}
         for function in self._functions.values():
@@ -169,6 +170,40 @@ class Exchange:
             torch.get_num_threads(),
         )
         torch.autograd.graph.increment_version(matrix)  # what torch's own in-place functions tell a graph that holds it
+
+
+class Energy:
+    """Sums the squared activations of each channel, in float32.
+
+    Parameters
+    ----------
+    library : ctypes.CDLL
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        self._functions = {dtype: getattr(library, f"energy_{name}") for dtype, name in _DTYPES.items()}
+        for function in self._functions.values():
+            function.argtypes = [pointer, *[integer] * 3, pointer, pointer, ctypes.c_int]
+            function.restype = None
+
+    def takes(self, h: Tensor) -> bool:
+        """Whether it can read these: ``[T, D]`` on the CPU, float32 or bfloat16, with contiguous rows."""
+        return h.is_cpu and h.dtype in self._functions and h.dim() == 2 and h.stride(1) == 1
+
+    def __call__(self, h: Tensor, counted: Tensor | None) -> Tensor:
+        """As :func:`pop_mm.scoring.channel_energy`, ``[T, D]`` to ``[D]``."""
+        sums = torch.zeros(h.shape[1], dtype=torch.float32, device="cpu")
+        counted = None if counted is None else counted.contiguous()
+        self._functions[h.dtype](
+            h.data_ptr(),
+            *h.shape,
+            h.stride(0),
+            None if counted is None else counted.data_ptr(),
+            sums.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return sums
 
 
 def load(wanted: str) -> Matvec | None:

@@ -3,12 +3,12 @@
  * Channel i begins step * i elements behind data and has `length` elements, `stride` apart: rows of a row-major matrix have
  * stride 1, columns have step 1. Elements are moved as integers of their size, so every bit pattern survives.
  */
-#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
-#define PIECE 256           /* bytes that are exchanged at once */
-#define ALONE (64 * 1024)   /* bytes that one thread exchanges sooner than two would begin */
+#define PIECE 256         /* bytes that are exchanged at once */
+#define ROWS 32           /* of columns, a thread exchanges in so many rows at a time */
+#define ALONE (64 * 1024) /* bytes that one thread exchanges sooner than two would begin */
 
 static void exchange_bytes(char *restrict a, char *restrict b, int64_t bytes) {
     char kept[PIECE];
@@ -37,13 +37,14 @@ DEFINE(uint64_t)
 void exchange(char *data, int64_t size, int64_t length, int64_t stride, int64_t step, const int64_t *first,
               const int64_t *second, int64_t count, int threads) {
 #pragma omp parallel num_threads(count * length * size < ALONE ? 1 : threads)
-    {
-        int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-        if (stride == 1) {
-            for (int64_t i = count * me / all; i < count * (me + 1) / all; i++)
-                exchange_bytes(data + size * step * first[i], data + size * step * second[i], size * length);
-        } else {
-            int64_t from = length * me / all, rows = length * (me + 1) / all - from;
+    if (stride == 1) {
+#pragma omp for schedule(dynamic, 16)
+        for (int64_t i = 0; i < count; i++)
+            exchange_bytes(data + size * step * first[i], data + size * step * second[i], size * length);
+    } else {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t from = 0; from < length; from += ROWS) {
+            int64_t rows = length - from < ROWS ? length - from : ROWS;
             void *row = data + size * stride * from;
             switch (size) {
             case 1: exchange_uint8_t(row, rows, stride, step, first, second, count); break;

@@ -30,6 +30,11 @@ def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(1, weight.shape[0])
 
 
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`matvec` takes one token ``[..., m]`` and ``[n, m]``."""
+    return x.shape[:-1].numel() == 1 and x.dtype == weight.dtype and Rows.fit([weight])
+
+
 def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` for one token.
 
@@ -38,7 +43,7 @@ def matvec(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x : Tensor
         ``[1, m]``.
     weight : Tensor
-        ``[n, m]``, which :meth:`Rows.fit` accepts.
+        ``[n, m]``, for which :func:`fits` holds.
     bias : Tensor or None
         ``[n]``.
 
