@@ -419,6 +419,11 @@ class Engine:
 
         return choose
 
+    def step_slot(self, index: int, state: PromptState, ranks: Tensor) -> Callable[[], Tensor]:
+        """For a kernel that chooses by itself, for one token of one sequence: where to note what it leaves out, ``[1, n]``."""
+        log, device = _ffn_state(state, index).steps, ranks.device
+        return lambda: log.slot(ranks, device)
+
     def apply(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
         """The reference path: observe, partition and mask the input of the down projection, as the phase asks.
 

@@ -18,6 +18,7 @@ from pop_mm.bench.timing import decode_options, generate, generate_timed
 from pop_mm.bench.variants import STOCK_DENSE, Cell, Variant, kernels_for, running
 from pop_mm.config import PopConfig
 from pop_mm.kernels import Matvec
+from pop_mm.kernels.ffn import FFNStep
 from pop_mm.session import plan_ffns, weights_per_token
 from tiny_folder import save
 from tiny_models import VOCAB, tiny
@@ -333,12 +334,18 @@ def test_the_compiled_kernel_where_there_is_none():
 def test_the_dense_model_on_the_compiled_kernel(load, monkeypatch, model_type):
     model = load(model_type, torch.float32)
     read = []
-    kernel = Matvec.__call__
-    monkeypatch.setattr(
-        Matvec,
-        "__call__",
-        lambda self, rows, x: (read.append(sum(r.columns * r.total for r in rows)), kernel(self, rows, x))[1],
-    )
+    matvec, ffn = Matvec.__call__, FFNStep.__call__
+
+    def product(self, rows, x):
+        read.append(sum(r.columns * r.total for r in rows))
+        return matvec(self, rows, x)
+
+    def step(self, *args):
+        read.append(sum(tensor.numel() for tensor in self._kept))
+        return ffn(self, *args)
+
+    monkeypatch.setattr(Matvec, "__call__", product)
+    monkeypatch.setattr(FFNStep, "__call__", step)
     ids = Prompts(model, None).ids(0, 1, 6)
     expected = model.generate(ids, max_new_tokens=6, do_sample=False)
     with running(model, SMALL, Variant("dense", None, "compiled")):

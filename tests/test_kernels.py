@@ -10,6 +10,10 @@ from modes import generate, pruned
 from observe import prompt
 from pop_mm import ConfigError, PopConfig, prune
 from pop_mm.kernels import Matvec, Rows
+from pop_mm.kernels.activations import ACTIVATIONS
+from pop_mm.kernels.ffn import FFNStep
+from pop_mm.layout import FFN, Projection
+from pop_mm.partition import Sizes, dropped_candidates
 from tiny_models import tiny
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -17,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the kernel ran: one entry a call, the number of its matrices."""
+    """How often the kernels ran: one entry a call, the number of its matrices, or "ffn"."""
     found = []
     original = Matvec.__call__
 
@@ -25,7 +29,13 @@ def calls(monkeypatch):
         found.append(sum(r.count for r in rows))
         return original(self, rows, x)
 
+    def ffn(self, *args):
+        found.append("ffn")
+        return original_ffn(self, *args)
+
+    original_ffn = FFNStep.__call__
     monkeypatch.setattr(Matvec, "__call__", call)
+    monkeypatch.setattr(FFNStep, "__call__", ffn)
     return found
 
 
@@ -56,6 +66,111 @@ def test_products_are_those_of_float64(dtype, matrices, rows, columns, gap, shar
         [m.double().abs() @ v.double().abs() for m, v in zip(narrow, x.expand(matrices, -1), strict=True)]
     )
     assert bool(((found.double() - expected).abs() <= 4 * torch.finfo(dtype).eps * scale + 1e-30).all())
+
+
+def an_ffn(activation, hidden, size, dtype, gated=True, bias=False, seed=0):
+    """Random weights: gate and up fused in one module, or up alone."""
+    generator = torch.Generator().manual_seed(seed)
+    up, down = torch.nn.Linear(hidden, size * (1 + gated), bias), torch.nn.Linear(size, hidden, bias)
+    act = torch.nn.Module()
+    act.forward = ACTIVATIONS[activation]
+    for p in (*up.parameters(), *down.parameters()):
+        p.data = torch.randn(p.shape, generator=generator).div_(p.shape[-1] ** 0.5)
+    inputs = Projection("up", up.to(dtype), "out", 1 + gated)
+    return FFN("ffn", 0, (inputs,), Projection("down", down.to(dtype), "in"), size, activation=act)
+
+
+def step_of(ffn, sizes):
+    return FFNStep(kernels.load("compiled"), ffn, sizes, torch.zeros(1, dtype=torch.float64))
+
+
+def by_torch(ffn, sizes, x, weight):
+    """The input of the down projection before the choice, what the choice leaves out, and the output."""
+    views = [view for p in ffn.inputs for view in p.narrow_views(sizes.width)]
+    parts = [x @ w if b is None else x @ w + b for w, b in views]
+    h = ffn.activation.forward(parts[0])
+    h = h * parts[1] if len(parts) == 2 else h
+    dropped = dropped_candidates(h[:, sizes.retained :].abs() * weight, sizes)
+    kept = h.clone()
+    kept[:, sizes.retained :].scatter_(1, dropped, 0)
+    w, b = ffn.down.narrow_views(sizes.width)[0]
+    return h, dropped, kept @ w if b is None else kept @ w + b
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    hidden=st.integers(1, 70),
+    retained=st.integers(0, 40),
+    candidates=st.integers(0, 30),
+    pruned=st.integers(0, 20),
+    share=st.floats(0, 1),
+    gated=st.booleans(),
+    bias=st.booleans(),
+    threads=st.integers(1, 3),
+)
+def test_a_whole_ffn_is_that_of_torch(
+    dtype, activation, hidden, retained, candidates, pruned, share, gated, bias, threads
+):
+    sizes = Sizes(max(retained + candidates + pruned, 1), retained, candidates, int(share * candidates))
+    if not sizes.width:
+        return
+    ffn = an_ffn(activation, hidden, sizes.channels, dtype, gated, bias, seed=hidden)
+    assert FFNStep.fits(ffn)
+    x = torch.randn(1, hidden, generator=torch.Generator().manual_seed(retained)).to(dtype)
+    weight = torch.rand(candidates, generator=torch.Generator().manual_seed(candidates))
+    dropped = torch.empty(1, sizes.candidates_dropped, dtype=torch.int64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = step_of(ffn, sizes)(x, weight, dropped)
+    finally:
+        torch.set_num_threads(before)
+    h, expected_dropped, expected = by_torch(ffn, sizes, x, weight)
+    scores = (h[:, retained:].abs() * weight)[0].double()
+    assert dropped.unique().numel() == dropped.numel()
+    close = 0.05 if dtype == torch.bfloat16 else 1e-4
+    # no candidate that was left out scores above one that was kept, up to rounding
+    left_out = torch.zeros(candidates, dtype=torch.bool).scatter_(0, dropped[0], True)
+    if left_out.any() and not left_out.all():
+        assert scores[left_out].max() <= scores[~left_out].min() + close * scores.max()
+    if torch.equal(dropped.sort().values, expected_dropped.sort().values):
+        torch.testing.assert_close(found, expected, rtol=0, atol=close * max(1.0, float(expected.abs().max())))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_is_exact(seed):
+    """Gates of 1 and an identity in front: the scores are the inputs, ties and what is not finite included."""
+    generator = torch.Generator().manual_seed(seed)
+    count = int(torch.randint(2, 300, (1,), generator=generator))
+    sizes = Sizes(count, 0, count, int(torch.randint(0, count + 1, (1,), generator=generator)))
+    ffn = an_ffn("relu", count, count, torch.float32, gated=False)
+    ffn.inputs[0].weight.data = torch.eye(count)
+    ffn.down.weight.data = torch.eye(count)
+    x = torch.randint(1, 40 if seed % 2 else 3, (1, count), generator=generator).float()
+    dropped = torch.empty(1, sizes.candidates_dropped, dtype=torch.int64)
+    found = step_of(ffn, sizes)(x, torch.ones(count), dropped)
+    by_score = sorted(range(count), key=lambda i: (float(x[0, i]), -i))  # of equal scores, the later go
+    assert sorted(dropped[0].tolist()) == sorted(by_score[: sizes.candidates_dropped])
+    assert torch.equal(found, x.scatter(1, dropped, 0))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_candidate_that_is_not_finite_goes_first(bad):
+    sizes = Sizes(4, 1, 3, 2)
+    ffn = an_ffn("relu", 4, 4, torch.float32, gated=False)
+    ffn.inputs[0].weight.data = torch.eye(4)
+    weight = torch.tensor([1.0, bad, 1.0])
+    dropped = torch.empty(1, 1, dtype=torch.int64)
+    step_of(ffn, sizes)(torch.ones(1, 4), weight, dropped)
+    assert dropped.tolist() == [[1]]
+
+
+def test_an_activation_that_the_kernel_does_not_know():
+    ffn = an_ffn("silu", 8, 8, torch.float32)
+    ffn.activation.forward = torch.sigmoid
+    assert not FFNStep.fits(ffn)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,7 +238,7 @@ def test_one_token_without_autograd_takes_it(calls):
         assert not calls  # prefill
         with torch.no_grad():
             model(prompt(length=1), past_key_values=cache)
-        assert calls == [*[1, 1, 1, 1, 2, 1] * model.config.num_hidden_layers, 1]  # attention, FFN; lm_head
+        assert calls == [*[1, 1, 1, 1, "ffn"] * model.config.num_hidden_layers, 1]  # attention, FFN; lm_head
 
 
 @pytest.mark.parametrize("case", ["autograd", "autocast", "two tokens", "two rows", "float64", "stock", "masked"])

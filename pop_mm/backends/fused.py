@@ -1,13 +1,16 @@
-"""Decode steps on narrow views by Triton kernels, in front of the stock ones: for :mod:`.inplace` on a GPU."""
+"""Decode steps on narrow views by kernels of our own, in front of torch's: for :mod:`.inplace`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ..engine import Engine
+from ..kernels import Matvec
+from ..kernels.ffn import FFNStep
 from ..kernels.gpu import FusedStep, fits
 from ..phase import Forward
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 Compute = Callable[[Tensor, Forward | None], Tensor]
 
 
-def fused_forward(engine: Engine, index: int, resident: Mapping[int, ResidentCandidates], stock: Compute) -> Compute:
+def triton_forward(engine: Engine, index: int, resident: Mapping[int, ResidentCandidates], stock: Compute) -> Compute:
     """The FFN as one function, for one token of each of 1 to 8 sequences; anything else is left to ``stock``.
 
     Parameters
@@ -50,5 +53,32 @@ def fused_forward(engine: Engine, index: int, resident: Mapping[int, ResidentCan
         out = step(rows, valid)
         current.state.ffns[index].steps.add(step.dropped, here.ranks)
         return out.view(x.shape)
+
+    return compute
+
+
+def compiled_forward(
+    engine: Engine,
+    index: int,
+    resident: Mapping[int, ResidentCandidates],
+    matvec: Matvec,
+    seconds: Tensor,
+    stock: Compute,
+) -> Compute:
+    """The same on a CPU, for one token alone, by the compiled library, which adds to ``seconds`` what choosing took."""
+    ffn, sizes = engine.ffn(index), engine.sizes[index]
+    if not FFNStep.fits(ffn):
+        return stock
+    step = FFNStep(matvec, ffn, sizes, seconds)
+
+    def compute(x: Tensor, current: Forward | None) -> Tensor:
+        if current is None or not current.single or not step.takes(x):
+            return stock(x, current)
+        if not sizes.candidates:
+            return step(x, None, None)
+        here = resident[index]
+        if here.weight.dtype is not torch.float32:  # of a scorer that wants more digits
+            return stock(x, current)
+        return step(x, here.weight, here.slot())
 
     return compute

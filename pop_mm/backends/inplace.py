@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ..engine import Engine, PromptState
 from ..experts import Experts
-from ..kernels import Matvec, rows_of, traced
+from ..kernels import Matvec, traced
 from ..layout import FFN, Projection, linear
 from ..partition import Partition
 from ..phase import Forward, PhaseTracker
 from .base import current_forward
 from .experts import InplaceExperts
-from .fused import fused_forward
+from .fused import compiled_forward, triton_forward
 from .order import ChannelOrder
 from .static import StaticSteps
 
@@ -39,11 +39,14 @@ class ResidentCandidates(NamedTuple):
         ``[|C|]``: the scorer's weight of the one at each place.
     choose : callable
         :meth:`Engine.chooser` for them.
+    slot : callable
+        :meth:`Engine.step_slot` for them.
     """
 
     ranks: Tensor
     weight: Tensor
     choose: Callable[[Tensor], Tensor]
+    slot: Callable[[], Tensor]
 
 
 class _Placed(NamedTuple):
@@ -84,6 +87,12 @@ class InplaceBackend:
         self._undo: list[Callable[[], object]] = []
         self._seconds = 0.0
         self._moved_channels = 0
+        self._choosing = torch.zeros(1, dtype=torch.float64, device="cpu")
+
+    @property
+    def choosing_seconds(self) -> float:
+        """Time that compiled kernels have spent choosing among candidates."""
+        return float(self._choosing)
 
     @property
     def seconds(self) -> float:
@@ -209,7 +218,8 @@ class InplaceBackend:
             assert weight is not None
             weight = weight[ranks]
             choose = self._engine.chooser(index, state, weight, ranks)
-            self._candidates[index] = ResidentCandidates(ranks, weight, choose)
+            slot = self._engine.step_slot(index, state, ranks)
+            self._candidates[index] = ResidentCandidates(ranks, weight, choose, slot)
             self.static.load(index, weight, ranks)
 
     def _place_prompt(self, index: int, state: PromptState) -> None:
@@ -317,9 +327,12 @@ class InplaceBackend:
         self, index: int, zero_dropped: Callable[[Tensor, Forward], None] | None
     ) -> Callable[[Tensor, Forward | None], Tensor]:
         """The FFN on narrow views of its weights as they are now, by the kernels of this session."""
-        width = self._engine.sizes[index].width
-        compute = direct_forward(self._engine.ffn(index), width, zero_dropped, self._matvec)
-        return fused_forward(self._engine, index, self._candidates, compute) if self._triton else compute
+        stock = direct_forward(self._engine.ffn(index), self._engine.sizes[index].width, zero_dropped)
+        if self._triton:
+            return triton_forward(self._engine, index, self._candidates, stock)
+        if self._matvec is not None:
+            return compiled_forward(self._engine, index, self._candidates, self._matvec, self._choosing, stock)
+        return stock
 
     def _holder_forward(self, index: int) -> Callable[..., Tensor]:
         """The whole FFN of a decode step in one function.
@@ -380,25 +393,17 @@ def static_linear(projection: Projection, width: int, x: Tensor, compiled: bool)
 
 
 def direct_forward(
-    ffn: FFN, width: int, zero_dropped: Callable[[Tensor, Forward], None] | None, matvec: Matvec | None = None
+    ffn: FFN, width: int, zero_dropped: Callable[[Tensor, Forward], None] | None
 ) -> Callable[[Tensor, Forward | None], Tensor]:
-    """An FFN as one function on views of its first ``width`` channels: ``act(gate) * up`` or ``act(up)``, then down.
-
-    A single token takes the compiled kernel, if there is one and it can read the weights.
-    """
+    """An FFN as one function on views of its first ``width`` channels: ``act(gate) * up`` or ``act(up)``, then down."""
     inputs = [view for p in ffn.inputs for view in p.narrow_views(width)]
     down = ffn.down.narrow_views(width)[0]
     assert ffn.activation is not None
     activation = ffn.activation.forward
-    packed = rows_of(inputs, down) if matvec is not None else None
 
     def compute(x: Tensor, current: Forward | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        compiled = packed if current is not None and current.single and packed and packed[0].takes(rows) else None
-        if compiled is None or matvec is None:
-            parts = [linear(rows, *view) for view in inputs]
-        else:
-            parts = [*matvec(compiled[:1], rows).split(1)]
+        parts = [linear(rows, *view) for view in inputs]
         h = activation(parts[0])
         if len(parts) == 2:
             h = h * parts[1] if h.requires_grad else h.mul_(parts[1])
@@ -407,8 +412,7 @@ def direct_forward(
             if h.requires_grad:
                 h = h.clone()
             zero_dropped(h, current)
-        out = linear(h, *down) if compiled is None or matvec is None else matvec(compiled[1:], h)
-        return out.view(x.shape)
+        return linear(h, *down).view(x.shape)
 
     return compute
 

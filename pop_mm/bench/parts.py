@@ -68,11 +68,15 @@ class PartClock:
     Parameters
     ----------
     device : torch.device
+    choosing : callable
+        Seconds so far of choosing within the FFNs' kernels.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, choosing: Callable[[], float] = lambda: 0.0) -> None:
         self.records: list[dict[str, float]] = []
         self._device = device
+        self._choosing = choosing
+        self._chosen = choosing()
         self._running = ["outside"]
         self._seconds: dict[str, float] = defaultdict(float)
         self._at = time.perf_counter()
@@ -102,6 +106,9 @@ class PartClock:
     def put(self, value: Tensor) -> None:
         """One more token."""
         self._charge()
+        before, self._chosen = self._chosen, self._choosing()
+        self._seconds["selection"] += self._chosen - before
+        self._seconds["ffn"] -= self._chosen - before
         self.records.append(dict(self._seconds))
         self._seconds.clear()
 
@@ -136,7 +143,7 @@ def measure_parts(
     session : Session or None
         That which is attached to the model.
     """
-    clock = PartClock(model.device)
+    clock = PartClock(model.device, (lambda: 0.0) if session is None else (lambda: session._inplace.choosing_seconds))
     with watched(model, records, session, clock):
         generate(model, ids, new_tokens, clock, **options)
     return clock.parts()

@@ -86,6 +86,8 @@ class Matvec:
     exchange : Exchange
     energy : Energy
         From the same library.
+    ffn : dict of dtype to function
+        For :class:`pop_mm.kernels.ffn.FFNStep`.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -94,6 +96,10 @@ class Matvec:
         self._functions = {dtype: getattr(library, f"matvec_{name}") for dtype, name in _DTYPES.items()}
         for function in self._functions.values():
             function.argtypes = [ctypes.c_char_p, *[integer], pointer, integer, integer, pointer, pointer, ctypes.c_int]
+            function.restype = None
+        self.ffn = {dtype: getattr(library, f"ffn_{name}") for dtype, name in _DTYPES.items()}
+        for function in self.ffn.values():
+            function.argtypes = [ctypes.c_char_p, *[pointer] * 8, ctypes.c_int]
             function.restype = None
 
     def __call__(self, rows: Sequence[Rows], x: Tensor) -> Tensor:
@@ -241,7 +247,7 @@ def why_not() -> str | None:
 def build(sources: Sequence[Path], target: Path) -> str | None:
     """Compile C for this very machine into a shared library; why that failed, or None if it did not."""
     compiler = _compiler()
-    command = [*compiler, *_FLAGS, "-o", str(target), *map(str, sources)]
+    command = [*compiler, *_FLAGS, "-o", str(target), *map(str, sources), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if not done.returncode:
         return None

@@ -8,26 +8,19 @@ the CPU, slowly, for tests.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..layout import FFN, linear
 from ..partition import Sizes
+from .activations import activation_name
 
 MAX_ROWS = 8
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
 # Blocks: chosen by counting registers and programs, not measured.
 _VECTOR = {"ROWS": 1, "BLOCK_CHANNELS": 8, "BLOCK_HIDDEN": 512}
 _MATRIX = {"ROWS": 16, "BLOCK_CHANNELS": 16, "BLOCK_HIDDEN": 128}  # 16 is the least that tl.dot takes
@@ -53,19 +46,6 @@ def require(devices: Iterable[torch.device]) -> None:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def activation_name(module: nn.Module | None) -> str | None:
-    """Which of the activations that the kernels know a module is, as far as a few points can tell; None if it is another."""
-    x = torch.linspace(-20, 20, 321)
-    try:
-        with torch.no_grad():
-            y = None if module is None else module.forward(x)
-    except Exception:  # one with parameters, on another device or without values
-        return None
-    if not isinstance(y, Tensor) or y.shape != x.shape:
-        return None
-    return next((name for name, f in _ACTIVATIONS.items() if torch.allclose(y, f(x), rtol=1e-5, atol=1e-5)), None)
 
 
 def fits(ffn: FFN) -> bool:

@@ -1,9 +1,11 @@
-/* y = W x for several row-major matrices in one call: what a decode step at batch 1 does, at the speed of memory.
+/* What a decode step at batch 1 does, at the speed of memory: y = W x for several row-major matrices in one call, and a whole FFN
+ * on its first channels, the choice among the candidates included.
  *
  * Products are summed in float. Rows may lie apart (a narrow view of a wider matrix): hardware stops prefetching at the end
  * of each piece, so what comes next is asked for explicitly. The rows of all blocks together are shared out evenly among
  * the threads. Written with the vector extensions of GCC and Clang, so it is not tied to one instruction set.
  */
+#include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
@@ -124,3 +126,94 @@ static inline Floats dot_bfloat16(const uint16_t *w, Floats x, Floats y, Floats 
 
 DEFINE(float, float)
 DEFINE(bfloat16, uint16_t)
+
+/* activations, in the order of pop_mm.kernels.ffn.ACTIVATIONS */
+static inline float activate(int64_t kind, float x) {
+    switch (kind) {
+    case 0: return x / (1 + expf(-x));                                                                   /* silu */
+    case 1: return x * 0.5f * (1 + erff(x * (float)M_SQRT1_2));                                          /* gelu */
+    case 2: return x * 0.5f * (1 + tanhf((float)M_2_SQRTPI * (float)M_SQRT1_2 * (x + 0.044715f * x * x * x))); /* gelu_tanh */
+    case 3: return x < 0 ? 0 : x;                                                                        /* relu */
+    default: return x < 0 ? 0 : x * x;                                                                   /* relu2 */
+    }
+}
+
+/* The `dropped` lowest of `count` scores, as indices; of equal ones the later go first. order: room for count indices.
+ * A score that is not finite counts as -1, below all others. */
+static void lowest(float *score, int64_t count, int64_t dropped, int64_t *order) {
+    for (int64_t i = 0; i < count; i++) {
+        order[i] = i;
+        if (!(score[i] <= __FLT_MAX__)) score[i] = -1;
+    }
+#define BEFORE(a, b) (score[a] < score[b] || (score[a] == score[b] && (a) > (b)))
+    for (int64_t from = 0, to = count - 1; from < to;) { /* quickselect around the middle element */
+        int64_t middle = order[from + (to - from) / 2], i = from, j = to;
+        while (i <= j) {
+            while (BEFORE(order[i], middle)) i++;
+            while (BEFORE(middle, order[j])) j--;
+            if (i <= j) {
+                int64_t kept = order[i];
+                order[i++] = order[j], order[j--] = kept;
+            }
+        }
+        if (dropped <= j) to = j;
+        else if (dropped >= i) from = i;
+        else break;
+    }
+}
+
+/* An FFN on its first `width` channels, of which those from `retained` on are candidates. gate is null if there is none. */
+typedef struct {
+    const void *gate, *up, *down;
+    const void *gate_bias, *up_bias, *down_bias; /* or null */
+    int64_t gate_stride, up_stride, down_stride;
+    int64_t hidden, width, retained, dropped, activation;
+} FFN;
+
+/* x: [hidden]; weight: [width - retained] of the candidates; wide, narrow: room for max(hidden, width) + width floats and
+ * 2 * width elements; order: room for the candidates; out: [dropped], what was left out; y: [hidden]. Adds the seconds that the
+ * choice took to `seconds`. */
+#define DEFINE_FFN(NAME, T)                                                                                              \
+    static void biased_##NAME(T *y, const T *bias, int64_t n) {                                                          \
+        for (int64_t i = 0; bias && i < n; i++) y[i] = to_##NAME(from_##NAME(y[i]) + from_##NAME(bias[i]));              \
+    }                                                                                                                    \
+    void ffn_##NAME(const FFN *f, const T *x, const float *weight, float *wide, T *narrow, int64_t *order, int64_t *out, \
+                    T *y, double *seconds, int threads) {                                                                \
+        const int64_t candidates = f->width - f->retained;                                                               \
+        float *score = wide + (f->hidden > f->width ? f->hidden : f->width);                                             \
+        T *h = narrow, *u = narrow + f->width;                                                                           \
+        widen_##NAME(x, f->hidden, wide);                                                                                \
+        _Pragma("omp parallel num_threads(threads)") {                                                                   \
+            int64_t me = omp_get_thread_num(), all = omp_get_num_threads();                                              \
+            int64_t a = f->width * me / all, n = f->width * (me + 1) / all - a;                                          \
+            const T *gate = f->gate, *up = f->up, *down = f->down;                                                       \
+            const T *gate_bias = f->gate_bias, *up_bias = f->up_bias, *down_bias = f->down_bias;                         \
+            rows_##NAME(up + a * f->up_stride, n, f->up_stride, wide, f->hidden, u + a);                                 \
+            biased_##NAME(u + a, up_bias ? up_bias + a : 0, n);                                                          \
+            if (gate) {                                                                                                  \
+                rows_##NAME(gate + a * f->gate_stride, n, f->gate_stride, wide, f->hidden, h + a);                       \
+                biased_##NAME(h + a, gate_bias ? gate_bias + a : 0, n);                                                  \
+            }                                                                                                            \
+            for (int64_t i = a; i < a + n; i++) {                                                                        \
+                T active = to_##NAME(activate(f->activation, from_##NAME(gate ? h[i] : u[i])));                          \
+                h[i] = gate ? to_##NAME(from_##NAME(active) * from_##NAME(u[i])) : active;                               \
+                if (i >= f->retained) score[i - f->retained] = fabsf(from_##NAME(h[i])) * weight[i - f->retained];       \
+            }                                                                                                            \
+            _Pragma("omp barrier")                                                                                       \
+            _Pragma("omp single") {                                                                                      \
+                if (f->dropped) {                                                                                        \
+                    double started = omp_get_wtime();                                                                    \
+                    lowest(score, candidates, f->dropped, order);                                                        \
+                    for (int64_t i = 0; i < f->dropped; i++) h[f->retained + (out[i] = order[i])] = 0;                   \
+                    *seconds += omp_get_wtime() - started;                                                               \
+                }                                                                                                        \
+                widen_##NAME(h, f->width, wide);                                                                         \
+            }                                                                                                            \
+            a = f->hidden * me / all, n = f->hidden * (me + 1) / all - a;                                                \
+            rows_##NAME(down + a * f->down_stride, n, f->down_stride, wide, f->width, y + a);                            \
+            biased_##NAME(y + a, down_bias ? down_bias + a : 0, n);                                                      \
+        }                                                                                                                \
+    }
+
+DEFINE_FFN(float, float)
+DEFINE_FFN(bfloat16, uint16_t)
