@@ -83,6 +83,7 @@ class InplaceBackend:
         self._placed: dict[int, _Placed] = {}
         self._candidates: dict[int, ResidentCandidates] = {}
         self.static = StaticSteps(engine)
+        self._static_loaded = False
         self._resident: PromptState | None = None
         self._undo: list[Callable[[], object]] = []
         self._seconds = 0.0
@@ -177,6 +178,10 @@ class InplaceBackend:
         """Whether this forward can be a compiled step: one token a row, on what is resident."""
         if not forward.fast or forward.length > 1:
             return False
+        if not self._static_loaded:  # only here: most sessions never compile
+            for index, here in self._candidates.items():
+                self.static.load(index, here.weight, here.ranks)
+            self._static_loaded = True
         return all(experts.prepare_traced(forward) for experts in self._experts.values())
 
     def place(self, state: PromptState) -> bool:
@@ -220,7 +225,7 @@ class InplaceBackend:
             choose = self._engine.chooser(index, state, weight, ranks)
             slot = self._engine.step_slot(index, state, ranks)
             self._candidates[index] = ResidentCandidates(ranks, weight, choose, slot)
-            self.static.load(index, weight, ranks)
+        self._static_loaded = False
 
     def _place_prompt(self, index: int, state: PromptState) -> None:
         """Rank the channels of one FFN, and move them, within a prefill."""
