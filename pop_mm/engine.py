@@ -17,10 +17,9 @@ from torch import Tensor
 from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
 from .experts import Experts
-from .kernels import Energy
 from .layout import FFN
 from .modality import MODALITIES, TEXT, ByModality, added, weighted_sum
-from .partition import Partition, Sizes, dropped_candidates, partition
+from .partition import HOST_DTYPES, Partition, Sizes, dropped_candidates, dropped_on_host, partition
 from .phase import Forward, Phase
 from .routed import ExpertsState, RoutedExperts
 from .scoring import channel_energy, get_scorer
@@ -146,11 +145,6 @@ class Engine:
     config : PopConfig
     modalities : int
         How many the model can have: 1 is text alone.
-
-    Attributes
-    ----------
-    compiled_energy : Energy or None
-        What sums the prompt's activations instead of torch's kernels.
     """
 
     def __init__(
@@ -163,7 +157,6 @@ class Engine:
         self._weights: list[Tensor] | None = None
         self._routed: dict[int, RoutedExperts] = {}
         self._modalities = modalities
-        self.compiled_energy: Energy | None = None
 
     @property
     def per_sequence(self) -> bool:
@@ -245,7 +238,7 @@ class Engine:
                 counted = None if mask is None else mask.flatten()
                 if counted is not None and numbers is not None:
                     counted = counted[numbers]
-                energy = channel_energy(h.flatten(0, -2), counted, self.compiled_energy)
+                energy = channel_energy(h.flatten(0, -2), counted)
             _ffn_state(forward.state, index).add(modality, energy if positions is None else energy[..., positions])
 
     def partition(self, index: int, state: PromptState) -> Partition:
@@ -411,6 +404,17 @@ class Engine:
         with torch.inference_mode(False):  # buffers that may be written in and out of inference mode
             scores = torch.empty(1, len(weight), dtype=weight.dtype, device=device)
             values = torch.empty(1, sizes.candidates_dropped, dtype=weight.dtype, device=device)
+        if device.type == "cpu" and weight.dtype in HOST_DTYPES:
+            dropped = dropped_on_host(scores[0], sizes)
+
+            def choose_on_host(candidates: Tensor) -> Tensor:
+                candidates = candidates.detach() if candidates.requires_grad else candidates
+                torch.mul(candidates, weight, out=scores)
+                slot = log.slot(ranks, device)
+                slot.numpy()[0] = dropped()
+                return slot
+
+            return choose_on_host
 
         def choose(candidates: Tensor) -> Tensor:
             candidates = candidates.detach() if candidates.requires_grad else candidates

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .kernels import Exchange, Rows, View, rows_of
+from .kernels import Rows, View, rows_of
 from .layout import swap_channels
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -173,10 +173,10 @@ class Experts:
         yield self.down[expert], int(not self._transposed)
 
     @torch.no_grad()
-    def swap(self, expert: int, first: Tensor, second: Tensor, exchange: Exchange | None = None) -> None:
+    def swap(self, expert: int, first: Tensor, second: Tensor) -> None:
         """Exchange channels of one expert in place (see :meth:`Projection.swap`); its function stays the same."""
         for matrix, axis in self.channel_matrices(expert):
-            swap_channels(matrix, axis, first, second, exchange)
+            swap_channels(matrix, axis, first, second)
 
     def input_views(self, expert: int, width: int) -> list[tuple[Tensor, Tensor | None]]:
         """Gate and up of an expert's first ``width`` channels, as ``[H, n]`` and a bias: views.

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .kernels import Exchange
+from . import kernels
 
 Role = Literal["dense", "shared_expert"]
 
@@ -127,22 +127,20 @@ class Projection:
 
         return forward
 
-    def swap(self, first: Tensor, second: Tensor, exchange: Exchange | None = None) -> None:
+    def swap(self, first: Tensor, second: Tensor) -> None:
         """Exchange channels in place: position ``first[i]`` with position ``second[i]``.
 
         Parameters
         ----------
         first, second : Tensor
             ``[n]``, int64, disjoint and without repeats.
-        exchange : Exchange, optional
-            What does so on a CPU instead of torch's kernels.
         """
         tensors = [(self.weight, self.axis)]
         if self.side == "out" and self.bias is not None:
             tensors.append((self.bias.unsqueeze(1), 0))
         for tensor, axis in tensors:
             for block in tensor.chunk(self.blocks, axis) if self.blocks > 1 else (tensor,):
-                swap_channels(block, axis, first, second, exchange)
+                swap_channels(block, axis, first, second)
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -155,13 +153,14 @@ def as_integers(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGER[tensor.element_size()])
 
 
-def swap_channels(matrix: Tensor, axis: int, first: Tensor, second: Tensor, exchange: Exchange | None = None) -> None:
+def swap_channels(matrix: Tensor, axis: int, first: Tensor, second: Tensor) -> None:
     """Exchange rows (axis 0) or columns (axis 1) in place: ``first[i]`` with ``second[i]``, disjoint and no repeats.
 
-    On a CPU by ``exchange``, if there is one.
+    On a CPU by the compiled library, if it can be had.
     """
-    if exchange is not None and matrix.device.type == "cpu":
-        exchange(matrix, axis, first, second)
+    library = kernels.library() if matrix.is_cpu else None
+    if library is not None:
+        library.exchange(matrix, axis, first, second)
     elif axis == 0:
         _swap_rows(as_integers(matrix), first, second)
     else:
@@ -258,10 +257,10 @@ class FFN:
         return next((reason for p in self.projections if (reason := p.why_not_plain())), None)
 
     @torch.no_grad()
-    def swap(self, first: Tensor, second: Tensor, exchange: Exchange | None = None) -> None:
+    def swap(self, first: Tensor, second: Tensor) -> None:
         """Exchange channels of all projections in place (see :meth:`Projection.swap`): the function stays the same."""
         for projection in self.projections:
-            projection.swap(first, second, exchange)
+            projection.swap(first, second)
 
     @torch.no_grad()
     def input_norms(self) -> Tensor:

@@ -6,12 +6,20 @@ integers that depend on (channels, ratio, gamma) alone: no shape ever depends on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import ConfigError
+
+HOST_DTYPES: dict[torch.dtype, tuple[type[np.floating], type[np.signedinteger]]] = {  # that dropped_on_host takes
+    torch.float32: (np.float32, np.int32),
+    torch.float64: (np.float64, np.int64),
+}
 
 
 @dataclass(frozen=True)
@@ -139,9 +147,24 @@ def partition(scores: Tensor, sizes: Sizes) -> Partition:
     scores : Tensor
         ``[..., D]``, finite.
     """
-    ranking = scores.argsort(dim=-1, descending=True, stable=True)
-    retained, candidates, pruned = ranking.split([sizes.retained, sizes.candidates, sizes.pruned], -1)
-    return Partition(retained.sort(-1).values, candidates.sort(-1).values, pruned.sort(-1).values, sizes)
+    zones = 2 - _best(scores, sizes.retained) - _best(scores, sizes.width)
+    by_zone = zones.argsort(dim=-1, stable=True)  # of small integers, several times as fast as of scores
+    retained, candidates, pruned = by_zone.split([sizes.retained, sizes.candidates, sizes.pruned], -1)
+    return Partition(retained, candidates, pruned, sizes)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """``[..., D]``, uint8: 1 for the ``count`` highest scores; ties go to the lower channel number."""
+    channels = scores.shape[-1]
+    if count in (0, channels):
+        return torch.full_like(scores, bool(count), dtype=torch.uint8)
+    if scores.is_cpu:
+        last = scores.kthvalue(channels - count + 1, -1, keepdim=True).values
+    else:  # where kthvalue may not be had in deterministic mode
+        last = scores.sort(-1, descending=True).values[..., count - 1 : count]
+    above, tied = scores > last, scores == last
+    wanted = count - above.sum(-1, keepdim=True, dtype=torch.int32)
+    return (above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= wanted))).to(torch.uint8)
 
 
 def dropped_candidates(scores: Tensor, sizes: Sizes, out: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -161,3 +184,21 @@ def dropped_candidates(scores: Tensor, sizes: Sizes, out: tuple[Tensor, Tensor] 
     """
     ranked = torch.nan_to_num(scores, -1.0, -1.0, out=None if out is None else scores)
     return torch.topk(ranked, sizes.candidates_dropped, -1, False, False, out=out)[1]
+
+
+def dropped_on_host(scores: Tensor, sizes: Sizes) -> Callable[[], NDArray[np.int64]]:
+    """:func:`dropped_candidates` for single steps on the CPU: a function of what ``scores``, ``[|C|]``, hold when it is called.
+
+    They may have their signs. Of so few numbers, numpy makes its choice in half the time that torch needs to begin.
+    """
+    real, integer = HOST_DTYPES[scores.dtype]
+    # twice the bits of a float rank as its magnitude does, without the sign; shifted so that inf is the lowest integer
+    bits, keys = scores.numpy().view(integer), np.empty(len(scores), integer)
+    shift = np.iinfo(integer).min - 2 * np.array([np.inf], real).view(integer)
+    count = sizes.candidates_dropped
+
+    def dropped() -> NDArray[np.int64]:
+        np.add(np.multiply(bits, 2, out=keys), shift, out=keys)
+        return keys.argpartition(count - 1)[:count]
+
+    return dropped

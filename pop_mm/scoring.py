@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import kernels
 from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .experts import Experts
-    from .kernels import Energy
     from .layout import FFN
 
 _BLOCK = 1 << 20  # activations that are squared at once: the scratch stays small
 
 
-def channel_energy(h: Tensor, counted: Tensor | None = None, compiled: Energy | None = None) -> Tensor:
-    """Sum of squared activations of each channel over tokens, in float32 or wider.
+def channel_energy(h: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Sum of squared activations of each channel over tokens, in float32 or wider; by the compiled library where it can.
 
     Parameters
     ----------
@@ -28,16 +28,15 @@ def channel_energy(h: Tensor, counted: Tensor | None = None, compiled: Energy | 
         ``[..., T, D]``.
     counted : Tensor, optional
         ``[..., T]``, boolean: tokens that count; the others may hold anything.
-    compiled : Energy, optional
-        What does so instead of torch's kernels, where it can.
 
     Returns
     -------
     Tensor
         ``[..., D]``.
     """
-    if compiled is not None and compiled.takes(h):
-        return compiled(h, counted)
+    library = kernels.library() if h.is_cpu else None
+    if library is not None and library.energy.takes(h):
+        return library.energy(h, counted)
     dtype = torch.promote_types(h.dtype, torch.float32)
     if h.device.type != "cpu":
         h = h if counted is None else h.masked_fill(~counted.unsqueeze(-1), 0)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .adapters import Adapter, adapter_for
+from .backends.attention import SingleTokenAttention
 from .backends.experts import IMPLEMENTATION
 from .backends.gathered import GatheredBackend, gathered_fits
 from .backends.inplace import InplaceBackend
@@ -179,14 +180,13 @@ class Session:
         self._masked = MaskedBackend(self._engine, self._tracker)
         self._backends = [plan.backend for plan in pruned]
         self._matvec = kernels.load(config.kernels) if "inplace" in self._backends else None
-        if self._matvec is not None:
-            self._engine.compiled_energy = self._matvec.energy
         self._inplace = InplaceBackend(self._engine, self._tracker, self._matvec, config.kernels == "triton")
         self._gathered = GatheredBackend(self._engine, self._tracker)
         self._fast = bool({"inplace", "gathered"} & set(self._backends))
-        self._linears = None
+        self._linears = self._attention = None
         if self._matvec is not None:
             self._linears = SingleTokenLinears(self._matvec, self._single, self._inplace.static)
+            self._attention = SingleTokenAttention(self._matvec.attention, self._single, self._inplace.static)
         modules = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
         self._expert_configs: list[Any] = list({id(module.config): module.config for module in modules}.values())
         self._undo: list[Callable[[], object]] = []
@@ -218,8 +218,10 @@ class Session:
             self._tracker.install()
             for index, backend in enumerate(self._backends):
                 self._backend(backend).attach(index)
-            if self._linears is not None:
+            if self._linears is not None and self._attention is not None:
                 self._linears.attach(self._adapter.other_linears(self.model, [plan.ffn for plan in self.plans]))
+                layers = self._adapter.layers(self.model)[1]
+                self._attention.attach(module for layer in layers for module in layer.modules())
             if hasattr(self.model, "get_compiled_call"):
                 traceable = all(plan.backend in ("inplace", "dense") for plan in self.plans)
                 steps = CompiledSteps(self.model, self._tracker, self._inplace if traceable else None)
@@ -244,8 +246,9 @@ class Session:
         try:
             self._inplace.detach()
         finally:
-            if self._linears is not None:
+            if self._linears is not None and self._attention is not None:
                 self._linears.detach()
+                self._attention.detach()
             self._gathered.detach()
             self._masked.detach()
             self._tracker.remove()

@@ -1,10 +1,12 @@
 """The ways to decode that every invariant is checked in. A mode takes a model and gives (tokens, logits)."""
 
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
 
+import pop_mm.kernels as kernels
 from observe import prompt
 from pop_mm import PopConfig, prune
 from tiny_models import tiny
@@ -40,6 +42,11 @@ def pruned(model, backend="masked", **settings):
     return prune(
         model, PopConfig(**{"ratio": RATIO, "scope": "ffn", "backend": backend, "kernels": "stock", **settings})
     )
+
+
+def without_library():
+    """Within: as on a machine without a compiler."""
+    return mock.patch.object(kernels, "library", return_value=None)
 
 
 def alone(model, ids, **settings):

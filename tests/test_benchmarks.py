@@ -136,7 +136,7 @@ def test_prefill_cost_runs(tiny_folder, tmp_path):
     done = run("prefill_cost.py", "--model", tiny_folder, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "out.json").read_text())
-    kinds = ["stock", "compiled"] if kernels.why_not() is None else ["stock"]
+    kinds = ["compiled", "torch"] if kernels.why_not() is None else ["torch"]
     ways = ("dense", "partition", "probe 64", "probe 128")
     expected = [(kind, way, prompt) for kind in kinds for way in ways for prompt in ("first", "next")]
     assert [(row["kernels"], row["prefill"], row["prompt"]) for row in result["rows"]] == expected

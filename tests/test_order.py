@@ -1,5 +1,7 @@
 """The order of channels: few exchanges, right zones, exact restoration, and compiled moves equal to torch's."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pop_mm.kernels as kernels
-from modes import EXPERT_LAYOUTS, LAYOUTS, generate, pruned
+from modes import EXPERT_LAYOUTS, LAYOUTS, generate, pruned, without_library
 from observe import prompt
 from pop_mm.backends.order import ChannelOrder, zone_swaps
 from pop_mm.layout import as_integers, swap_channels
@@ -31,6 +33,11 @@ def matrix(shape, dtype):
 def pairs(size, count, seed=0):
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     return order[:count].contiguous(), order[count : 2 * count].contiguous()
+
+
+def swap_by_torch(weight, axis, first, second):
+    with without_library():
+        swap_channels(weight, axis, first, second)
 
 
 @settings(max_examples=80, deadline=None)
@@ -62,7 +69,7 @@ def test_compiled_moves_are_those_of_torch(exchange, dtype, rows, columns, count
         exchange(view(found), axis, first, second)
     finally:
         torch.set_num_threads(before)
-    swap_channels(view(expected), axis, first, second)
+    swap_by_torch(view(expected), axis, first, second)
     assert torch.equal(found, expected)
     own = view(matrix((rows, columns), dtype))
     index = torch.arange(size)
@@ -78,7 +85,7 @@ def test_large_weights_are_shared_out_among_threads(exchange):
             )
             first, second = pairs(700, 333)
             exchange(found, axis, first, second)
-            swap_channels(expected, axis, first, second)
+            swap_by_torch(expected, axis, first, second)
             assert torch.equal(found, expected)
 
 
@@ -134,12 +141,12 @@ def test_pairs_that_stand_in_each_others_zone_take_one_exchange():
 def test_weights_move_and_come_back_as_by_torch(model_type, dtype):
     model = tiny(model_type, dtype)
     before, found = bits(model), {}
-    for kind in "stock", "compiled":
-        with pruned(model, "inplace", kernels=kind) as session:
+    for library in without_library(), nullcontext():
+        with library, pruned(model, "inplace") as session:
             for seed in 0, 1:
-                generate(model, prompt(2, 9, seed), 3)  # two rows decode by torch's kernels in both
+                generate(model, prompt(2, 9, seed), 3)
             raw = {name: p.detach().clone() for name, p in model.named_parameters()}
-            found[kind] = raw, session.report.moved_channels
+            found[library] = raw, session.report.moved_channels
         assert same_bits(bits(model), before)
     (stock, moved), (compiled, compiled_moved) = found.values()
     assert moved == compiled_moved > 0
@@ -147,11 +154,12 @@ def test_weights_move_and_come_back_as_by_torch(model_type, dtype):
         assert torch.equal(as_integers(tensor), as_integers(compiled[name])), name
 
 
-def test_autograd_notices_that_weights_moved(exchange):
+@pytest.mark.parametrize("library", [without_library(), nullcontext()], ids=["torch", "compiled"])
+def test_autograd_notices_that_weights_moved(library):
     weight = torch.randn(4, 4, requires_grad=True)
     x = torch.randn(1, 4, requires_grad=True)
     out = torch.nn.functional.linear(x, weight).sum()
-    with torch.no_grad():
-        swap_channels(weight, 0, torch.tensor([0]), torch.tensor([1]), exchange)
+    with torch.no_grad(), library:
+        swap_channels(weight, 0, torch.tensor([0]), torch.tensor([1]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from pop_mm import ConfigError
-from pop_mm.partition import Sizes, dropped_candidates, partition, partition_sizes
+from pop_mm.partition import Sizes, dropped_candidates, dropped_on_host, partition, partition_sizes
 
 
 def given(*strategies):
@@ -157,3 +157,25 @@ def test_scores_are_left_as_they_are():
     before = scores.clone()
     dropped_candidates(scores, sizes)
     assert torch.equal(scores.nan_to_num(), before.nan_to_num())
+
+
+@given(sizes_of, st.integers(0, 10), st.sampled_from([torch.float32, torch.float64]))
+def test_a_step_on_the_host_leaves_out_the_same(sizes, seed, dtype):
+    scores = torch.empty(sizes.candidates, dtype=dtype)
+    dropped = dropped_on_host(scores, sizes)
+    for step in range(2):
+        values = torch.randn(sizes.candidates, generator=torch.Generator().manual_seed(seed + step)).to(dtype)
+        values *= 10.0 ** ((torch.arange(sizes.candidates) * 17) % 70 - 35)
+        scores.copy_(values)
+        assert sorted(dropped().tolist()) == dropped_candidates(values.abs(), sizes).sort().values.tolist()
+        assert torch.equal(scores, values)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_not_finite_goes_first_on_the_host(bad, dtype):
+    largest = torch.finfo(dtype).max
+    assert dropped_on_host(torch.tensor([0.0, bad, -0.0, largest], dtype=dtype), Sizes(10, 3, 4, 3))().tolist() == [1]
+    assert sorted(
+        dropped_on_host(torch.tensor([-largest, bad, 1e-40, -2.0], dtype=dtype), Sizes(10, 3, 4, 1))().tolist()
+    ) == [1, 2, 3]

@@ -176,10 +176,8 @@ class InplaceExperts(MaskedExperts):
         record = self._record
         self._static = static
         self._matvec = matvec
-        exchange = None if matvec is None else matvec.exchange
         self._orders = [
-            ChannelOrder(record.size, record.device, partial(record.swap, expert, exchange=exchange))
-            for expert in range(record.count)
+            ChannelOrder(record.size, record.device, partial(record.swap, expert)) for expert in range(record.count)
         ]
         self._placed: set[int] = set()
         self._views: dict[int, ExpertViews] = {}

@@ -116,8 +116,7 @@ class InplaceBackend:
             experts.attach()
             restore = experts.restore
         else:
-            swap = record.swap if self._matvec is None else partial(record.swap, exchange=self._matvec.exchange)
-            order = self._orders[index] = ChannelOrder(record.size, record.device, swap)
+            order = self._orders[index] = ChannelOrder(record.size, record.device, record.swap)
             self._replace_forwards(index, record)
             restore = order.restore
 

@@ -106,13 +106,12 @@ def zone_swaps(zones: Zones, sizes: Sizes) -> list[tuple[Numbers, Numbers]]:
     zones : array
         ``[D]``: for each position the zone where its channel belongs: 0 retained, 1 candidate, 2 pruned.
     """
-    spans = ((0, sizes.retained), (sizes.retained, sizes.width), (sizes.width, sizes.channels))
-    strayed = {
-        (i, j): np.flatnonzero(zones[start:end] == j) + start
-        for i, (start, end) in enumerate(spans)
-        for j in range(3)
-        if i != j
-    }
+    home = np.repeat(np.arange(3, dtype=np.uint8), (sizes.retained, sizes.candidates, sizes.pruned))
+    away = np.flatnonzero(zones != home)
+    journeys = 3 * home[away] + zones[away]  # from which zone to which
+    away = away[journeys.argsort(kind="stable")]
+    ends = np.bincount(journeys, minlength=9).cumsum().tolist()
+    strayed = {(i, j): away[ends[3 * i + j - 1] : ends[3 * i + j]] for i in range(3) for j in range(3) if i != j}
     firsts, seconds = [], []
     for i, j in ((0, 1), (0, 2), (1, 2)):  # pairs that are each in the other's zone
         n = min(len(strayed[i, j]), len(strayed[j, i]))

@@ -1,5 +1,5 @@
-"""Compiled kernels for a CPU: a matrix-vector product for decoding one token, moving channels, and a prompt's statistics.
-Their absence costs nothing but speed.
+"""Compiled kernels for a CPU: for decoding one token, moving channels, and a prompt's statistics. Their absence costs nothing but
+speed.
 
 Stock kernels read weights at a third to a half of the memory's speed at batch 1, and pay a fixed price for every call, so
 that narrow weights gain little. These are a few pages of C that the machine's own compiler turns into a library on first use
@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .attention import Attention
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("matvec.c", "moves.c", "statistics.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "matvec.c", "moves.c", "statistics.c"))
+_HEADERS = (Path(__file__).with_name("vectors.h"),)
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 View = tuple[Tensor, Tensor | None]  # a weight as [in, out], and its bias
@@ -85,13 +87,14 @@ class Matvec:
     ----------
     exchange : Exchange
     energy : Energy
+    attention : Attention
         From the same library.
     ffn : dict of dtype to function
         For :class:`pop_mm.kernels.ffn.FFNStep`.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.exchange, self.energy = Exchange(library), Energy(library)
+        self.exchange, self.energy, self.attention = Exchange(library), Energy(library), Attention(library)
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._functions = {dtype: getattr(library, f"matvec_{name}") for dtype, name in _DTYPES.items()}
         for function in self._functions.values():
@@ -213,7 +216,7 @@ class Energy:
 
 
 def load(wanted: str) -> Matvec | None:
-    """The kernels, or None for stock kernels.
+    """The kernels that decode, or None for stock kernels.
 
     Parameters
     ----------
@@ -227,21 +230,24 @@ def load(wanted: str) -> Matvec | None:
     """
     if wanted in ("stock", "triton"):
         return None
-    library = _library()
-    if isinstance(library, str):
-        if wanted == "compiled":
-            raise ConfigError(
-                f"kernels='compiled' needs a C compiler with OpenMP: {library}. Install gcc, name a compiler in CC, or "
-                "use kernels='auto'."
-            )
-        return None
-    return Matvec(library)
+    if wanted == "compiled" and (reason := why_not()) is not None:
+        raise ConfigError(
+            f"kernels='compiled' needs a C compiler with OpenMP: {reason}. Install gcc, name a compiler in CC, or "
+            "use kernels='auto'."
+        )
+    return library()
+
+
+def library() -> Matvec | None:
+    """The compiled library, or None where it cannot be had: moves and statistics on a CPU use it, whatever decodes."""
+    made = _library()
+    return None if isinstance(made, str) else made
 
 
 def why_not() -> str | None:
     """Why there is no compiled kernel, or None if there is."""
-    library = _library()
-    return library if isinstance(library, str) else None
+    made = _library()
+    return made if isinstance(made, str) else None
 
 
 def build(sources: Sequence[Path], target: Path) -> str | None:
@@ -261,7 +267,7 @@ def _compiler() -> list[str]:
 
 
 @cache
-def _library() -> ctypes.CDLL | str:
+def _library() -> Matvec | str:
     """The library, made on first use; or why there is none."""
     from ..samples import cache_folder
 
@@ -270,7 +276,7 @@ def _library() -> ctypes.CDLL | str:
         return "none was found"
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-        facts = (*(source.read_text() for source in _SOURCES), " ".join(_FLAGS), version, _cpu())
+        facts = (*(source.read_text() for source in (*_SOURCES, *_HEADERS)), " ".join(_FLAGS), version, _cpu())
         key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
         path = cache_folder() / "kernels" / f"kernels-{key}.so"
         if not path.exists():
@@ -280,7 +286,7 @@ def _library() -> ctypes.CDLL | str:
                 if (reason := build(_SOURCES, made)) is not None:
                     return reason
                 made.replace(path)
-        return ctypes.CDLL(str(path))
+        return Matvec(ctypes.CDLL(str(path)))
     except (OSError, RuntimeError, UnicodeError, subprocess.SubprocessError) as error:
         return f"{type(error).__name__}: {error}"
 

@@ -1,0 +1,160 @@
+"""Attention of a single token by the compiled kernel: equal to torch's, and only where transformers would have asked torch."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import pop_mm.kernels as kernels
+from modes import generate, left_padded, pruned, without_library
+from observe import differences, fingerprint, prompt
+from pop_mm.kernels.attention import Attention
+from tiny_models import tiny
+
+TYPES = ("llama", "qwen3", "gemma3_text", "gpt_neox", "mixtral", "qwen2_moe", "deepseek_v3", "lfm2")
+
+
+@pytest.fixture
+def lengths(monkeypatch):
+    """How many keys each call of the kernel saw."""
+    found = []
+    original = Attention.__call__
+
+    def call(self, query, key, value, scale):
+        found.append(key.shape[2])
+        return original(self, query, key, value, scale)
+
+    monkeypatch.setattr(Attention, "__call__", call)
+    return found
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    group=st.integers(1, 4),
+    groups=st.integers(1, 5),
+    length=st.integers(1, 70),
+    size=st.sampled_from([1, 7, 16, 40, 64]),
+    wide=st.sampled_from([1, 9, 64]),
+    layout=st.sampled_from(["plain", "tokens first", "longer"]),
+    threads=st.integers(1, 4),
+)
+def test_it_is_torchs(group, groups, length, size, wide, layout, threads):
+    def laid_out(seed, last):
+        if layout == "tokens first":
+            return random(1, length, groups, last, seed=seed).transpose(1, 2)
+        return (
+            random(1, groups, length + 5, last, seed=seed)[:, :, :length]
+            if layout == "longer"
+            else random(1, groups, length, last, seed=seed)
+        )
+
+    query = random(1, 1, group * groups, size).transpose(1, 2)
+    key, value = laid_out(1, size), laid_out(2, wide)
+    attention, before = kernels.library().attention, torch.get_num_threads()
+    assert attention.takes(query, key, value)
+    torch.set_num_threads(threads)
+    try:
+        found = attention(query, key, value, 0.3)
+    finally:
+        torch.set_num_threads(before)
+    wide_key, wide_value = (t.double().repeat_interleave(group, 1) for t in (key, value))
+    expected = F.scaled_dot_product_attention(query.double(), wide_key, wide_value, scale=0.3).transpose(1, 2)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)
+
+
+def test_large_scores_and_values_that_are_not_finite():
+    query, key, value = random(1, 2, 1, 16) * 1000, random(1, 2, 6, 16, seed=1) * 1000, random(1, 2, 6, 8, seed=2)
+    attention = kernels.library().attention
+    assert attention(query, key, value, 1.0).isfinite().all()
+    value[0, 1, 3, 4] = float("nan")
+    assert attention(query, key, value, 0.0).isnan().nonzero().tolist() == [[0, 0, 1, 4]]
+    key[0, 0, 2, 0] = float("nan")
+    assert attention(query, key, value, 0.1)[0, 0, 0].isnan().all()
+
+
+def test_what_it_does_not_take():
+    attention = kernels.library().attention
+    query, key, value = random(1, 4, 1, 8), random(1, 2, 6, 8), random(1, 2, 6, 8)
+    assert attention.takes(query, key, value)
+    assert not attention.takes(query.float(), key.float(), value.float())
+    assert not attention.takes(query, key.float(), value)
+    assert not attention.takes(random(2, 4, 1, 8), random(2, 2, 6, 8), random(2, 2, 6, 8))
+    assert not attention.takes(random(1, 4, 2, 8), key, value)
+    assert not attention.takes(random(1, 3, 1, 8), key, value)
+    assert not attention.takes(query, random(1, 2, 8, 6).transpose(2, 3), value)
+    assert not attention.takes(query, key, random(1, 2, 7, 8))
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_session_decodes_by_it(model_type, lengths):
+    model = tiny(model_type, torch.bfloat16)
+    if model.config._attn_implementation != "sdpa":
+        model.set_attn_implementation("sdpa")
+    before = fingerprint(model)
+    with pruned(model, "inplace", kernels="compiled"):
+        found = generate(model, prompt(), 2)[1]
+        assert lengths and set(lengths) == {10}  # the prompt's 9 keys, and the token's own
+        lengths.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Attention, "takes", lambda *_: False)
+            expected = generate(model, prompt(), 2)[1]
+        assert not lengths
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+    assert differences(before, fingerprint(model)) == []
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+@pytest.mark.parametrize(
+    "case", ["eager", "two rows", "padding", "static cache", "autograd", "stock", "no compiler", "float32", "softcap"]
+)
+def test_anything_else_is_left_to_transformers(case, lengths):
+    model = tiny("llama", torch.float32 if case == "float32" else torch.bfloat16)
+    if case == "eager":
+        model.set_attn_implementation("eager")
+    ids, mask = left_padded(prompt(2), (3, 0)) if case == "padding" else (prompt(2 if case == "two rows" else 1), None)
+    settings = {"cache_implementation": "static"} if case == "static cache" else {}
+    kind = {"stock": "stock", "no compiler": "auto"}.get(case, "compiled")
+    with without_library() if case == "no compiler" else nullcontext(), pruned(model, "inplace", kernels=kind):
+        if case == "autograd":
+            cache = model(ids, use_cache=True).past_key_values
+            assert model(ids[:, :1], past_key_values=cache).logits.requires_grad
+        elif case == "softcap":
+            module = model.model.layers[0].self_attn
+            interface = module.forward.__func__.__globals__["ALL_ATTENTION_FUNCTIONS"]
+            with pytest.raises(ValueError, match="softcap"):
+                interface["sdpa"](module, *(random(1, 2, 1, 8) for _ in range(3)), None, softcap=30.0)
+        else:
+            generate(model, ids, 3, attention_mask=mask, **settings)
+    assert not lengths
+
+
+def test_another_implementation_that_is_chosen_meanwhile_is_used(lengths):
+    model = tiny("llama", torch.bfloat16)
+    with pruned(model, "inplace", kernels="compiled"):
+        model.set_attn_implementation("eager")
+        generate(model, prompt(), 3)
+        assert not lengths
+        model.set_attn_implementation("sdpa")
+        generate(model, prompt(), 3)
+        assert lengths
+
+
+def test_a_module_whose_forward_somebody_replaced_is_left_alone(lengths):
+    model = tiny("llama", torch.bfloat16)
+    module = model.model.layers[0].self_attn
+    own = type(module).forward.__get__(module)
+    module.forward = own
+    with pruned(model, "inplace", kernels="compiled"):
+        generate(model, prompt(), 2)
+        assert module.forward is own
+    assert module.forward is own and len(lengths) == model.config.num_hidden_layers - 1
