@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import kernels
 from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
 from .experts import Experts
 from .layout import FFN
 from .modality import MODALITIES, TEXT, ByModality, added, weighted_sum
-from .partition import HOST_DTYPES, Partition, Sizes, dropped_candidates, dropped_on_host, partition
+from .partition import Partition, Sizes, dropped_candidates, partition, step_chooser
 from .phase import Forward, Phase
 from .routed import ExpertsState, RoutedExperts
 from .scoring import channel_energy, get_scorer
@@ -239,7 +240,9 @@ class Engine:
                 if counted is not None and numbers is not None:
                     counted = counted[numbers]
                 energy = channel_energy(h.flatten(0, -2), counted)
-            _ffn_state(forward.state, index).add(modality, energy if positions is None else energy[..., positions])
+            _ffn_state(forward.state, index).add(
+                modality, energy if positions is None else energy.index_select(-1, positions)
+            )
 
     def partition(self, index: int, state: PromptState) -> Partition:
         """Make (or return) the partition of one FFN, or of a layer's experts, from the statistics so far."""
@@ -402,26 +405,15 @@ class Engine:
         """
         sizes, log, device = self.sizes[index], _ffn_state(state, index).steps, weight.device
         with torch.inference_mode(False):  # buffers that may be written in and out of inference mode
-            scores = torch.empty(1, len(weight), dtype=weight.dtype, device=device)
-            values = torch.empty(1, sizes.candidates_dropped, dtype=weight.dtype, device=device)
-        if device.type == "cpu" and weight.dtype in HOST_DTYPES:
-            dropped = dropped_on_host(scores[0], sizes)
+            choose = step_chooser(weight, sizes)
+            library = kernels.library() if weight.is_cpu and weight.dtype is torch.float32 else None
+            if library is not None:
+                choose = library.chooser(weight.contiguous(), sizes, choose)
 
-            def choose_on_host(candidates: Tensor) -> Tensor:
-                candidates = candidates.detach() if candidates.requires_grad else candidates
-                torch.mul(candidates, weight, out=scores)
-                slot = log.slot(ranks, device)
-                slot.numpy()[0] = dropped()
-                return slot
+        def choose_and_log(candidates: Tensor) -> Tensor:
+            return choose(candidates.detach() if candidates.requires_grad else candidates, log.slot(ranks, device))
 
-            return choose_on_host
-
-        def choose(candidates: Tensor) -> Tensor:
-            candidates = candidates.detach() if candidates.requires_grad else candidates
-            torch.mul(candidates, weight, out=scores).abs_()
-            return dropped_candidates(scores, sizes, (values, log.slot(ranks, device)))
-
-        return choose
+        return choose_and_log
 
     def step_slot(self, index: int, state: PromptState, ranks: Tensor) -> Callable[[], Tensor]:
         """For a kernel that chooses by itself, for one token of one sequence: where to note what it leaves out, ``[1, n]``."""

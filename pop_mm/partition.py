@@ -9,17 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import ConfigError
-
-HOST_DTYPES: dict[torch.dtype, tuple[type[np.floating], type[np.signedinteger]]] = {  # that dropped_on_host takes
-    torch.float32: (np.float32, np.int32),
-    torch.float64: (np.float64, np.int64),
-}
 
 
 @dataclass(frozen=True)
@@ -167,38 +160,49 @@ def _best(scores: Tensor, count: int) -> Tensor:
     return (above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= wanted))).to(torch.uint8)
 
 
-def dropped_candidates(scores: Tensor, sizes: Sizes, out: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def dropped_candidates(scores: Tensor, sizes: Sizes) -> Tensor:
     """Which candidates a step leaves out: the lowest scores (paper 3.3).
 
     Parameters
     ----------
     scores : Tensor
         ``[..., |C|]``, one score a candidate, not negative. A score that is not finite ranks last.
-    out : tuple of Tensor, optional
-        Buffers for what is left out, scores and indices; then ``scores`` is scratch too.
 
     Returns
     -------
     Tensor
         ``[..., |C| - candidates_kept]``, int64 indices into the candidates.
     """
-    ranked = torch.nan_to_num(scores, -1.0, -1.0, out=None if out is None else scores)
-    return torch.topk(ranked, sizes.candidates_dropped, -1, False, False, out=out)[1]
+    ranked = torch.nan_to_num(scores, -1.0, -1.0)
+    return torch.topk(ranked, sizes.candidates_dropped, -1, False, False)[1]
 
 
-def dropped_on_host(scores: Tensor, sizes: Sizes) -> Callable[[], NDArray[np.int64]]:
-    """:func:`dropped_candidates` for single steps on the CPU: a function of what ``scores``, ``[|C|]``, hold when it is called.
+def step_chooser(weight: Tensor, sizes: Sizes) -> Callable[[Tensor, Tensor], Tensor]:
+    """:func:`dropped_candidates` for single steps, in as few operations as it can be done: each costs more than its few numbers.
 
-    They may have their signs. Of so few numbers, numpy makes its choice in half the time that torch needs to begin.
+    Parameters
+    ----------
+    weight : Tensor
+        ``[|C|]``, float32 or float64: of each candidate, not negative.
+
+    Returns
+    -------
+    callable
+        Takes activations ``[1, |C|]`` and room for what is left out, ``[1, n]`` int64, which it fills and returns.
     """
-    real, integer = HOST_DTYPES[scores.dtype]
-    # twice the bits of a float rank as its magnitude does, without the sign; shifted so that inf is the lowest integer
-    bits, keys = scores.numpy().view(integer), np.empty(len(scores), integer)
-    shift = np.iinfo(integer).min - 2 * np.array([np.inf], real).view(integer)
-    count = sizes.candidates_dropped
+    integer = {torch.float32: torch.int32, torch.float64: torch.int64}[weight.dtype]
+    scores = torch.empty(1, len(weight), dtype=weight.dtype, device=weight.device)
+    keys = torch.empty(1, len(weight), dtype=integer, device=weight.device)
+    values = torch.empty(1, sizes.candidates_dropped, dtype=integer, device=weight.device)
+    # twice the bits of a float rank as its magnitude does, without the sign; shifted so that infinity is the lowest integer
+    bits = scores.view(integer)
+    infinity = torch.full((1, 1), torch.inf, dtype=weight.dtype, device=weight.device)
+    shift = torch.iinfo(integer).min - 2 * infinity.view(integer)
 
-    def dropped() -> NDArray[np.int64]:
-        np.add(np.multiply(bits, 2, out=keys), shift, out=keys)
-        return keys.argpartition(count - 1)[:count]
+    def choose(candidates: Tensor, out: Tensor) -> Tensor:
+        torch.mul(candidates, weight, out=scores)
+        torch.add(shift, bits, alpha=2, out=keys)
+        torch.topk(keys, sizes.candidates_dropped, -1, False, False, out=(values, out))
+        return out
 
-    return dropped
+    return choose

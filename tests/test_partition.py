@@ -6,8 +6,8 @@ from hypothesis import given as hypothesis_given
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from pop_mm import ConfigError
-from pop_mm.partition import Sizes, dropped_candidates, dropped_on_host, partition, partition_sizes
+from pop_mm import ConfigError, kernels
+from pop_mm.partition import Sizes, dropped_candidates, partition, partition_sizes, step_chooser
 
 
 def given(*strategies):
@@ -159,23 +159,48 @@ def test_scores_are_left_as_they_are():
     assert torch.equal(scores.nan_to_num(), before.nan_to_num())
 
 
-@given(sizes_of, st.integers(0, 10), st.sampled_from([torch.float32, torch.float64]))
-def test_a_step_on_the_host_leaves_out_the_same(sizes, seed, dtype):
-    scores = torch.empty(sizes.candidates, dtype=dtype)
-    dropped = dropped_on_host(scores, sizes)
-    for step in range(2):
-        values = torch.randn(sizes.candidates, generator=torch.Generator().manual_seed(seed + step)).to(dtype)
-        values *= 10.0 ** ((torch.arange(sizes.candidates) * 17) % 70 - 35)
-        scores.copy_(values)
-        assert sorted(dropped().tolist()) == dropped_candidates(values.abs(), sizes).sort().values.tolist()
-        assert torch.equal(scores, values)
+def choosers(weight, sizes):
+    """Torch's and, of float32, the compiled one, which may use the other where it cannot read the activations."""
+
+    def not_needed(*_):
+        raise AssertionError
+
+    library = kernels.library() if weight.dtype == torch.float32 else None
+    return [step_chooser(weight, sizes), *([library.chooser(weight, sizes, not_needed)] if library else [])]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("-nan"), float("inf"), float("-inf")])
+@given(sizes_of, st.integers(0, 10), st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
+def test_single_steps_leave_out_the_same(sizes, seed, dtype):
+    def random(number):
+        return torch.randn(sizes.candidates, generator=torch.Generator().manual_seed(number)).to(dtype)
+
+    weight = random(seed).abs().to(torch.promote_types(dtype, torch.float32))
+    for choose in choosers(weight, sizes):
+        out = torch.empty(1, sizes.candidates_dropped, dtype=torch.int64)
+        for step in range(2):
+            h = random(seed + step + 1) * 10.0 ** ((torch.arange(sizes.candidates) * 17) % 60 - 30)
+            assert choose(h.view(1, -1), out) is out
+            expected = dropped_candidates(h.abs() * weight, sizes)
+            scores = h.abs() * weight  # of equal ones, any may go
+            assert len(set(out[0].tolist())) == sizes.candidates_dropped
+            assert torch.equal(scores[out[0]].sort().values, scores[expected].sort().values)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_is_not_finite_goes_first_on_the_host(bad, dtype):
+def test_what_is_not_finite_goes_first_in_single_steps(bad, dtype):
+    def dropped(count, *h):
+        for choose in choosers(torch.ones(4, dtype=dtype), Sizes(10, 3, 4, 4 - count)):
+            yield sorted(choose(torch.tensor([h], dtype=dtype), torch.empty(1, count, dtype=torch.int64))[0].tolist())
+
     largest = torch.finfo(dtype).max
-    assert dropped_on_host(torch.tensor([0.0, bad, -0.0, largest], dtype=dtype), Sizes(10, 3, 4, 3))().tolist() == [1]
-    assert sorted(
-        dropped_on_host(torch.tensor([-largest, bad, 1e-40, -2.0], dtype=dtype), Sizes(10, 3, 4, 1))().tolist()
-    ) == [1, 2, 3]
+    assert all(found == [1] for found in dropped(1, 0.0, bad, -0.0, largest))
+    assert all(found == [1, 2, 3] for found in dropped(3, -largest, bad, 1e-40, -2.0))
+
+
+def test_what_the_compiled_choice_does_not_read_is_left_to_torch():
+    weight, sizes, seen = torch.ones(4), Sizes(10, 3, 4, 2), []
+    choose = kernels.library().chooser(weight, sizes, lambda candidates, out: seen.append(candidates.dtype))
+    for h in torch.ones(1, 4).half(), torch.ones(4, 2).t()[:1]:
+        choose(h, torch.empty(1, 2, dtype=torch.int64))
+    assert seen == [torch.float16, torch.float32]

@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from struct import pack
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..partition import Sizes
 from .attention import Attention
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "matvec.c", "moves.c", "statistics.c"))
@@ -31,6 +32,7 @@ _HEADERS = (Path(__file__).with_name("vectors.h"),)
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 View = tuple[Tensor, Tensor | None]  # a weight as [in, out], and its bias
+Choose = Callable[[Tensor, Tensor], Tensor]
 
 
 class Rows:
@@ -100,6 +102,10 @@ class Matvec:
         for function in self._functions.values():
             function.argtypes = [ctypes.c_char_p, *[integer], pointer, integer, integer, pointer, pointer, ctypes.c_int]
             function.restype = None
+        self._choices = {dtype: getattr(library, f"choose_{name}") for dtype, name in _DTYPES.items()}
+        for function in self._choices.values():
+            function.argtypes = [pointer, pointer, integer, integer, pointer, pointer, pointer]
+            function.restype = None
         self.ffn = {dtype: getattr(library, f"ffn_{name}") for dtype, name in _DTYPES.items()}
         for function in self.ffn.values():
             function.argtypes = [ctypes.c_char_p, *[pointer] * 8, ctypes.c_int]
@@ -141,6 +147,28 @@ class Matvec:
                 out[first + number].add_(bias)
             first += r.count
         return out
+
+    def chooser(self, weight: Tensor, sizes: Sizes, otherwise: Choose) -> Choose:
+        """As :func:`pop_mm.partition.step_chooser`, which makes ``otherwise`` for what the kernel does not read.
+
+        Parameters
+        ----------
+        weight : Tensor
+            ``[|C|]``, float32 on the CPU.
+        """
+        count, dropped, functions = len(weight), sizes.candidates_dropped, self._choices
+        scores = torch.empty(count, dtype=torch.float32, device="cpu")
+        order = torch.empty(count, dtype=torch.int64, device="cpu")
+
+        def choose(candidates: Tensor, out: Tensor) -> Tensor:
+            function = functions.get(candidates.dtype)
+            if function is None or candidates.stride(-1) != 1:
+                return otherwise(candidates, out)
+            addresses = weight.data_ptr(), count, dropped, scores.data_ptr(), order.data_ptr()
+            function(candidates.data_ptr(), *addresses, out.data_ptr())
+            return out
+
+        return choose
 
 
 class Exchange:

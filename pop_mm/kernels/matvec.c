@@ -107,6 +107,18 @@ static void lowest(float *score, int64_t count, int64_t dropped, int64_t *order)
     }
 }
 
+/* The candidates that a step leaves out: h, weight: [count]; score, order: room for count; out: [dropped] */
+#define DEFINE_CHOOSE(NAME, T)                                                                                           \
+    void choose_##NAME(const T *h, const float *weight, int64_t count, int64_t dropped, float *score, int64_t *order,    \
+                       int64_t *out) {                                                                                   \
+        for (int64_t i = 0; i < count; i++) score[i] = fabsf(from_##NAME(h[i])) * weight[i];                             \
+        lowest(score, count, dropped, order);                                                                            \
+        memcpy(out, order, dropped * sizeof *out);                                                                       \
+    }
+
+DEFINE_CHOOSE(float, float)
+DEFINE_CHOOSE(bfloat16, uint16_t)
+
 /* An FFN on its first `width` channels, of which those from `retained` on are candidates. gate is null if there is none. */
 typedef struct {
     const void *gate, *up, *down;

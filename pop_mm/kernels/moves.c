@@ -7,13 +7,17 @@
 #include <string.h>
 
 #define PIECE 256         /* bytes that are exchanged at once */
+#define LINE 64           /* of the cache */
 #define ROWS 32           /* of columns, a thread exchanges in so many rows at a time */
 #define ALONE (64 * 1024) /* bytes that one thread exchanges sooner than two would begin */
 
-static void exchange_bytes(char *restrict a, char *restrict b, int64_t bytes) {
+/* Ask for the next pair's bytes meanwhile, which lie next_a and next_b further on: rows are too short for hardware to see it. */
+static void exchange_bytes(char *restrict a, char *restrict b, int64_t bytes, int64_t next_a, int64_t next_b) {
     char kept[PIECE];
-    for (; bytes >= PIECE; bytes -= PIECE, a += PIECE, b += PIECE)
+    for (; bytes >= PIECE; bytes -= PIECE, a += PIECE, b += PIECE) {
+        for (int64_t i = 0; i < PIECE; i += LINE) __builtin_prefetch(a + next_a + i), __builtin_prefetch(b + next_b + i);
         memcpy(kept, a, PIECE), memcpy(a, b, PIECE), memcpy(b, kept, PIECE);
+    }
     memcpy(kept, a, bytes), memcpy(a, b, bytes), memcpy(b, kept, bytes);
 }
 
@@ -39,8 +43,11 @@ void exchange(char *data, int64_t size, int64_t length, int64_t stride, int64_t 
 #pragma omp parallel num_threads(count * length * size < ALONE ? 1 : threads)
     if (stride == 1) {
 #pragma omp for schedule(dynamic, 16)
-        for (int64_t i = 0; i < count; i++)
-            exchange_bytes(data + size * step * first[i], data + size * step * second[i], size * length);
+        for (int64_t i = 0; i < count; i++) {
+            int64_t next = i + 1 < count ? i + 1 : i, bytes = size * step;
+            exchange_bytes(data + bytes * first[i], data + bytes * second[i], size * length,
+                           bytes * (first[next] - first[i]), bytes * (second[next] - second[i]));
+        }
     } else {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t from = 0; from < length; from += ROWS) {
