@@ -221,8 +221,8 @@ class Adapter:
             result[index] = LayerWeights(attention, sum(counted))
         return result
 
-    def other_linears(self, model: nn.Module, records: Sequence[FFN | Experts]) -> list[nn.Linear]:
-        """What a decoded token reads besides FFNs, as far as it is plain: the linears of attention, and the lm_head.
+    def besides_ffns(self, model: nn.Module, records: Sequence[FFN | Experts]) -> list[nn.Module]:
+        """What a decoded token runs besides FFNs: all other modules of the decoder layers, and the lm_head.
 
         What :attr:`not_weights` names is left out: a router's choice should not hang on a kernel's rounding.
         """
@@ -232,7 +232,7 @@ class Adapter:
             known.update(part for path in self.not_weights for part in (find(layer, path) or nn.Module()).modules())
         head = getattr(model, "get_output_embeddings", lambda: None)()
         found = [*(module for layer in layers for module in layer.modules()), *([head] if head is not None else [])]
-        return [module for module in dict.fromkeys(found) if type(module) is nn.Linear and module not in known]
+        return [module for module in dict.fromkeys(found) if module not in known]
 
     def modality_token_ids(self, model: nn.Module) -> dict[str, int]:
         """Which token id stands for the positions of which other modality ("image", "video") in ``input_ids``."""

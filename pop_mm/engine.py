@@ -398,22 +398,19 @@ class Engine:
         _ffn_state(forward.state, index).steps.add(dropped, ranks)
         return dropped
 
-    def chooser(self, index: int, state: PromptState, weight: Tensor, ranks: Tensor) -> Callable[[Tensor], Tensor]:
+    def chooser(self, index: int, state: PromptState, weight: Tensor, ranks: Tensor) -> Callable[[Tensor], None]:
         """:meth:`select` for one token of one sequence, with everything but the activations known beforehand.
 
-        The function takes ``[1, |C|]`` and returns ``[1, n]``. It runs once a step and FFN, so it is as short as it can be.
+        The function takes activations of R and C, ``[1, K]``, and zeroes what the step leaves out. It runs once a step and FFN,
+        so it is as short as it can be.
         """
         sizes, log, device = self.sizes[index], _ffn_state(state, index).steps, weight.device
         with torch.inference_mode(False):  # buffers that may be written in and out of inference mode
-            choose = step_chooser(weight, sizes)
+            leave_out = step_chooser(weight, sizes)
             library = kernels.library() if weight.is_cpu and weight.dtype is torch.float32 else None
             if library is not None:
-                choose = library.chooser(weight.contiguous(), sizes, choose)
-
-        def choose_and_log(candidates: Tensor) -> Tensor:
-            return choose(candidates.detach() if candidates.requires_grad else candidates, log.slot(ranks, device))
-
-        return choose_and_log
+                leave_out = library.chooser(weight.contiguous(), sizes, leave_out)
+        return lambda h: leave_out(h, log.slot(ranks, device))
 
     def step_slot(self, index: int, state: PromptState, ranks: Tensor) -> Callable[[], Tensor]:
         """For a kernel that chooses by itself, for one token of one sequence: where to note what it leaves out, ``[1, n]``."""

@@ -177,7 +177,7 @@ def dropped_candidates(scores: Tensor, sizes: Sizes) -> Tensor:
     return torch.topk(ranked, sizes.candidates_dropped, -1, False, False)[1]
 
 
-def step_chooser(weight: Tensor, sizes: Sizes) -> Callable[[Tensor, Tensor], Tensor]:
+def step_chooser(weight: Tensor, sizes: Sizes) -> Callable[[Tensor, Tensor], None]:
     """:func:`dropped_candidates` for single steps, in as few operations as it can be done: each costs more than its few numbers.
 
     Parameters
@@ -188,7 +188,8 @@ def step_chooser(weight: Tensor, sizes: Sizes) -> Callable[[Tensor, Tensor], Ten
     Returns
     -------
     callable
-        Takes activations ``[1, |C|]`` and room for what is left out, ``[1, n]`` int64, which it fills and returns.
+        Takes activations of R and C ``[1, K]``, which it zeroes where a candidate is left out, and room for the indices of these,
+        ``[1, n]`` int64.
     """
     integer = {torch.float32: torch.int32, torch.float64: torch.int64}[weight.dtype]
     scores = torch.empty(1, len(weight), dtype=weight.dtype, device=weight.device)
@@ -199,10 +200,11 @@ def step_chooser(weight: Tensor, sizes: Sizes) -> Callable[[Tensor, Tensor], Ten
     infinity = torch.full((1, 1), torch.inf, dtype=weight.dtype, device=weight.device)
     shift = torch.iinfo(integer).min - 2 * infinity.view(integer)
 
-    def choose(candidates: Tensor, out: Tensor) -> Tensor:
-        torch.mul(candidates, weight, out=scores)
+    def leave_out(h: Tensor, dropped: Tensor) -> None:
+        candidates = h.narrow(1, sizes.retained, sizes.candidates)
+        torch.mul(candidates.detach() if h.requires_grad else candidates, weight, out=scores)
         torch.add(shift, bits, alpha=2, out=keys)
-        torch.topk(keys, sizes.candidates_dropped, -1, False, False, out=(values, out))
-        return out
+        torch.topk(keys, sizes.candidates_dropped, -1, False, False, out=(values, dropped))
+        candidates.scatter_(1, dropped, 0)
 
-    return choose
+    return leave_out

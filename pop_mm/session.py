@@ -22,6 +22,8 @@ from .backends.gathered import GatheredBackend, gathered_fits
 from .backends.inplace import InplaceBackend
 from .backends.linears import SingleTokenLinears
 from .backends.masked import MaskedBackend
+from .backends.norms import SingleTokenNorms
+from .backends.single import SingleToken
 from .compiled import CompiledSteps
 from .config import PopConfig, as_config
 from .engine import Engine, PromptState
@@ -183,10 +185,10 @@ class Session:
         self._inplace = InplaceBackend(self._engine, self._tracker, self._matvec, config.kernels == "triton")
         self._gathered = GatheredBackend(self._engine, self._tracker)
         self._fast = bool({"inplace", "gathered"} & set(self._backends))
-        self._linears = self._attention = None
+        self._besides: list[SingleToken] = []  # what else a single token runs by the compiled library
         if self._matvec is not None:
-            self._linears = SingleTokenLinears(self._matvec, self._single, self._inplace.static)
-            self._attention = SingleTokenAttention(self._matvec.attention, self._single, self._inplace.static)
+            kinds = (SingleTokenLinears, SingleTokenAttention, SingleTokenNorms)
+            self._besides = [kind(self._matvec, self._single, self._inplace.static) for kind in kinds]
         modules = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
         self._expert_configs: list[Any] = list({id(module.config): module.config for module in modules}.values())
         self._undo: list[Callable[[], object]] = []
@@ -218,10 +220,8 @@ class Session:
             self._tracker.install()
             for index, backend in enumerate(self._backends):
                 self._backend(backend).attach(index)
-            if self._linears is not None and self._attention is not None:
-                self._linears.attach(self._adapter.other_linears(self.model, [plan.ffn for plan in self.plans]))
-                layers = self._adapter.layers(self.model)[1]
-                self._attention.attach(module for layer in layers for module in layer.modules())
+            for besides in self._besides:
+                besides.attach(self._adapter.besides_ffns(self.model, [plan.ffn for plan in self.plans]))
             if hasattr(self.model, "get_compiled_call"):
                 traceable = all(plan.backend in ("inplace", "dense") for plan in self.plans)
                 steps = CompiledSteps(self.model, self._tracker, self._inplace if traceable else None)
@@ -246,9 +246,8 @@ class Session:
         try:
             self._inplace.detach()
         finally:
-            if self._linears is not None and self._attention is not None:
-                self._linears.detach()
-                self._attention.detach()
+            for besides in self._besides:
+                besides.detach()
             self._gathered.detach()
             self._masked.detach()
             self._tracker.remove()

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import pop_mm.kernels as kernels
 from modes import generate, left_padded, pruned, without_library
 from observe import differences, fingerprint, prompt
+from pop_mm.backends.attention import with_own_interface
 from pop_mm.kernels.attention import Attention
 from tiny_models import tiny
 
@@ -115,7 +116,7 @@ def test_a_session_decodes_by_it(model_type, lengths):
 
 
 @pytest.mark.parametrize(
-    "case", ["eager", "two rows", "padding", "static cache", "autograd", "stock", "no compiler", "float32", "softcap"]
+    "case", ["eager", "two rows", "padding", "static cache", "autograd", "stock", "no compiler", "float32"]
 )
 def test_anything_else_is_left_to_transformers(case, lengths):
     model = tiny("llama", torch.float32 if case == "float32" else torch.bfloat16)
@@ -128,14 +129,18 @@ def test_anything_else_is_left_to_transformers(case, lengths):
         if case == "autograd":
             cache = model(ids, use_cache=True).past_key_values
             assert model(ids[:, :1], past_key_values=cache).logits.requires_grad
-        elif case == "softcap":
-            module = model.model.layers[0].self_attn
-            interface = module.forward.__func__.__globals__["ALL_ATTENTION_FUNCTIONS"]
-            with pytest.raises(ValueError, match="softcap"):
-                interface["sdpa"](module, *(random(1, 2, 1, 8) for _ in range(3)), None, softcap=30.0)
         else:
             generate(model, ids, 3, attention_mask=mask, **settings)
     assert not lengths
+
+
+def test_what_transformers_refuses_is_refused():
+    module = tiny("llama", torch.bfloat16).model.layers[0].self_attn
+    forward = with_own_interface(type(module).forward, kernels.library().attention)
+    attend = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]["sdpa"]
+    with pytest.raises(ValueError, match="softcap"):
+        attend(module, *(random(1, 2, 1, 8) for _ in range(3)), None, softcap=30.0)
+    assert with_own_interface(torch.nn.Linear.forward, kernels.library().attention) is None
 
 
 def test_another_implementation_that_is_chosen_meanwhile_is_used(lengths):

@@ -26,7 +26,7 @@ def shapes(monkeypatch):
 
 def others(model):
     adapter = adapter_for(model)
-    return adapter.other_linears(model, adapter.projections(model))
+    return [m for m in adapter.besides_ffns(model, adapter.projections(model)) if type(m) is torch.nn.Linear]
 
 
 def step(model, cache, token=5):

@@ -171,36 +171,40 @@ def choosers(weight, sizes):
 
 @given(sizes_of, st.integers(0, 10), st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
 def test_single_steps_leave_out_the_same(sizes, seed, dtype):
-    def random(number):
-        return torch.randn(sizes.candidates, generator=torch.Generator().manual_seed(number)).to(dtype)
+    def random(number, count):
+        return torch.randn(count, generator=torch.Generator().manual_seed(number)).to(dtype)
 
-    weight = random(seed).abs().to(torch.promote_types(dtype, torch.float32))
-    for choose in choosers(weight, sizes):
-        out = torch.empty(1, sizes.candidates_dropped, dtype=torch.int64)
+    weight = random(seed, sizes.candidates).abs().to(torch.promote_types(dtype, torch.float32))
+    for leave_out in choosers(weight, sizes):
+        dropped = torch.empty(1, sizes.candidates_dropped, dtype=torch.int64)
         for step in range(2):
-            h = random(seed + step + 1) * 10.0 ** ((torch.arange(sizes.candidates) * 17) % 60 - 30)
-            assert choose(h.view(1, -1), out) is out
-            expected = dropped_candidates(h.abs() * weight, sizes)
-            scores = h.abs() * weight  # of equal ones, any may go
-            assert len(set(out[0].tolist())) == sizes.candidates_dropped
-            assert torch.equal(scores[out[0]].sort().values, scores[expected].sort().values)
+            h = random(seed + step + 1, sizes.width) * 10.0 ** ((torch.arange(sizes.width) * 17) % 60 - 30)
+            scores = h[sizes.retained :].abs() * weight
+            found = h.clone()
+            leave_out(found.view(1, -1), dropped)
+            expected = dropped_candidates(scores, sizes)  # of equal ones, any may go
+            assert torch.equal(scores[dropped[0]].sort().values, scores[expected].sort().values)
+            assert len(set(dropped[0].tolist())) == sizes.candidates_dropped
+            assert torch.equal(found, h.scatter(0, sizes.retained + dropped[0], 0))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_not_finite_goes_first_in_single_steps(bad, dtype):
     def dropped(count, *h):
-        for choose in choosers(torch.ones(4, dtype=dtype), Sizes(10, 3, 4, 4 - count)):
-            yield sorted(choose(torch.tensor([h], dtype=dtype), torch.empty(1, count, dtype=torch.int64))[0].tolist())
+        for leave_out in choosers(torch.ones(4, dtype=dtype), Sizes(10, 3, 4, 4 - count)):
+            found = torch.empty(1, count, dtype=torch.int64)
+            leave_out(torch.tensor([[bad, 0, 1, *h]], dtype=dtype), found)
+            yield sorted(found[0].tolist())
 
     largest = torch.finfo(dtype).max
     assert all(found == [1] for found in dropped(1, 0.0, bad, -0.0, largest))
     assert all(found == [1, 2, 3] for found in dropped(3, -largest, bad, 1e-40, -2.0))
 
 
-def test_what_the_compiled_choice_does_not_read_is_left_to_torch():
-    weight, sizes, seen = torch.ones(4), Sizes(10, 3, 4, 2), []
-    choose = kernels.library().chooser(weight, sizes, lambda candidates, out: seen.append(candidates.dtype))
-    for h in torch.ones(1, 4).half(), torch.ones(4, 2).t()[:1]:
-        choose(h, torch.empty(1, 2, dtype=torch.int64))
-    assert seen == [torch.float16, torch.float32]
+def test_what_the_compiled_choice_does_not_take_is_left_to_torch():
+    seen = []
+    leave_out = kernels.library().chooser(torch.ones(4), Sizes(10, 0, 4, 2), lambda h, _: seen.append(h))
+    for h in torch.ones(1, 4).half(), torch.ones(4, 2).t()[:1], torch.ones(1, 4, requires_grad=True):
+        leave_out(h, torch.empty(1, 2, dtype=torch.int64))
+        assert seen.pop() is h and not seen

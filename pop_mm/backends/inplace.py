@@ -37,7 +37,7 @@ class ResidentCandidates(NamedTuple):
         ``[|C|]``: which of the candidates in ascending order stands at each place.
     weight : Tensor
         ``[|C|]``: the scorer's weight of the one at each place.
-    choose : callable
+    leave_out : callable
         :meth:`Engine.chooser` for them.
     slot : callable
         :meth:`Engine.step_slot` for them.
@@ -45,7 +45,7 @@ class ResidentCandidates(NamedTuple):
 
     ranks: Tensor
     weight: Tensor
-    choose: Callable[[Tensor], Tensor]
+    leave_out: Callable[[Tensor], None]
     slot: Callable[[], Tensor]
 
 
@@ -221,9 +221,9 @@ class InplaceBackend:
             ranks, weight = self._placed[index].ranks, state.ffns[index].candidate_weight
             assert weight is not None
             weight = weight[ranks]
-            choose = self._engine.chooser(index, state, weight, ranks)
+            leave_out = self._engine.chooser(index, state, weight, ranks)
             slot = self._engine.step_slot(index, state, ranks)
-            self._candidates[index] = ResidentCandidates(ranks, weight, choose, slot)
+            self._candidates[index] = ResidentCandidates(ranks, weight, leave_out, slot)
         self._static_loaded = False
 
     def _place_prompt(self, index: int, state: PromptState) -> None:
@@ -313,13 +313,12 @@ class InplaceBackend:
     def _zero_dropped(self, index: int) -> Callable[[Tensor, Forward], None]:
         """What zeroes, in place, the candidates that a step leaves out of ``h``, ``[..., K]``."""
         engine, resident = self._engine, self._candidates
-        retained, count = engine.sizes[index].retained, engine.sizes[index].candidates
+        retained = engine.sizes[index].retained
 
         def zero_dropped(h: Tensor, current: Forward) -> None:
             here = resident[index]
             if current.rows == current.length == 1:  # the common step
-                alone = (h if h.dim() == 2 else h.view(1, -1)).narrow(1, retained, count)
-                alone.scatter_(1, here.choose(alone), 0)
+                here.leave_out(h if h.dim() == 2 else h.view(1, -1))
                 return
             candidates = h.view(current.rows, current.length, -1)[..., retained:]
             dropped = engine.select(index, current, candidates, here.weight, here.ranks)

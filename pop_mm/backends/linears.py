@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..kernels import Matvec, Rows, traced
-from ..phase import set_instance_attribute
-from .static import StaticSteps
+from ..kernels import Rows, traced
+from .single import Forward, SingleToken
 
 
-class SingleTokenLinears:
-    """Linear modules whose forward takes the compiled kernel for one token, and their own forward for all else.
+class SingleTokenLinears(SingleToken):
+    """Modules that are nothing but ``x @ W.T + b``."""
 
-    Parameters
-    ----------
-    matvec : Matvec
-    single : callable
-        Whether the forward of the model that runs now is such a step.
-    static : StaticSteps
-    """
-
-    def __init__(self, matvec: Matvec, single: Callable[[], bool], static: StaticSteps) -> None:
-        self._matvec = matvec
-        self._single = single
-        self._static = static
-        self._undo: list[Callable[[], object]] = []
-
-    def attach(self, modules: Iterable[nn.Module]) -> None:
-        """Replace the forwards, on the instance, of those modules that are nothing but ``x @ W.T + b``."""
-        for module in modules:
-            if type(module) is nn.Linear and "forward" not in module.__dict__ and Rows.fit([module.weight]):
-                self._undo.append(set_instance_attribute(module, "forward", self._forward(module)))
-
-    def detach(self) -> None:
-        """Give the modules their own forwards back."""
-        while self._undo:
-            self._undo.pop()()
-
-    def _forward(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward_of(self, module: nn.Module) -> Forward | None:
+        """None for anything else, and for weights that the kernel cannot read."""
+        if type(module) is not nn.Linear or not Rows.fit([module.weight]):
+            return None
         parameters: dict[str, Any] = module._parameters
-        single, matvec, static = self._single, self._matvec, self._static
+        single, matvec, static = self.single, self.library, self.static
         own_forward = type(module).forward
         rows: tuple[Rows, ...] = ()
         address = 0

@@ -221,16 +221,15 @@ def _watch_chooser(session: Session, clock: PartClock) -> Callable[[], object]:
     engine = session._engine
     own = engine.chooser
 
-    def chooser(index: int, state: PromptState, weight: Tensor, ranks: Tensor) -> Callable[[Tensor], Tensor]:
-        choose = own(index, state, weight, ranks)
+    def chooser(index: int, state: PromptState, weight: Tensor, ranks: Tensor) -> Callable[[Tensor], None]:
+        leave_out = own(index, state, weight, ranks)
 
-        def call(candidates: Tensor) -> Tensor:  # a few operations: the clock's own work would be as much
+        def call(h: Tensor) -> None:  # a few operations: the clock's own work would be as much
             synchronise(weight.device)
             started = time.perf_counter()
-            dropped = choose(candidates)
+            leave_out(h)
             synchronise(weight.device)
             clock.chosen += time.perf_counter() - started
-            return dropped
 
         return call
 

@@ -26,13 +26,16 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..partition import Sizes
 from .attention import Attention
+from .norm import RMSNorm
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "matvec.c", "moves.c", "statistics.c"))
+_SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("attention.c", "matvec.c", "moves.c", "norm.c", "statistics.c")
+)
 _HEADERS = (Path(__file__).with_name("vectors.h"),)
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 View = tuple[Tensor, Tensor | None]  # a weight as [in, out], and its bias
-Choose = Callable[[Tensor, Tensor], Tensor]
+Choose = Callable[[Tensor, Tensor], None]
 
 
 class Rows:
@@ -90,13 +93,15 @@ class Matvec:
     exchange : Exchange
     energy : Energy
     attention : Attention
+    norm : RMSNorm
         From the same library.
     ffn : dict of dtype to function
         For :class:`pop_mm.kernels.ffn.FFNStep`.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.exchange, self.energy, self.attention = Exchange(library), Energy(library), Attention(library)
+        self.exchange, self.energy = Exchange(library), Energy(library)
+        self.attention, self.norm = Attention(library), RMSNorm(library)
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self._functions = {dtype: getattr(library, f"matvec_{name}") for dtype, name in _DTYPES.items()}
         for function in self._functions.values():
@@ -149,26 +154,33 @@ class Matvec:
         return out
 
     def chooser(self, weight: Tensor, sizes: Sizes, otherwise: Choose) -> Choose:
-        """As :func:`pop_mm.partition.step_chooser`, which makes ``otherwise`` for what the kernel does not read.
+        """As :func:`pop_mm.partition.step_chooser`, which makes ``otherwise`` for what the kernel does not take.
 
         Parameters
         ----------
         weight : Tensor
-            ``[|C|]``, float32 on the CPU.
+            ``[|C|]``, float32 on the CPU, contiguous.
         """
-        count, dropped, functions = len(weight), sizes.candidates_dropped, self._choices
-        scores = torch.empty(count, dtype=torch.float32, device="cpu")
-        order = torch.empty(count, dtype=torch.int64, device="cpu")
+        scores = torch.empty(sizes.candidates, dtype=torch.float32, device="cpu")
+        order = torch.empty(sizes.candidates, dtype=torch.int64, device="cpu")
+        functions = self._choices
 
-        def choose(candidates: Tensor, out: Tensor) -> Tensor:
-            function = functions.get(candidates.dtype)
-            if function is None or candidates.stride(-1) != 1:
-                return otherwise(candidates, out)
-            addresses = weight.data_ptr(), count, dropped, scores.data_ptr(), order.data_ptr()
-            function(candidates.data_ptr(), *addresses, out.data_ptr())
-            return out
+        def leave_out(h: Tensor, dropped: Tensor) -> None:
+            function = functions.get(h.dtype)
+            if function is None or h.requires_grad or h.stride(1) != 1:
+                otherwise(h, dropped)
+                return
+            function(
+                h.data_ptr() + h.element_size() * sizes.retained,
+                weight.data_ptr(),
+                sizes.candidates,
+                sizes.candidates_dropped,
+                scores.data_ptr(),
+                order.data_ptr(),
+                dropped.data_ptr(),
+            )
 
-        return choose
+        return leave_out
 
 
 class Exchange:

@@ -107,13 +107,13 @@ static void lowest(float *score, int64_t count, int64_t dropped, int64_t *order)
     }
 }
 
-/* The candidates that a step leaves out: h, weight: [count]; score, order: room for count; out: [dropped] */
+/* Zero the candidates that a step leaves out: h, weight: [count]; score, order: room for count; out: [dropped], which they are */
 #define DEFINE_CHOOSE(NAME, T)                                                                                           \
-    void choose_##NAME(const T *h, const float *weight, int64_t count, int64_t dropped, float *score, int64_t *order,    \
+    void choose_##NAME(T *h, const float *weight, int64_t count, int64_t dropped, float *score, int64_t *order,          \
                        int64_t *out) {                                                                                   \
         for (int64_t i = 0; i < count; i++) score[i] = fabsf(from_##NAME(h[i])) * weight[i];                             \
         lowest(score, count, dropped, order);                                                                            \
-        memcpy(out, order, dropped * sizeof *out);                                                                       \
+        for (int64_t i = 0; i < dropped; i++) h[out[i] = order[i]] = 0;                                                  \
     }
 
 DEFINE_CHOOSE(float, float)

@@ -1,0 +1,48 @@
+"""What a decode step of a single token runs besides the FFNs, by the compiled library: linear modules, attention, norms."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from ..kernels import Matvec
+from ..phase import set_instance_attribute
+from .static import StaticSteps
+
+Forward = Callable[..., Any]
+
+
+class SingleToken(ABC):
+    """Modules whose forward takes the compiled library for one token, and their own forward for all else.
+
+    Parameters
+    ----------
+    library : Matvec
+    single : callable
+        Whether the forward of the model that runs now is such a step.
+    static : StaticSteps
+    """
+
+    def __init__(self, library: Matvec, single: Callable[[], bool], static: StaticSteps) -> None:
+        self.library = library
+        self.single = single
+        self.static = static
+        self._undo: list[Callable[[], object]] = []
+
+    @abstractmethod
+    def forward_of(self, module: nn.Module) -> Forward | None:
+        """What to put in the place of a module's forward; None to leave it."""
+
+    def attach(self, modules: Iterable[nn.Module]) -> None:
+        """Replace the forwards, on the instance, of those modules that nobody else has replaced."""
+        for module in modules:
+            if "forward" not in module.__dict__ and (forward := self.forward_of(module)) is not None:
+                self._undo.append(set_instance_attribute(module, "forward", forward))
+
+    def detach(self) -> None:
+        """Give the modules their own forwards back."""
+        while self._undo:
+            self._undo.pop()()

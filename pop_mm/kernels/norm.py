@@ -1,0 +1,58 @@
+"""Root mean square norms of a single token, each in one call of the compiled library instead of six of torch's operators."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+_DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+
+class RMSNorm:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in float32 and rounded where transformers' modules round.
+
+    Parameters
+    ----------
+    library : ctypes.CDLL
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        self._functions = {dtype: getattr(library, f"rms_norm_{name}") for dtype, name in _DTYPES.items()}
+        for function in self._functions.values():
+            function.argtypes = [pointer, pointer, pointer, integer, integer, ctypes.c_float, ctypes.c_int]
+            function.restype = None
+
+    def takes(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether it can compute these: ``[..., n]`` and ``[n]`` on the CPU, contiguous, both float32 or both bfloat16."""
+        return (
+            x.dtype in self._functions
+            and x.dtype == weight.dtype
+            and x.is_cpu
+            and weight.is_cpu
+            and x.shape[-1] == weight.numel()
+            and x.is_contiguous()
+            and weight.is_contiguous()
+        )
+
+    def __call__(self, x: Tensor, weight: Tensor, eps: float, from_zero: bool) -> Tensor:
+        """The normalised ``x``.
+
+        Parameters
+        ----------
+        x : Tensor
+            ``[..., n]``.
+        weight : Tensor
+            ``[n]``.
+        eps : float
+        from_zero : bool
+            The factor is ``1 + weight`` (Gemma's norms).
+        """
+        out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+        size = weight.numel()
+        self._functions[x.dtype](
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps, from_zero
+        )
+        return out

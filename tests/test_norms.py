@@ -1,0 +1,144 @@
+"""Norms of a single token by the compiled library: as transformers' modules compute them, and only those that do so."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+
+import pop_mm.kernels as kernels
+from modes import generate, pruned
+from observe import differences, fingerprint, prompt
+from pop_mm.backends.norms import SingleTokenNorms
+from pop_mm.kernels.norm import RMSNorm
+from tiny_models import tiny
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """Width of every norm that the library computed."""
+    found = []
+    original = RMSNorm.__call__
+
+    def call(self, x, weight, eps, from_zero):
+        found.append(weight.numel())
+        return original(self, x, weight, eps, from_zero)
+
+    monkeypatch.setattr(RMSNorm, "__call__", call)
+    return found
+
+
+class Static:
+    active = False
+
+
+def attached(module, single=True):
+    norms = SingleTokenNorms(kernels.library(), lambda: single, Static())
+    norms.attach([module])
+    return norms
+
+
+def random_norm(kind, size, dtype, eps=1e-5):
+    module = kind(size, eps=eps)
+    with torch.no_grad():
+        module.weight.copy_(torch.randn(size, generator=torch.Generator().manual_seed(1)))
+    return module.to(dtype)
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm, nn.RMSNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 1, 3, 37), (1, 1, 576)])
+@pytest.mark.parametrize("scale", [1e-4, 1, 300])
+def test_it_is_the_module(kind, dtype, shape, scale, sizes):
+    module = random_norm(kind, shape[-1], dtype)
+    x = (scale * torch.randn(shape, generator=torch.Generator().manual_seed(2))).to(dtype)
+    with torch.no_grad():
+        expected = module(x)
+        norms = attached(module)
+        sizes.clear()
+        found = module(x)
+    assert sizes == [shape[-1]]
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    norms.detach()
+    assert "forward" not in module.__dict__
+
+
+class CentredRMSNorm(LlamaRMSNorm):
+    def forward(self, x):
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class OtherEpsRMSNorm(LlamaRMSNorm):
+    def forward(self, x):
+        return self.weight * x * (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon).reciprocal()
+
+
+class LoudRMSNorm(LlamaRMSNorm):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+@pytest.mark.parametrize("kind", [CentredRMSNorm, OtherEpsRMSNorm, LoudRMSNorm, Qwen3NextRMSNormGated, nn.LayerNorm])
+def test_modules_that_compute_something_else_are_left_alone(kind):
+    module = kind(16, eps=1e-5)
+    attached(module)
+    assert "forward" not in module.__dict__
+
+
+@pytest.mark.parametrize("case", ["float64", "float16", "mixed", "no weight"])
+def test_what_the_library_does_not_take_is_left_alone(case):
+    module = LlamaRMSNorm(16)
+    if case == "no weight":
+        module = nn.RMSNorm(16, elementwise_affine=False)
+    elif case != "mixed":
+        module = module.to(getattr(torch, case))
+    attached(module)
+    if case != "mixed":
+        assert "forward" not in module.__dict__
+        return
+    x = torch.randn(1, 1, 16).bfloat16()  # into a float32 weight: the module's own forward decides
+    assert module(x).dtype == type(module).forward(module, x).dtype
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_session_decodes_by_it(model_type, dtype, sizes):
+    model = tiny(model_type, dtype)
+    before = fingerprint(model)
+    with pruned(model, "inplace", kernels="compiled"):
+        sizes.clear()
+        found = generate(model, prompt(), 2)[1]
+        norms = [m for layer in model.model.layers for m in layer.modules() if "RMSNorm" in type(m).__name__]
+        assert sorted(sizes) == sorted(m.weight.numel() for m in norms)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RMSNorm, "takes", lambda *_: False)
+            expected = generate(model, prompt(), 2)[1]
+    close = 0.05 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=0, atol=close * float(expected.abs().max()))
+    assert differences(before, fingerprint(model)) == []
+
+
+@pytest.mark.parametrize("case", ["two rows", "autograd", "stock"])
+def test_anything_but_a_single_token_is_left_to_the_module(case, sizes):
+    model = tiny("llama", torch.float32)
+    with pruned(model, "inplace", kernels="stock" if case == "stock" else "compiled"):
+        sizes.clear()
+        if case == "autograd":
+            cache = model(prompt(), use_cache=True).past_key_values
+            assert model(prompt()[:, :1], past_key_values=cache).logits.requires_grad
+        else:
+            generate(model, prompt(2 if case == "two rows" else 1), 3)
+    assert not sizes
+
+
+def test_a_weight_that_is_replaced_is_used(sizes):
+    module = random_norm(LlamaRMSNorm, 32, torch.float32)
+    attached(module)
+    x = torch.randn(1, 1, 32)
+    with torch.no_grad():
+        module.weight = nn.Parameter(torch.full((32,), 3.0))
+        sizes.clear()
+        torch.testing.assert_close(module(x), type(module).forward(module, x))
+    assert sizes == [32]
