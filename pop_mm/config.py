@@ -75,8 +75,8 @@ class PopConfig:
         plain norm over all prompt tokens. Experts learn from decoded tokens as text.
     kernels : {"auto", "stock", "compiled", "triton"}
         How a single token is decoded on a CPU where FFNs are in place: by torch's kernels, or by faster ones that the
-        machine's C compiler makes on first use, which then serve attention (its linear modules and, in bfloat16, its softmax) and
-        the lm_head too; ``auto`` takes those where they can be had. Sums are rounded differently. Asked for by name,
+        machine's C compiler makes on first use, which then serve attention (its linear modules and, in bfloat16, attention itself),
+        norms and the lm_head too; ``auto`` takes those where they can be had. Sums are rounded differently. Asked for by name,
         ``compiled`` serves FFNs that leave nothing out as well: ``ratio=0, kernels="compiled"`` is the dense model on those
         kernels. What is not a layer's arithmetic (the prompt's statistics, moving channels, the choice among candidates) uses the
         compiled library on any CPU that has a compiler. ``triton`` is for
