@@ -75,13 +75,13 @@ class PopConfig:
         plain norm over all prompt tokens. Experts learn from decoded tokens as text.
     kernels : {"auto", "stock", "compiled", "triton"}
         How a single token is decoded on a CPU where FFNs are in place: by torch's kernels, or by faster ones that the
-        machine's C compiler makes on first use, which then serve attention (its linear modules and, in bfloat16, attention itself),
-        norms and the lm_head too; ``auto`` takes those where they can be had. Sums are rounded differently. Asked for by name,
-        ``compiled`` serves FFNs that leave nothing out as well: ``ratio=0, kernels="compiled"`` is the dense model on those
-        kernels. What is not a layer's arithmetic (the prompt's statistics, moving channels, the choice among candidates) uses the
-        compiled library on any CPU that has a compiler. ``triton`` is for
-        CUDA devices (on a CPU only where TRITON_INTERPRET=1 is set, for tests): kernels for one token of each of up to 8
-        sequences, which also let each have its own channels with ``batch="per_sequence"``.
+        machine's C compiler makes on first use, which then serve attention (its linear modules, and attention itself in
+        bfloat16), norms and the lm_head too; ``auto`` takes those where they can be had. Sums are rounded differently.
+        Asked for by name, ``compiled`` serves FFNs that leave nothing out as well: ``ratio=0, kernels="compiled"`` is the
+        dense model on those kernels. What is not a layer's arithmetic (the prompt's statistics, moving channels, the
+        choice among candidates) uses the compiled library on any CPU that has a compiler. ``triton`` is for CUDA devices
+        (on a CPU only where TRITON_INTERPRET=1 is set, for tests): kernels for one token of each of up to 8 sequences,
+        which also let each have its own channels with ``batch="per_sequence"``.
 
     Raises
     ------

@@ -204,6 +204,7 @@ class Engine:
         """What the weights of an FFN say about its channels; they must be in the original order."""
         ffn = self.ffns[index]
         weight = self.scorer.channel_weight(ffn)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # a scorer of one's own may be narrower
         if isinstance(ffn, Experts):
             self._routed[index] = RoutedExperts(ffn, self.sizes[index], self.config, weight, self.scorer)
         return weight

@@ -238,6 +238,28 @@ def test_an_own_scorer_ranks_the_channels(model, backend, by_name, monkeypatch):
         assert max(left_out) < min(candidates) < max(candidates) < min(retained)
 
 
+class Narrow(Scorer):
+    """Weights of a dtype that scores cannot have."""
+
+    name = "tests_narrow"
+
+    def __init__(self, dtype):
+        self._dtype = dtype
+
+    def channel_weight(self, ffn):
+        return (torch.arange(ffn.size) % 7).to(self._dtype)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64])
+def test_an_own_scorers_weights_are_widened(model, backend, dtype):
+    found = []
+    for weights in dtype, torch.float32:
+        with pruned(model, backend, scorer=Narrow(weights)):
+            found.append(generate(model, prompt())[1])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("variant", ["static", "full"])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_the_papers_variants_are_the_same_on_both_backends(model, variant, rows):
