@@ -406,11 +406,13 @@ class Engine:
         so it is as short as it can be.
         """
         sizes, log, device = self.sizes[index], _ffn_state(state, index).steps, weight.device
-        with torch.inference_mode(False):  # buffers that may be written in and out of inference mode
-            leave_out = step_chooser(weight, sizes)
-            library = kernels.library() if weight.is_cpu and weight.dtype is torch.float32 else None
-            if library is not None:
-                leave_out = library.chooser(weight.contiguous(), sizes, leave_out)
+
+        @torch.inference_mode(False)  # buffers that may be written in and out of inference mode
+        def by_torch() -> Callable[[Tensor, Tensor], None]:
+            return step_chooser(weight, sizes)
+
+        library = kernels.library() if weight.is_cpu and weight.dtype is torch.float32 else None
+        leave_out = by_torch() if library is None else library.chooser(weight.contiguous(), sizes, by_torch)
         return lambda h: leave_out(h, log.slot(ranks, device))
 
     def step_slot(self, index: int, state: PromptState, ranks: Tensor) -> Callable[[], Tensor]:

@@ -220,8 +220,10 @@ class Session:
             self._tracker.install()
             for index, backend in enumerate(self._backends):
                 self._backend(backend).attach(index)
-            for besides in self._besides:
-                besides.attach(self._adapter.besides_ffns(self.model, [plan.ffn for plan in self.plans]))
+            if self._besides:
+                modules = self._adapter.besides_ffns(self.model, [plan.ffn for plan in self.plans])
+                for besides in self._besides:
+                    besides.attach(modules)
             if hasattr(self.model, "get_compiled_call"):
                 traceable = all(plan.backend in ("inplace", "dense") for plan in self.plans)
                 steps = CompiledSteps(self.model, self._tracker, self._inplace if traceable else None)

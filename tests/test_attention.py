@@ -163,3 +163,33 @@ def test_a_module_whose_forward_somebody_replaced_is_left_alone(lengths):
         generate(model, prompt(), 2)
         assert module.forward is own
     assert module.forward is own and len(lengths) == model.config.num_hidden_layers - 1
+
+
+def test_a_function_that_is_registered_meanwhile_is_used(lengths, monkeypatch):
+    model, calls = tiny("llama", torch.bfloat16), []
+
+    def own(module, *args, **options):
+        calls.append(module)
+        return sdpa_attention_forward(module, *args, **options)
+
+    with pruned(model, "inplace", kernels="compiled"):
+        monkeypatch.setitem(type(ALL_ATTENTION_FUNCTIONS)._global_mapping, "sdpa", own)
+        generate(model, prompt(), 3)
+    assert len(calls) == 3 * model.config.num_hidden_layers and not lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_the_user_compiles_decodes_in_a_session_and_after_it(dtype):
+    model = tiny("llama", dtype)
+    compiled = torch.compile(model, backend="eager")
+
+    def steps(call):
+        with torch.no_grad():
+            cache = call(prompt(), use_cache=True).past_key_values
+            return torch.stack([call(prompt()[:, :1], past_key_values=cache).logits for _ in range(4)])
+
+    with pruned(model, "inplace", kernels="compiled"):
+        expected = steps(model)
+        found = steps(compiled)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-4)
+    torch.testing.assert_close(steps(compiled), steps(model), rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-4)

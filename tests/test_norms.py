@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
@@ -21,9 +22,9 @@ def sizes(monkeypatch):
     found = []
     original = RMSNorm.__call__
 
-    def call(self, x, weight, eps, from_zero):
+    def call(self, x, weight, eps, kind):
         found.append(weight.numel())
-        return original(self, x, weight, eps, from_zero)
+        return original(self, x, weight, eps, kind)
 
     monkeypatch.setattr(RMSNorm, "__call__", call)
     return found
@@ -46,7 +47,7 @@ def random_norm(kind, size, dtype, eps=1e-5):
     return module.to(dtype)
 
 
-@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm, nn.RMSNorm])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm, GptOssRMSNorm, nn.RMSNorm])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 8), (1, 1, 3, 37), (1, 1, 576)])
 @pytest.mark.parametrize("scale", [1e-4, 1, 300])
@@ -61,6 +62,8 @@ def test_it_is_the_module(kind, dtype, shape, scale, sizes):
     assert sizes == [shape[-1]]
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    if dtype == torch.bfloat16:  # rounded where the module rounds: what differs is a sum in another order
+        assert (found == expected).float().mean() > 0.95
     norms.detach()
     assert "forward" not in module.__dict__
 
@@ -131,6 +134,39 @@ def test_anything_but_a_single_token_is_left_to_the_module(case, sizes):
         else:
             generate(model, prompt(2 if case == "two rows" else 1), 3)
     assert not sizes
+
+
+class GatedRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states, gate=None):
+        return super().forward(hidden_states if gate is None else hidden_states * gate)
+
+
+def test_more_arguments_are_the_modules_own_affair(sizes):
+    module, x = random_norm(GatedRMSNorm, 16, torch.float32), torch.randn(1, 1, 16)
+    attached(module)
+    sizes.clear()
+    with torch.no_grad():
+        assert torch.equal(module(x, x), type(module).forward(module, x, x))
+        assert torch.equal(module(hidden_states=x), type(module).forward(module, x))
+    assert not sizes
+
+
+def test_an_eps_that_is_changed_is_used(sizes):
+    module, x = random_norm(LlamaRMSNorm, 16, torch.float32), torch.randn(1, 1, 16)
+    attached(module)
+    module.variance_epsilon = 10.0
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), type(module).forward(module, x))
+
+
+@pytest.mark.parametrize(("model_type", "settings"), [("granitemoehybrid", {}), ("nemotron_h", {"n_groups": 1})])
+def test_models_with_gated_norms(model_type, settings):
+    model = tiny(model_type, torch.float32, **settings)
+    found = []
+    for kind in "stock", "compiled":
+        with pruned(model, "inplace", kernels=kind):
+            found.append(generate(model, prompt(), 4)[1])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4 * float(found[0].abs().max()))
 
 
 def test_a_weight_that_is_replaced_is_used(sizes):

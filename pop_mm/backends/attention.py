@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -11,11 +11,7 @@ from torch import Tensor, nn
 from ..kernels.attention import Attention
 from .single import Forward, SingleToken
 
-_NOT_PLAIN = (
-    "position_bias",
-    "softcap",
-    "cache",
-)  # options of attention functions that ask for more than softmax(q K^T) V
+_NOT_PLAIN = ("position_bias", "softcap", "cache")  # options that ask for more than softmax(q K^T) V
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # under which the modules of transformers know it
 
 
@@ -40,7 +36,10 @@ class SingleTokenAttention(SingleToken):
 
 
 def with_own_interface(forward: Any, attention: Attention) -> FunctionType | None:
-    """The same code, where the interface's name stands for one in which "sdpa" is ours; None if it asks no interface."""
+    """The same code, where the interface's name stands for one in which "sdpa" is ours; None if it asks no interface.
+
+    Its other names are those of now: what somebody puts into the module's namespace later is not seen.
+    """
     if not isinstance(forward, FunctionType) or _INTERFACE not in forward.__code__.co_names:
         return None
     from transformers import AttentionInterface
@@ -51,20 +50,24 @@ def with_own_interface(forward: Any, attention: Attention) -> FunctionType | Non
     if shared is not ALL_ATTENTION_FUNCTIONS or shared.get("sdpa") is not sdpa_attention_forward:
         return None
     own = AttentionInterface()
-    own["sdpa"] = _instead_of(sdpa_attention_forward, attention)
+    own["sdpa"] = _instead_of(sdpa_attention_forward, shared, attention)
     names = {**forward.__globals__, _INTERFACE: own}
-    copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    code = (
+        forward.__code__.replace()
+    )  # of its own, since torch.compile keeps what belongs to the names by the code object
+    copy = FunctionType(code, names, forward.__name__, forward.__defaults__, forward.__closure__)
     copy.__kwdefaults__ = forward.__kwdefaults__
     return copy
 
 
-def _instead_of(stock: Callable[..., Any], attention: Attention) -> Callable[..., Any]:
+def _instead_of(stock: Callable[..., Any], shared: Mapping[str, Any], attention: Attention) -> Callable[..., Any]:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
+        now = shared["sdpa"]  # somebody may have registered another one
         plain = attention_mask is None and not any(options.get(name) is not None for name in _NOT_PLAIN)
-        if not plain or not attention.takes(query, key, value):
-            found: tuple[Tensor, None] = stock(module, query, key, value, attention_mask, **options)
+        if now is not stock or not plain or options.get("dropout") or not attention.takes(query, key, value):
+            found: tuple[Tensor, None] = now(module, query, key, value, attention_mask, **options)
             return found
         scale = options.get("scaling")
         return attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None

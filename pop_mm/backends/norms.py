@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.norm import KINDS
 from .single import Forward, SingleToken
 
 
@@ -15,30 +16,29 @@ class SingleTokenNorms(SingleToken):
 
     def forward_of(self, module: nn.Module) -> Forward | None:
         """None unless the module computes what the library does, as far as two random tokens can tell."""
-        weight = module._parameters.get("weight")
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if "RMSNorm" not in type(module).__name__ or weight is None or not isinstance(eps, float):
-            return None
-        from_zero = self._weight_counts_from_zero(module, weight.detach(), eps)
-        if from_zero is None:
-            return None
         parameters: dict[str, Any] = module._parameters
-        single, static, norm = self.single, self.static, self.library.norm
-        own_forward = type(module).forward
+        weight = parameters.get("weight")
+        names = ("variance_epsilon", "eps")
+        eps = next((name for name in names if isinstance(getattr(module, name, None), float)), None)
+        if "RMSNorm" not in type(module).__name__ or weight is None or eps is None:
+            return None
+        kind = self._kind(module, weight.detach(), getattr(module, eps))
+        if kind is None:
+            return None
+        single, static, norm, own_forward = self.single, self.static, self.library.norm, type(module).forward
 
-        def forward(hidden_states: Tensor) -> Tensor:  # transformers' name for it
+        def forward(*args: Any, **kwargs: Any) -> Any:  # a gated norm takes more than one argument
             weight = parameters["weight"]
-            if static.active or not single() or not norm.takes(hidden_states, weight):
-                found: Tensor = own_forward(module, hidden_states)
-                return found
-            return norm(hidden_states, weight, eps, from_zero)
+            if static.active or len(args) != 1 or kwargs or not single() or not norm.takes(args[0], weight):
+                return own_forward(module, *args, **kwargs)
+            return norm(args[0], weight, getattr(module, eps), kind)
 
         return forward
 
     @torch.no_grad()
-    def _weight_counts_from_zero(self, module: nn.Module, weight: Tensor, eps: float) -> bool | None:
-        """Which of the library's two norms the module is; None if neither."""
-        x = torch.randn(2, weight.numel(), generator=torch.Generator().manual_seed(0))
+    def _kind(self, module: nn.Module, weight: Tensor, eps: float) -> int | None:
+        """Which of the library's norms is nearest to the module; None if none is near."""
+        x = torch.randn(2, weight.numel(), generator=torch.Generator().manual_seed(0), device="cpu")
         x[1] *= eps**0.5  # where eps matters
         x = x.to(weight.dtype)
         if not self.library.norm.takes(x, weight):
@@ -49,8 +49,7 @@ class SingleTokenNorms(SingleToken):
             return None
         if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != x.dtype:
             return None
+        found = [self.library.norm(x, weight, eps, kind) for kind in range(len(KINDS))]
+        kind = min(range(len(KINDS)), key=lambda kind: float((found[kind] - expected).abs().sum()))
         near = 4 * torch.finfo(x.dtype).eps
-        for from_zero in False, True:
-            if torch.allclose(self.library.norm(x, weight, eps, from_zero), expected, rtol=near, atol=near * eps):
-                return from_zero
-        return None
+        return kind if torch.allclose(found[kind], expected, rtol=near, atol=near * eps) else None

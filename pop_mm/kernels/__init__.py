@@ -15,10 +15,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from struct import pack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,6 +117,7 @@ class Matvec:
             function.argtypes = [ctypes.c_char_p, *[pointer] * 8, ctypes.c_int]
             function.restype = None
 
+    @torch.compiler.disable  # a traced call would let go of what it holds the address of
     def __call__(self, rows: Sequence[Rows], x: Tensor) -> Tensor:
         """All products, one behind the other.
 
@@ -153,34 +155,39 @@ class Matvec:
             first += r.count
         return out
 
-    def chooser(self, weight: Tensor, sizes: Sizes, otherwise: Choose) -> Choose:
-        """As :func:`pop_mm.partition.step_chooser`, which makes ``otherwise`` for what the kernel does not take.
+    def chooser(self, weight: Tensor, sizes: Sizes, otherwise: Callable[[], Choose]) -> Choice:
+        """As :func:`pop_mm.partition.step_chooser`, for ``weight`` in float32 on the CPU, contiguous."""
+        return Choice(self._choices, weight, sizes, otherwise)
 
-        Parameters
-        ----------
-        weight : Tensor
-            ``[|C|]``, float32 on the CPU, contiguous.
-        """
-        scores = torch.empty(sizes.candidates, dtype=torch.float32, device="cpu")
-        order = torch.empty(sizes.candidates, dtype=torch.int64, device="cpu")
-        functions = self._choices
 
-        def leave_out(h: Tensor, dropped: Tensor) -> None:
-            function = functions.get(h.dtype)
-            if function is None or h.requires_grad or h.stride(1) != 1:
-                otherwise(h, dropped)
-                return
-            function(
-                h.data_ptr() + h.element_size() * sizes.retained,
-                weight.data_ptr(),
-                sizes.candidates,
-                sizes.candidates_dropped,
-                scores.data_ptr(),
-                order.data_ptr(),
-                dropped.data_ptr(),
-            )
+class Choice:
+    """What :meth:`Matvec.chooser` makes; ``otherwise`` makes what takes its place where the library cannot do it."""
 
-        return leave_out
+    def __init__(
+        self, functions: Mapping[torch.dtype, Any], weight: Tensor, sizes: Sizes, otherwise: Callable[[], Choose]
+    ) -> None:
+        self._functions, self._weight, self._sizes, self._otherwise = functions, weight, sizes, otherwise
+        self._scores = torch.empty(sizes.candidates, dtype=torch.float32, device="cpu")
+        self._order = torch.empty(sizes.candidates, dtype=torch.int64, device="cpu")
+        self._other: Choose | None = None
+
+    @torch.compiler.disable
+    def __call__(self, h: Tensor, dropped: Tensor) -> None:
+        """Zero what a step leaves out of ``[1, K]``, and say what that is, ``[1, n]``."""
+        function, sizes = self._functions.get(h.dtype), self._sizes
+        if function is None or h.requires_grad or h.stride(1) != 1:
+            self._other = self._other or self._otherwise()
+            self._other(h, dropped)
+            return
+        function(
+            h.data_ptr() + h.element_size() * sizes.retained,
+            self._weight.data_ptr(),
+            sizes.candidates,
+            sizes.candidates_dropped,
+            self._scores.data_ptr(),
+            self._order.data_ptr(),
+            dropped.data_ptr(),
+        )
 
 
 class Exchange:
@@ -197,6 +204,7 @@ class Exchange:
         self._function.argtypes = [pointer, *[integer] * 4, pointer, pointer, integer, ctypes.c_int]
         self._function.restype = None
 
+    @torch.compiler.disable  # a traced call would let go of what it holds the address of
     def __call__(self, matrix: Tensor, axis: int, first: Tensor, second: Tensor) -> None:
         """Exchange row (axis 0) or column (axis 1) ``first[i]`` with ``second[i]``.
 
@@ -240,6 +248,7 @@ class Energy:
         """Whether it can read these: ``[T, D]`` on the CPU, float32 or bfloat16, with contiguous rows."""
         return h.is_cpu and h.dtype in self._functions and h.dim() == 2 and h.stride(1) == 1
 
+    @torch.compiler.disable  # a traced call would let go of what it holds the address of
     def __call__(self, h: Tensor, counted: Tensor | None) -> Tensor:
         """As :func:`pop_mm.scoring.channel_energy`, ``[T, D]`` to ``[D]``."""
         sums = torch.zeros(h.shape[1], dtype=torch.float32, device="cpu")
@@ -278,6 +287,7 @@ def load(wanted: str) -> Matvec | None:
     return library()
 
 
+@torch.compiler.disable
 def library() -> Matvec | None:
     """The compiled library, or None where it cannot be had: moves and statistics on a CPU use it, whatever decodes."""
     made = _library()

@@ -4,7 +4,6 @@
  * Scores and sums are floats. Threads share out the query heads; those of a group read the same keys one after the other.
  */
 #include <math.h>
-#include <omp.h>
 
 #include "vectors.h"
 

@@ -27,13 +27,15 @@ class Attention:
         return (
             query.dtype == key.dtype == value.dtype == torch.bfloat16
             and query.is_cpu
-            and query.shape[0] == query.shape[2] == 1
+            and query.shape[0] == query.shape[2] == key.shape[0] == 1
             and key.shape[:3] == value.shape[:3]
+            and min(key.shape) > 0
             and query.shape[3] == key.shape[3]
             and query.shape[1] % key.shape[1] == 0
             and key.stride(3) == value.stride(3) == 1
         )
 
+    @torch.compiler.disable  # a traced call would let go of what it holds the address of
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """The mean of the values, weighted as the query asks.
 

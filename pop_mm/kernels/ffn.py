@@ -65,6 +65,7 @@ class FFNStep:
         """Whether it can compute these: one token, on the CPU and of the weights' dtype."""
         return x.dtype is self._dtype and x.is_cpu and x.shape[-1] == x.numel() == self._hidden
 
+    @torch.compiler.disable  # a traced call would let go of what it holds the address of
     def __call__(self, x: Tensor, weight: Tensor | None, dropped: Tensor | None) -> Tensor:
         """The output of the FFN, in the shape of ``x``.
 

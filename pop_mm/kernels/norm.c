@@ -5,10 +5,10 @@
 
 #define PARTS 16 /* sums at once */
 
-/* x, out: [rows, size]; weight: [size]. from_zero: the weight is what is added to 1, and the product is rounded once */
+/* x, out: [rows, size]; weight: [size]; kind: in the order of pop_mm.kernels.norm.KINDS */
 #define DEFINE(NAME, T)                                                                                                  \
     void rms_norm_##NAME(const T *restrict x, const T *restrict weight, T *restrict out, int64_t rows, int64_t size,     \
-                         float eps, int from_zero) {                                                                     \
+                         float eps, int kind) {                                                                          \
         for (; rows > 0; rows--, x += size, out += size) {                                                               \
             float parts[PARTS] = {0}, total = 0;                                                                         \
             int64_t i = 0;                                                                                               \
@@ -17,11 +17,12 @@
             for (; i < size; i++) total += from_##NAME(x[i]) * from_##NAME(x[i]);                                        \
             for (int64_t j = 0; j < PARTS; j++) total += parts[j];                                                       \
             const float scale = 1 / sqrtf(total / size + eps);                                                           \
-            if (from_zero)                                                                                               \
-                for (i = 0; i < size; i++) out[i] = to_##NAME(from_##NAME(x[i]) * scale * (1 + from_##NAME(weight[i]))); \
-            else                                                                                                         \
+            if (kind == 0)                                                                                               \
                 for (i = 0; i < size; i++)                                                                               \
                     out[i] = to_##NAME(from_##NAME(to_##NAME(from_##NAME(x[i]) * scale)) * from_##NAME(weight[i]));      \
+            else                                                                                                         \
+                for (i = 0; i < size; i++)                                                                               \
+                    out[i] = to_##NAME(from_##NAME(x[i]) * scale * ((kind == 2) + from_##NAME(weight[i])));              \
         }                                                                                                                \
     }
 

@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+KINDS = ("rounded before the weight", "rounded once", "rounded once, with the weight added to 1")
 _DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
@@ -32,12 +33,13 @@ class RMSNorm:
             and x.dtype == weight.dtype
             and x.is_cpu
             and weight.is_cpu
-            and x.shape[-1] == weight.numel()
+            and weight.shape == x.shape[-1:]
             and x.is_contiguous()
             and weight.is_contiguous()
         )
 
-    def __call__(self, x: Tensor, weight: Tensor, eps: float, from_zero: bool) -> Tensor:
+    @torch.compiler.disable  # a traced call would let go of what it holds the address of
+    def __call__(self, x: Tensor, weight: Tensor, eps: float, kind: int) -> Tensor:
         """The normalised ``x``.
 
         Parameters
@@ -47,12 +49,10 @@ class RMSNorm:
         weight : Tensor
             ``[n]``.
         eps : float
-        from_zero : bool
-            The factor is ``1 + weight`` (Gemma's norms).
+        kind : int
+            Number of one of :data:`KINDS`: Llama's, GPT-OSS's, Gemma's.
         """
         out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
         size = weight.numel()
-        self._functions[x.dtype](
-            x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps, from_zero
-        )
+        self._functions[x.dtype](x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps, kind)
         return out
