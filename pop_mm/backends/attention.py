@@ -52,9 +52,7 @@ def with_own_interface(forward: Any, attention: Attention) -> FunctionType | Non
     own = AttentionInterface()
     own["sdpa"] = _instead_of(sdpa_attention_forward, shared, attention)
     names = {**forward.__globals__, _INTERFACE: own}
-    code = (
-        forward.__code__.replace()
-    )  # of its own, since torch.compile keeps what belongs to the names by the code object
+    code = forward.__code__.replace()  # of its own: torch.compile keeps what belongs to the names by code object
     copy = FunctionType(code, names, forward.__name__, forward.__defaults__, forward.__closure__)
     copy.__kwdefaults__ = forward.__kwdefaults__
     return copy

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..partition import Sizes
 from .attention import Attention
+from .functions import DTYPES, INT, INTEGER, POINTER, function, functions, untraced
 from .norm import RMSNorm
 
 _SOURCES = tuple(
@@ -34,7 +35,6 @@ _SOURCES = tuple(
 )
 _HEADERS = (Path(__file__).with_name("vectors.h"),)
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-_DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 View = tuple[Tensor, Tensor | None]  # a weight as [in, out], and its bias
 Choose = Callable[[Tensor, Tensor], None]
 
@@ -69,7 +69,7 @@ class Rows:
     def fit(weights: Sequence[Tensor]) -> bool:
         """Whether the kernel can read these: on the CPU, float32 or bfloat16, with contiguous rows."""
         return len({weight.dtype for weight in weights}) == 1 and all(
-            weight.device.type == "cpu" and weight.dtype in _DTYPES and (weight.stride(1) == 1 or weight.shape[1] == 1)
+            weight.device.type == "cpu" and weight.dtype in DTYPES and (weight.stride(1) == 1 or weight.shape[1] == 1)
             for weight in weights
         )
 
@@ -103,21 +103,12 @@ class Matvec:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.exchange, self.energy = Exchange(library), Energy(library)
         self.attention, self.norm = Attention(library), RMSNorm(library)
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        self._functions = {dtype: getattr(library, f"matvec_{name}") for dtype, name in _DTYPES.items()}
-        for function in self._functions.values():
-            function.argtypes = [ctypes.c_char_p, *[integer], pointer, integer, integer, pointer, pointer, ctypes.c_int]
-            function.restype = None
-        self._choices = {dtype: getattr(library, f"choose_{name}") for dtype, name in _DTYPES.items()}
-        for function in self._choices.values():
-            function.argtypes = [pointer, pointer, integer, integer, pointer, pointer, pointer]
-            function.restype = None
-        self.ffn = {dtype: getattr(library, f"ffn_{name}") for dtype, name in _DTYPES.items()}
-        for function in self.ffn.values():
-            function.argtypes = [ctypes.c_char_p, *[pointer] * 8, ctypes.c_int]
-            function.restype = None
+        matvec = (ctypes.c_char_p, INTEGER, POINTER, INTEGER, INTEGER, POINTER, POINTER, INT)
+        self._functions = functions(library, "matvec", *matvec)
+        self._choices = functions(library, "choose", *[POINTER] * 2, *[INTEGER] * 2, *[POINTER] * 3)
+        self.ffn = functions(library, "ffn", ctypes.c_char_p, *[POINTER] * 8, INT)
 
-    @torch.compiler.disable  # a traced call would let go of what it holds the address of
+    @untraced
     def __call__(self, rows: Sequence[Rows], x: Tensor) -> Tensor:
         """All products, one behind the other.
 
@@ -171,15 +162,15 @@ class Choice:
         self._order = torch.empty(sizes.candidates, dtype=torch.int64, device="cpu")
         self._other: Choose | None = None
 
-    @torch.compiler.disable
+    @untraced
     def __call__(self, h: Tensor, dropped: Tensor) -> None:
         """Zero what a step leaves out of ``[1, K]``, and say what that is, ``[1, n]``."""
-        function, sizes = self._functions.get(h.dtype), self._sizes
-        if function is None or h.requires_grad or h.stride(1) != 1:
+        choose, sizes = self._functions.get(h.dtype), self._sizes
+        if choose is None or h.requires_grad or h.stride(1) != 1:
             self._other = self._other or self._otherwise()
             self._other(h, dropped)
             return
-        function(
+        choose(
             h.data_ptr() + h.element_size() * sizes.retained,
             self._weight.data_ptr(),
             sizes.candidates,
@@ -199,12 +190,10 @@ class Exchange:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        self._function = library.exchange
-        self._function.argtypes = [pointer, *[integer] * 4, pointer, pointer, integer, ctypes.c_int]
-        self._function.restype = None
+        arguments = (POINTER, *[INTEGER] * 4, POINTER, POINTER, INTEGER, INT)
+        self._function = function(library, "exchange", *arguments)
 
-    @torch.compiler.disable  # a traced call would let go of what it holds the address of
+    @untraced
     def __call__(self, matrix: Tensor, axis: int, first: Tensor, second: Tensor) -> None:
         """Exchange row (axis 0) or column (axis 1) ``first[i]`` with ``second[i]``.
 
@@ -238,17 +227,13 @@ class Energy:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        self._functions = {dtype: getattr(library, f"energy_{name}") for dtype, name in _DTYPES.items()}
-        for function in self._functions.values():
-            function.argtypes = [pointer, *[integer] * 3, pointer, pointer, ctypes.c_int]
-            function.restype = None
+        self._functions = functions(library, "energy", POINTER, *[INTEGER] * 3, POINTER, POINTER, INT)
 
     def takes(self, h: Tensor) -> bool:
         """Whether it can read these: ``[T, D]`` on the CPU, float32 or bfloat16, with contiguous rows."""
         return h.is_cpu and h.dtype in self._functions and h.dim() == 2 and h.stride(1) == 1
 
-    @torch.compiler.disable  # a traced call would let go of what it holds the address of
+    @untraced
     def __call__(self, h: Tensor, counted: Tensor | None) -> Tensor:
         """As :func:`pop_mm.scoring.channel_energy`, ``[T, D]`` to ``[D]``."""
         sums = torch.zeros(h.shape[1], dtype=torch.float32, device="cpu")
@@ -287,7 +272,7 @@ def load(wanted: str) -> Matvec | None:
     return library()
 
 
-@torch.compiler.disable
+@untraced
 def library() -> Matvec | None:
     """The compiled library, or None where it cannot be had: moves and statistics on a CPU use it, whatever decodes."""
     made = _library()

@@ -8,6 +8,8 @@ from struct import pack
 import torch
 from torch import Tensor
 
+from .functions import INT, POINTER, function, untraced
+
 
 class Attention:
     """``softmax(q K^T * scale) V`` for a single query in bfloat16; sums in float32. In float32 torch is as fast.
@@ -18,9 +20,7 @@ class Attention:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._function = library.attend_bfloat16
-        self._function.argtypes = [ctypes.c_char_p, *[ctypes.c_void_p] * 5, ctypes.c_int]
-        self._function.restype = None
+        self._function = function(library, "attend_bfloat16", ctypes.c_char_p, *[POINTER] * 5, INT)
 
     def takes(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether it can compute these: one token on the CPU, all in bfloat16, what belongs to a head and token side by side."""
@@ -35,7 +35,7 @@ class Attention:
             and key.stride(3) == value.stride(3) == 1
         )
 
-    @torch.compiler.disable  # a traced call would let go of what it holds the address of
+    @untraced
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """The mean of the values, weighted as the query asks.
 

@@ -11,6 +11,7 @@ from ..layout import FFN
 from ..partition import Sizes
 from . import Matvec, Rows
 from .activations import ACTIVATIONS, activation_name
+from .functions import untraced
 
 
 class FFNStep:
@@ -65,7 +66,7 @@ class FFNStep:
         """Whether it can compute these: one token, on the CPU and of the weights' dtype."""
         return x.dtype is self._dtype and x.is_cpu and x.shape[-1] == x.numel() == self._hidden
 
-    @torch.compiler.disable  # a traced call would let go of what it holds the address of
+    @untraced
     def __call__(self, x: Tensor, weight: Tensor | None, dropped: Tensor | None) -> Tensor:
         """The output of the FFN, in the shape of ``x``.
 

@@ -7,8 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
+from .functions import FLOAT, INT, INTEGER, POINTER, functions, untraced
+
 KINDS = ("rounded before the weight", "rounded once", "rounded once, with the weight added to 1")
-_DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
 class RMSNorm:
@@ -20,11 +21,7 @@ class RMSNorm:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        self._functions = {dtype: getattr(library, f"rms_norm_{name}") for dtype, name in _DTYPES.items()}
-        for function in self._functions.values():
-            function.argtypes = [pointer, pointer, pointer, integer, integer, ctypes.c_float, ctypes.c_int]
-            function.restype = None
+        self._functions = functions(library, "rms_norm", *[POINTER] * 3, INTEGER, INTEGER, FLOAT, INT)
 
     def takes(self, x: Tensor, weight: Tensor) -> bool:
         """Whether it can compute these: ``[..., n]`` and ``[n]`` on the CPU, contiguous, both float32 or both bfloat16."""
@@ -38,7 +35,7 @@ class RMSNorm:
             and weight.is_contiguous()
         )
 
-    @torch.compiler.disable  # a traced call would let go of what it holds the address of
+    @untraced
     def __call__(self, x: Tensor, weight: Tensor, eps: float, kind: int) -> Tensor:
         """The normalised ``x``.
 

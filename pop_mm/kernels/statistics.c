@@ -3,16 +3,11 @@
  * Threads share out the channels, so that every sum is made in the order of the tokens, whatever the number of threads.
  */
 #include <omp.h>
-#include <stdint.h>
+
+#include "vectors.h"
 
 #define CHANNELS 2048 /* sums that stay in the first cache */
 #define TOKENS 4      /* added at once */
-
-static inline float widen_float(float value) { return value; }
-static inline float widen_bfloat16(uint16_t value) {
-    union { uint32_t bits; float value; } v = {.bits = (uint32_t)value << 16};
-    return v.value;
-}
 
 /* stride: elements from one token to the next; counted: one byte a token, or none where all count; sums begin as they are */
 #define DEFINE(NAME, T)                                                                                                  \
@@ -26,13 +21,13 @@ static inline float widen_bfloat16(uint16_t value) {
             if (found == TOKENS) {                                                                                       \
                 const T *restrict a = rows[0], *restrict b = rows[1], *restrict c = rows[2], *restrict d = rows[3];      \
                 for (int64_t i = 0; i < channels; i++) {                                                                 \
-                    float p = widen_##NAME(a[i]), q = widen_##NAME(b[i]), r = widen_##NAME(c[i]), s = widen_##NAME(d[i]); \
+                    float p = from_##NAME(a[i]), q = from_##NAME(b[i]), r = from_##NAME(c[i]), s = from_##NAME(d[i]);    \
                     sums[i] += p * p + q * q + r * r + s * s;                                                            \
                 }                                                                                                        \
             } else                                                                                                       \
                 for (int row = 0; row < found; row++)                                                                    \
                     for (int64_t i = 0; i < channels; i++) {                                                             \
-                        float p = widen_##NAME(rows[row][i]);                                                            \
+                        float p = from_##NAME(rows[row][i]);                                                             \
                         sums[i] += p * p;                                                                                \
                     }                                                                                                    \
             found = 0;                                                                                                   \

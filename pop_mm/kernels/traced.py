@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from . import Matvec, Rows, load
+from . import Matvec, Rows, library
 
 _LIBRARY = torch.library.Library("pop_mm", "DEF")
 _LIBRARY.define("matvec(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.needs_fixed_stride_order,))
 
 
-@cache
 def _kernel() -> Matvec:
-    kernel = load("compiled")
-    assert kernel is not None
+    kernel = library()
+    assert kernel is not None, "a step is traced with it only where a session has loaded it"
     return kernel
 
 

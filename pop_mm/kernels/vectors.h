@@ -53,7 +53,7 @@ static inline Floats dot_bfloat16(const uint16_t *w, Floats x, Floats y, Floats 
 
 /* x as floats, in the order in which a step of dot_NAME wants them */
 #define DEFINE_WIDEN(NAME, T)                                                                                            \
-    static inline void widen_##NAME(const T *x, int64_t m, float *wide) {                                                       \
+    static inline void widen_##NAME(const T *x, int64_t m, float *wide) {                                                \
         const int64_t whole = INTERLEAVED_##NAME ? m - m % (2 * LANES) : 0;                                              \
         for (int64_t i = 0; i < whole; i += 2 * LANES)                                                                   \
             for (int64_t j = 0; j < LANES; j++) {                                                                        \
