@@ -105,7 +105,7 @@ class Matvec:
         self.attention, self.norm = Attention(library), RMSNorm(library)
         matvec = (ctypes.c_char_p, INTEGER, POINTER, INTEGER, INTEGER, POINTER, POINTER, INT)
         self._functions = functions(library, "matvec", *matvec)
-        self._choices = functions(library, "choose", *[POINTER] * 2, *[INTEGER] * 2, *[POINTER] * 3)
+        self._choices = functions(library, "choose", ctypes.c_char_p, POINTER, POINTER)
         self.ffn = functions(library, "ffn", ctypes.c_char_p, *[POINTER] * 8, INT)
 
     @untraced
@@ -157,28 +157,22 @@ class Choice:
     def __init__(
         self, functions: Mapping[torch.dtype, Any], weight: Tensor, sizes: Sizes, otherwise: Callable[[], Choose]
     ) -> None:
-        self._functions, self._weight, self._sizes, self._otherwise = functions, weight, sizes, otherwise
-        self._scores = torch.empty(sizes.candidates, dtype=torch.float32, device="cpu")
-        self._order = torch.empty(sizes.candidates, dtype=torch.int64, device="cpu")
+        self._functions, self._otherwise = functions, otherwise
         self._other: Choose | None = None
+        keys = torch.empty(sizes.candidates, dtype=torch.int64, device="cpu")
+        self._kept = weight, keys  # as the memory is
+        counts = (sizes.retained, sizes.candidates, sizes.candidates_dropped)
+        self._choice = pack("=5q", weight.data_ptr(), keys.data_ptr(), *counts)
 
     @untraced
     def __call__(self, h: Tensor, dropped: Tensor) -> None:
         """Zero what a step leaves out of ``[1, K]``, and say what that is, ``[1, n]``."""
-        choose, sizes = self._functions.get(h.dtype), self._sizes
-        if choose is None or h.requires_grad or h.stride(1) != 1:
+        choose = self._functions.get(h.dtype)
+        if choose is None or h.requires_grad or not h.is_contiguous():
             self._other = self._other or self._otherwise()
             self._other(h, dropped)
             return
-        choose(
-            h.data_ptr() + h.element_size() * sizes.retained,
-            self._weight.data_ptr(),
-            sizes.candidates,
-            sizes.candidates_dropped,
-            self._scores.data_ptr(),
-            self._order.data_ptr(),
-            dropped.data_ptr(),
-        )
+        choose(self._choice, h.data_ptr(), dropped.data_ptr())
 
 
 class Exchange:

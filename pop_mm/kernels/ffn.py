@@ -44,10 +44,10 @@ class FFNStep:
         self._function = matvec.ffn[up.dtype]
         self._dtype, self._hidden = up.dtype, ffn.hidden_size
         with torch.inference_mode(False):
-            wide = torch.empty(max(ffn.hidden_size, sizes.width) + sizes.width, dtype=torch.float32, device="cpu")
+            wide = torch.empty(max(ffn.hidden_size, sizes.width), dtype=torch.float32, device="cpu")
             narrow = torch.empty(2 * sizes.width, dtype=up.dtype, device="cpu")
-            order = torch.empty(sizes.candidates, dtype=torch.int64, device="cpu")
-        self._scratch = (wide, narrow, order)
+            keys = torch.empty(sizes.candidates, dtype=torch.int64, device="cpu")
+        self._scratch = (wide, narrow, keys)
         self._addresses = [t.data_ptr() for t in self._scratch]
         self._seconds, self._clock = seconds, seconds.data_ptr()
 

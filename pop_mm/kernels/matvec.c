@@ -83,22 +83,25 @@ static inline float activate(int64_t kind, float x) {
     }
 }
 
-/* The `dropped` lowest of `count` scores, as indices; of equal ones the later go first. order: room for count indices.
- * A score that is not finite counts as -1, below all others. */
-static void lowest(float *score, int64_t count, int64_t dropped, int64_t *order) {
-    for (int64_t i = 0; i < count; i++) {
-        order[i] = i;
-        if (!(score[i] <= __FLT_MAX__)) score[i] = -1;
-    }
-#define BEFORE(a, b) (score[a] < score[b] || (score[a] == score[b] && (a) > (b)))
+/* A candidate as an integer: lower for a lower score, and of equal scores for a later candidate. A score that is not finite is the
+ * lowest. */
+static inline uint64_t to_key(float score, int64_t index) {
+    union { float value; uint32_t bits; } v = {.value = score};
+    return (uint64_t)(score <= __FLT_MAX__ ? v.bits + 1 : 0) << 32 | (uint32_t)~index;
+}
+static inline int64_t from_key(uint64_t key) { return (uint32_t)~key; }
+
+/* Move the `dropped` lowest of `count` keys to the front. */
+static void lowest(uint64_t *key, int64_t count, int64_t dropped) {
     for (int64_t from = 0, to = count - 1; from < to;) { /* quickselect around the middle element */
-        int64_t middle = order[from + (to - from) / 2], i = from, j = to;
+        int64_t i = from, j = to;
+        uint64_t middle = key[from + (to - from) / 2];
         while (i <= j) {
-            while (BEFORE(order[i], middle)) i++;
-            while (BEFORE(middle, order[j])) j--;
+            while (key[i] < middle) i++;
+            while (middle < key[j]) j--;
             if (i <= j) {
-                int64_t kept = order[i];
-                order[i++] = order[j], order[j--] = kept;
+                uint64_t kept = key[i];
+                key[i++] = key[j], key[j--] = kept;
             }
         }
         if (dropped <= j) to = j;
@@ -107,13 +110,19 @@ static void lowest(float *score, int64_t count, int64_t dropped, int64_t *order)
     }
 }
 
-/* Zero the candidates that a step leaves out: h, weight: [count]; score, order: room for count; out: [dropped], which they are */
+typedef struct {
+    const float *weight; /* [count], of each candidate */
+    uint64_t *key;       /* room for count */
+    int64_t retained, count, dropped;
+} Choice;
+
+/* Zero the candidates that a step leaves out of h: [retained + count]; out: [dropped], which they are */
 #define DEFINE_CHOOSE(NAME, T)                                                                                           \
-    void choose_##NAME(T *h, const float *weight, int64_t count, int64_t dropped, float *score, int64_t *order,          \
-                       int64_t *out) {                                                                                   \
-        for (int64_t i = 0; i < count; i++) score[i] = fabsf(from_##NAME(h[i])) * weight[i];                             \
-        lowest(score, count, dropped, order);                                                                            \
-        for (int64_t i = 0; i < dropped; i++) h[out[i] = order[i]] = 0;                                                  \
+    void choose_##NAME(const Choice *c, T *h, int64_t *out) {                                                            \
+        h += c->retained;                                                                                                \
+        for (int64_t i = 0; i < c->count; i++) c->key[i] = to_key(fabsf(from_##NAME(h[i])) * c->weight[i], i);           \
+        lowest(c->key, c->count, c->dropped);                                                                            \
+        for (int64_t i = 0; i < c->dropped; i++) h[out[i] = from_key(c->key[i])] = 0;                                    \
     }
 
 DEFINE_CHOOSE(float, float)
@@ -127,17 +136,16 @@ typedef struct {
     int64_t hidden, width, retained, dropped, activation;
 } FFN;
 
-/* x: [hidden]; weight: [width - retained] of the candidates; wide, narrow: room for max(hidden, width) + width floats and
- * 2 * width elements; order: room for the candidates; out: [dropped], what was left out; y: [hidden]. Adds the seconds that the
+/* x: [hidden]; weight: [width - retained] of the candidates; wide, narrow: room for max(hidden, width) floats and
+ * 2 * width elements; key: room for the candidates; out: [dropped], what was left out; y: [hidden]. Adds the seconds that the
  * choice took to `seconds`. */
 #define DEFINE_FFN(NAME, T)                                                                                              \
     static void biased_##NAME(T *y, const T *bias, int64_t n) {                                                          \
         for (int64_t i = 0; bias && i < n; i++) y[i] = to_##NAME(from_##NAME(y[i]) + from_##NAME(bias[i]));              \
     }                                                                                                                    \
-    void ffn_##NAME(const FFN *f, const T *x, const float *weight, float *wide, T *narrow, int64_t *order, int64_t *out, \
+    void ffn_##NAME(const FFN *f, const T *x, const float *weight, float *wide, T *narrow, uint64_t *key, int64_t *out,  \
                     T *y, double *seconds, int threads) {                                                                \
         const int64_t candidates = f->width - f->retained;                                                               \
-        float *score = wide + (f->hidden > f->width ? f->hidden : f->width);                                             \
         T *h = narrow, *u = narrow + f->width;                                                                           \
         widen_##NAME(x, f->hidden, wide);                                                                                \
         _Pragma("omp parallel num_threads(threads)") {                                                                   \
@@ -154,14 +162,15 @@ typedef struct {
             for (int64_t i = a; i < a + n; i++) {                                                                        \
                 T active = to_##NAME(activate(f->activation, from_##NAME(gate ? h[i] : u[i])));                          \
                 h[i] = gate ? to_##NAME(from_##NAME(active) * from_##NAME(u[i])) : active;                               \
-                if (i >= f->retained) score[i - f->retained] = fabsf(from_##NAME(h[i])) * weight[i - f->retained];       \
+                int64_t c = i - f->retained;                                                                             \
+                if (c >= 0) key[c] = to_key(fabsf(from_##NAME(h[i])) * weight[c], c);                                    \
             }                                                                                                            \
             _Pragma("omp barrier")                                                                                       \
             _Pragma("omp single") {                                                                                      \
                 if (f->dropped) {                                                                                        \
                     double started = omp_get_wtime();                                                                    \
-                    lowest(score, candidates, f->dropped, order);                                                        \
-                    for (int64_t i = 0; i < f->dropped; i++) h[f->retained + (out[i] = order[i])] = 0;                   \
+                    lowest(key, candidates, f->dropped);                                                                 \
+                    for (int64_t i = 0; i < f->dropped; i++) h[f->retained + (out[i] = from_key(key[i]))] = 0;           \
                     *seconds += omp_get_wtime() - started;                                                               \
                 }                                                                                                        \
                 widen_##NAME(h, f->width, wide);                                                                         \
