@@ -74,9 +74,10 @@ class PopConfig:
         squared activations of its tokens are multiplied by this. 1 for those that are not named, which is the paper's
         plain norm over all prompt tokens. Experts learn from decoded tokens as text.
     kernels : {"auto", "stock", "compiled", "triton"}
-        How a single token is decoded on a CPU where FFNs are in place: by torch's kernels, or by faster ones that the
-        machine's C compiler makes on first use, which then serve attention (its linear modules, and attention itself in
-        bfloat16), norms and the lm_head too; ``auto`` takes those where they can be had. Sums are rounded differently.
+        How one token of each of up to 32 sequences is decoded on a CPU where FFNs are in place: by torch's kernels, or by
+        faster ones that the machine's C compiler makes on first use, which then serve attention (its linear modules, and
+        of one sequence in bfloat16 attention itself), norms and the lm_head too; ``auto`` takes those where they can be had.
+        Sums are rounded differently. Routed experts take them for one sequence alone.
         Asked for by name, ``compiled`` serves FFNs that leave nothing out as well: ``ratio=0, kernels="compiled"`` is the
         dense model on those kernels. What is not a layer's arithmetic (the prompt's statistics, moving channels, the
         choice among candidates) uses the compiled library on any CPU that has a compiler. ``triton`` is for CUDA devices

@@ -20,7 +20,7 @@ from .errors import NonFiniteError, PhaseError
 from .experts import Experts
 from .layout import FFN
 from .modality import MODALITIES, TEXT, ByModality, added, weighted_sum
-from .partition import Partition, Sizes, dropped_candidates, partition, step_chooser
+from .partition import Partition, Sizes, dropped_candidates, partition, shared_scores, step_chooser
 from .phase import Forward, Phase
 from .routed import ExpertsState, RoutedExperts
 from .scoring import channel_energy, get_scorer
@@ -388,35 +388,32 @@ class Engine:
         """
         if self.per_sequence:
             scores = candidates.abs() * weight.unsqueeze(1)
-        elif forward.rows == 1:
-            scores = (candidates[0] * weight).abs_()
         else:
-            squared = candidates.to(weight.dtype).square()
-            if forward.valid is not None:
-                squared = squared.masked_fill(~forward.valid.unsqueeze(-1), 0)
-            scores = squared.sum(0).sqrt_().mul_(weight)
+            scores = shared_scores(candidates, weight, forward.valid)
         dropped = dropped_candidates(scores, self.sizes[index])
         _ffn_state(forward.state, index).steps.add(dropped, ranks)
         return dropped
 
-    def chooser(self, index: int, state: PromptState, weight: Tensor, ranks: Tensor) -> Callable[[Tensor], None]:
-        """:meth:`select` for one token of one sequence, with everything but the activations known beforehand.
+    def chooser(
+        self, index: int, state: PromptState, weight: Tensor, ranks: Tensor
+    ) -> Callable[[Tensor, Tensor | None], None]:
+        """:meth:`select` for one token of each sequence, with everything but the activations known beforehand.
 
-        The function takes activations of R and C, ``[1, K]``, and zeroes what the step leaves out. It runs once a step and FFN,
-        so it is as short as it can be.
+        The function takes activations of R and C, ``[B, K]``, which it zeroes where the step leaves them out, and which of
+        several sequences have a say, ``[B]`` or None. It runs once a step and FFN, so it is as short as it can be.
         """
         sizes, log, device = self.sizes[index], _ffn_state(state, index).steps, weight.device
 
         @torch.inference_mode(False)  # buffers that may be written in and out of inference mode
-        def by_torch() -> Callable[[Tensor, Tensor], None]:
+        def by_torch() -> kernels.Choose:
             return step_chooser(weight, sizes)
 
         library = kernels.library() if weight.is_cpu and weight.dtype is torch.float32 else None
         leave_out = by_torch() if library is None else library.chooser(weight.contiguous(), sizes, by_torch)
-        return lambda h: leave_out(h, log.slot(ranks, device))
+        return lambda h, valid: leave_out(h, valid, log.slot(ranks, device))
 
     def step_slot(self, index: int, state: PromptState, ranks: Tensor) -> Callable[[], Tensor]:
-        """For a kernel that chooses by itself, for one token of one sequence: where to note what it leaves out, ``[1, n]``."""
+        """For a kernel that chooses by itself, for one token of each sequence: where to note what it leaves out, ``[1, n]``."""
         log, device = _ffn_state(state, index).steps, ranks.device
         return lambda: log.slot(ranks, device)
 

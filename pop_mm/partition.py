@@ -177,8 +177,35 @@ def dropped_candidates(scores: Tensor, sizes: Sizes) -> Tensor:
     return torch.topk(ranked, sizes.candidates_dropped, -1, False, False)[1]
 
 
-def step_chooser(weight: Tensor, sizes: Sizes) -> Callable[[Tensor, Tensor], None]:
-    """:func:`dropped_candidates` for single steps, in as few operations as it can be done: each costs more than its few numbers.
+def shared_scores(candidates: Tensor, weight: Tensor, valid: Tensor | None) -> Tensor:
+    """Scores for one choice that all sequences of a batch share: their norm over the sequences (paper 3.3).
+
+    Parameters
+    ----------
+    candidates : Tensor
+        ``[B, ..., |C|]``.
+    weight : Tensor
+        ``[|C|]``.
+    valid : Tensor or None
+        ``[B, ...]``, boolean: tokens that have a say, of more than one sequence.
+
+    Returns
+    -------
+    Tensor
+        ``[..., |C|]``.
+    """
+    if len(candidates) == 1:
+        return (candidates[0] * weight).abs_()
+    squared = candidates.to(weight.dtype).square()
+    if valid is not None:
+        squared = squared.masked_fill(~valid.unsqueeze(-1), 0)
+    return squared.sum(0).sqrt_().mul_(weight)
+
+
+def step_chooser(weight: Tensor, sizes: Sizes) -> Callable[[Tensor, Tensor | None, Tensor], None]:
+    """:func:`dropped_candidates` for steps of one token of each sequence.
+
+    For one sequence in as few operations as it can be done: each costs more than its few numbers.
 
     Parameters
     ----------
@@ -188,8 +215,8 @@ def step_chooser(weight: Tensor, sizes: Sizes) -> Callable[[Tensor, Tensor], Non
     Returns
     -------
     callable
-        Takes activations of R and C ``[1, K]``, which it zeroes where a candidate is left out, and room for the indices of these,
-        ``[1, n]`` int64.
+        Takes activations of R and C, one token of each sequence ``[B, K]``, which it zeroes where a candidate is left out; which
+        tokens have a say, ``[B]`` or None; and room for the indices of what is left out, ``[1, n]`` int64.
     """
     integer = {torch.float32: torch.int32, torch.float64: torch.int64}[weight.dtype]
     scores = torch.empty(1, len(weight), dtype=weight.dtype, device=weight.device)
@@ -200,8 +227,12 @@ def step_chooser(weight: Tensor, sizes: Sizes) -> Callable[[Tensor, Tensor], Non
     infinity = torch.full((1, 1), torch.inf, dtype=weight.dtype, device=weight.device)
     shift = torch.iinfo(integer).min - 2 * infinity.view(integer)
 
-    def leave_out(h: Tensor, dropped: Tensor) -> None:
+    def leave_out(h: Tensor, valid: Tensor | None, dropped: Tensor) -> None:
         candidates = h.narrow(1, sizes.retained, sizes.candidates)
+        if len(h) > 1:
+            found = dropped_candidates(shared_scores(candidates.detach(), weight, valid), sizes)
+            candidates.scatter_(1, dropped.copy_(found).expand(len(h), -1), 0)
+            return
         torch.mul(candidates.detach() if h.requires_grad else candidates, weight, out=scores)
         torch.add(shift, bits, alpha=2, out=keys)
         torch.topk(keys, sizes.candidates_dropped, -1, False, False, out=(values, dropped))

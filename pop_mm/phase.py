@@ -53,8 +53,8 @@ class Forward:
         A further chunk of a prompt whose prefill ``generate`` has split.
     fast : bool
         Set by the backend: FFNs may compute R and C only.
-    single : bool
-        Set by the backend: and they may do so by the compiled kernel, which takes one token and knows no autograd.
+    few : bool
+        Set by the backend: and the compiled library may, which takes one token of each of a few sequences and knows no autograd.
     partial : bool
         Set by the backend: FFNs complete the prompt on R and C only, as soon as they have ranked their channels.
     probes : Tensor or None
@@ -73,7 +73,7 @@ class Forward:
     next_chunk: bool = False
     cache: Any = None
     fast: bool = False
-    single: bool = False
+    few: bool = False
     partial: bool = False
     probes: Tensor | None = None
     by_modality: dict[torch.device, list[ByModality]] = field(default_factory=dict)

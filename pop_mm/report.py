@@ -236,7 +236,7 @@ class Report:
     weights_per_token : int
         Weights that a decoded token reads from the dense model.
     kernels : {"stock", "compiled", "triton"}
-        How FFNs in place decode a single token; "triton": one token of each of a few rows.
+        How FFNs in place decode one token of each of a few rows.
     modality_tokens : mapping of str to int
         Modality -> tokens of the latest prompt.
     notes : sequence of str

@@ -18,12 +18,12 @@ from . import kernels
 from .adapters import Adapter, adapter_for
 from .backends.attention import SingleTokenAttention
 from .backends.experts import IMPLEMENTATION
+from .backends.few import FewTokens
 from .backends.gathered import GatheredBackend, gathered_fits
 from .backends.inplace import InplaceBackend
-from .backends.linears import SingleTokenLinears
+from .backends.linears import FewTokensLinears
 from .backends.masked import MaskedBackend
-from .backends.norms import SingleTokenNorms
-from .backends.single import SingleToken
+from .backends.norms import FewTokensNorms
 from .compiled import CompiledSteps
 from .config import PopConfig, as_config
 from .engine import Engine, PromptState
@@ -185,10 +185,10 @@ class Session:
         self._inplace = InplaceBackend(self._engine, self._tracker, self._matvec, config.kernels == "triton")
         self._gathered = GatheredBackend(self._engine, self._tracker)
         self._fast = bool({"inplace", "gathered"} & set(self._backends))
-        self._besides: list[SingleToken] = []  # what else a single token runs by the compiled library
+        self._besides: list[FewTokens] = []  # what else a few tokens run by the compiled library
         if self._matvec is not None:
-            kinds = (SingleTokenLinears, SingleTokenAttention, SingleTokenNorms)
-            self._besides = [kind(self._matvec, self._single, self._inplace.static) for kind in kinds]
+            kinds = (FewTokensLinears, SingleTokenAttention, FewTokensNorms)
+            self._besides = [kind(self._matvec, self._few, self._inplace.static) for kind in kinds]
         modules = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
         self._expert_configs: list[Any] = list({id(module.config): module.config for module in modules}.values())
         self._undo: list[Callable[[], object]] = []
@@ -259,10 +259,10 @@ class Session:
                 _PRUNED_MODULES.discard(plan.ffn.modules[-1])
             self.attached = False
 
-    def _single(self) -> bool:
-        """Whether the forward that runs now is a step of one token that the compiled kernel may compute."""
+    def _few(self) -> bool:
+        """Whether the forward that runs now is a step of a few tokens that the compiled library may compute."""
         forward = self._tracker.current
-        return forward is not None and forward.single
+        return forward is not None and forward.few
 
     def _reload(self, index: int) -> Callable[..., None]:
         def loaded(*_: Any) -> None:

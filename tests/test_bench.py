@@ -17,7 +17,7 @@ from pop_mm.bench.prompts import Prompts
 from pop_mm.bench.timing import decode_options, generate, generate_timed
 from pop_mm.bench.variants import STOCK_DENSE, Cell, Variant, kernels_for, running
 from pop_mm.config import PopConfig
-from pop_mm.kernels import Matvec
+from pop_mm.kernels import MOST_TOKENS, Matvec
 from pop_mm.kernels.ffn import FFNStep
 from pop_mm.session import plan_ffns, weights_per_token
 from tiny_folder import save
@@ -159,13 +159,16 @@ def test_rows(load):
     asked = kernels_for(torch.device("cpu"), model.dtype)
     assert asked == ["stock", "compiled"] if COMPILED else ["stock"]
     ticks = []
-    setup = Setup((1, 2), (8,), 5, (0.4,), ("pop", "static"), kernels=asked, rounds=1)
+    many = MOST_TOKENS + 1
+    setup = Setup((1, 2, many), (8,), 5, (0.4,), ("pop", "static"), kernels=asked, rounds=1)
     results = measure(model, None, setup, lambda: ticks.append(1))
-    assert len(ticks) == run.steps(setup) == 2 * 2
+    assert len(ticks) == run.steps(setup) == 3 * 2
     json.dumps(results)
     variants = [("dense", None), ("pop", 0.4), ("static", 0.4)]
     found = [(r["batch"], r["kernels"], r["method"], r["ratio"]) for r in results["rows"]]
-    assert found == [(1, k, *v) for k in asked for v in variants] + [(2, "stock", *v) for v in variants]
+    few = [(batch, k, *v) for batch in (1, 2) for k in asked for v in variants]
+    assert found == few + [(many, "stock", *v) for v in variants]
+    assert any("larger batches go without" in note for note in results["notes"]) == COMPILED
     for row in results["rows"]:
         assert set(row) == ROW_KEYS
         assert 0 < row["prefill_s"] < row["ttft_s"] < row["end_to_end_s"]

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -407,3 +408,10 @@ def test_settings_of_transformers_are_as_before(call, folder):
     call("generate", "--model", folder, "--prompt", PROMPT, "--max-new-tokens", 2)
     call("inspect", "--model", "no/such")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_the_package_as_a_module_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pop_mm", "adapters", "--help"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("pop_mm", run_name="__main__")
+    assert left.value.code == 0 and "pop-mm adapters" in capsys.readouterr().out

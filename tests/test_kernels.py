@@ -1,4 +1,4 @@
-"""The compiled kernel: right for every shape, taken only where it may be, and missed by nobody."""
+"""The compiled kernels: right for every shape, taken only where it may be, and missed by nobody."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pop_mm.kernels as kernels
-from modes import generate, pruned
+from modes import generate, left_padded, pruned
 from observe import prompt
 from pop_mm import ConfigError, PopConfig, prune
-from pop_mm.kernels import Matvec, Rows
+from pop_mm.kernels import MOST_TOKENS, Matvec, Rows
 from pop_mm.kernels.activations import ACTIVATIONS
 from pop_mm.kernels.ffn import FFNStep
 from pop_mm.layout import FFN, Projection
-from pop_mm.partition import Sizes, dropped_candidates
+from pop_mm.partition import Sizes, dropped_candidates, shared_scores
 from tiny_models import tiny
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -68,6 +68,34 @@ def test_products_are_those_of_float64(dtype, matrices, rows, columns, gap, shar
     assert bool(((found.double() - expected).abs() <= 4 * torch.finfo(dtype).eps * scale + 1e-30).all())
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    tokens=st.integers(1, MOST_TOKENS),
+    rows=st.integers(1, 21),
+    columns=st.integers(1, 90),
+    gap=st.integers(0, 9),
+    bias=st.booleans(),
+    threads=st.integers(1, 3),
+)
+def test_products_of_several_tokens_are_those_of_float64(dtype, tokens, rows, columns, gap, bias, threads):
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    matrix = torch.randn(rows, columns + gap, generator=generator).to(dtype)[:, :columns]
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    added = torch.randn(rows, generator=generator).to(dtype) if bias else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = kernels.load("compiled")([Rows([matrix], [added])], x)
+    finally:
+        torch.set_num_threads(before)
+    expected, scale = x.double() @ matrix.double().t(), x.double().abs() @ matrix.double().abs().t()
+    if bias:
+        expected, scale = expected + added.double(), scale + added.double().abs()
+    assert found.dtype == dtype and found.shape == (tokens, rows)
+    assert bool(((found.double() - expected).abs() <= 4 * torch.finfo(dtype).eps * scale + 1e-30).all())
+
+
 def an_ffn(activation, hidden, size, dtype, gated=True, bias=False, seed=0):
     """Random weights: gate and up fused in one module, or up alone."""
     generator = torch.Generator().manual_seed(seed)
@@ -84,17 +112,18 @@ def step_of(ffn, sizes):
     return FFNStep(kernels.load("compiled"), ffn, sizes, torch.zeros(1, dtype=torch.float64))
 
 
-def by_torch(ffn, sizes, x, weight):
-    """The input of the down projection before the choice, what the choice leaves out, and the output."""
+def by_torch(ffn, sizes, x, weight, valid=None):
+    """The candidates' scores, what the choice leaves out, and the output."""
     views = [view for p in ffn.inputs for view in p.narrow_views(sizes.width)]
     parts = [x @ w if b is None else x @ w + b for w, b in views]
     h = ffn.activation.forward(parts[0])
     h = h * parts[1] if len(parts) == 2 else h
-    dropped = dropped_candidates(h[:, sizes.retained :].abs() * weight, sizes)
+    scores = shared_scores(h[:, sizes.retained :].float(), weight, valid)
+    dropped = dropped_candidates(scores, sizes)
     kept = h.clone()
-    kept[:, sizes.retained :].scatter_(1, dropped, 0)
+    kept[:, sizes.retained :].scatter_(1, dropped.expand(len(h), -1), 0)
     w, b = ffn.down.narrow_views(sizes.width)[0]
-    return h, dropped, kept @ w if b is None else kept @ w + b
+    return scores.double(), dropped, kept @ w if b is None else kept @ w + b
 
 
 @settings(max_examples=80, deadline=None)
@@ -108,34 +137,36 @@ def by_torch(ffn, sizes, x, weight):
     share=st.floats(0, 1),
     gated=st.booleans(),
     bias=st.booleans(),
+    tokens=st.integers(1, 6),
     threads=st.integers(1, 3),
 )
 def test_a_whole_ffn_is_that_of_torch(
-    dtype, activation, hidden, retained, candidates, pruned, share, gated, bias, threads
+    dtype, activation, hidden, retained, candidates, pruned, share, gated, bias, tokens, threads
 ):
     sizes = Sizes(max(retained + candidates + pruned, 1), retained, candidates, int(share * candidates))
     if not sizes.width:
         return
     ffn = an_ffn(activation, hidden, sizes.channels, dtype, gated, bias, seed=hidden)
     assert FFNStep.fits(ffn)
-    x = torch.randn(1, hidden, generator=torch.Generator().manual_seed(retained)).to(dtype)
+    generator = torch.Generator().manual_seed(retained)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    valid = torch.rand(tokens, generator=generator) < 0.8 if tokens > 1 and bias else None
     weight = torch.rand(candidates, generator=torch.Generator().manual_seed(candidates))
     dropped = torch.empty(1, sizes.candidates_dropped, dtype=torch.int64)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = step_of(ffn, sizes)(x, weight, dropped)
+        found = step_of(ffn, sizes)(x, weight, valid, dropped)
     finally:
         torch.set_num_threads(before)
-    h, expected_dropped, expected = by_torch(ffn, sizes, x, weight)
-    scores = (h[:, retained:].abs() * weight)[0].double()
+    scores, expected_dropped, expected = by_torch(ffn, sizes, x, weight, valid)
     assert dropped.unique().numel() == dropped.numel()
     close = 0.05 if dtype == torch.bfloat16 else 1e-4
     # no candidate that was left out scores above one that was kept, up to rounding
     left_out = torch.zeros(candidates, dtype=torch.bool).scatter_(0, dropped[0], True)
     if left_out.any() and not left_out.all():
         assert scores[left_out].max() <= scores[~left_out].min() + close * scores.max()
-    if torch.equal(dropped.sort().values, expected_dropped.sort().values):
+    if torch.equal(dropped[0].sort().values, expected_dropped.flatten().sort().values):
         torch.testing.assert_close(found, expected, rtol=0, atol=close * max(1.0, float(expected.detach().abs().max())))
 
 
@@ -150,7 +181,7 @@ def test_the_choice_is_exact(seed):
     ffn.down.weight.data = torch.eye(count)
     x = torch.randint(1, 40 if seed % 2 else 3, (1, count), generator=generator).float()
     dropped = torch.empty(1, sizes.candidates_dropped, dtype=torch.int64)
-    found = step_of(ffn, sizes)(x, torch.ones(count), dropped)
+    found = step_of(ffn, sizes)(x, torch.ones(count), None, dropped)
     by_score = sorted(range(count), key=lambda i: (float(x[0, i]), -i))  # of equal scores, the later go
     assert sorted(dropped[0].tolist()) == sorted(by_score[: sizes.candidates_dropped])
     assert torch.equal(found, x.scatter(1, dropped, 0))
@@ -163,7 +194,7 @@ def test_a_candidate_that_is_not_finite_goes_first(bad):
     ffn.inputs[0].weight.data = torch.eye(4)
     weight = torch.tensor([1.0, bad, 1.0])
     dropped = torch.empty(1, 1, dtype=torch.int64)
-    step_of(ffn, sizes)(torch.ones(1, 4), weight, dropped)
+    step_of(ffn, sizes)(torch.ones(1, 4), weight, None, dropped)
     assert dropped.tolist() == [[1]]
 
 
@@ -241,13 +272,13 @@ def test_one_token_without_autograd_takes_it(calls):
         assert calls == [*[1, 1, 1, 1, "ffn"] * model.config.num_hidden_layers, 1]  # attention, FFN; lm_head
 
 
-@pytest.mark.parametrize("case", ["autograd", "autocast", "two tokens", "two rows", "float64", "stock", "masked"])
+@pytest.mark.parametrize("case", ["autograd", "autocast", "two tokens", "many rows", "float64", "stock", "masked"])
 def test_nothing_else_does(case, calls):
     model = tiny("llama", torch.float64 if case == "float64" else torch.float32)
     backend = "masked" if case == "masked" else "inplace"
     with pruned(model, backend, kernels="stock" if case == "stock" else "auto") as session:
-        if case == "two rows":
-            generate(model, prompt(2), 3)
+        if case == "many rows":
+            generate(model, prompt(MOST_TOKENS + 1), 3)
         elif case == "two tokens":
             with session.split(4), torch.no_grad():
                 model(prompt())
@@ -257,6 +288,42 @@ def test_nothing_else_does(case, calls):
                 logits = model(prompt(length=1), past_key_values=cache).logits
             assert logits.requires_grad == (case == "autograd")
     assert not calls
+
+
+def batch_of_steps(model, rows, name):
+    """Logits of three steps of a batch, and the report; the first row is padded, the second has ended after its first step."""
+    ids, mask = left_padded(prompt(rows), (3,))
+    with pruned(model, "inplace", kernels=name) as session, torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        logits = []
+        for step in range(3):
+            mask = torch.cat([mask, torch.ones(rows, 1, dtype=mask.dtype)], 1)
+            here = mask.clone()
+            here[1, -1] = step < 1
+            logits.append(model(prompt(rows, 1, step), past_key_values=cache, attention_mask=here).logits.double())
+    going = [row for row in range(rows) if row != 1]
+    return torch.cat(logits, 1)[going], session.report.to_dict()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox", "qwen2"])
+@pytest.mark.parametrize("rows", [2, 5, MOST_TOKENS])
+def test_a_batch_decodes_as_by_torchs_kernels(model_type, rows, calls):
+    model = tiny(model_type, torch.float32)
+    stock, stock_report = batch_of_steps(model, rows, "stock")
+    assert not calls
+    found, report = batch_of_steps(model, rows, "compiled")
+    assert "ffn" in calls and calls.count(1) >= 3
+    for name in "active_per_step", "candidate_stability":
+        assert [ffn[name] for ffn in report["ffns"]] == [ffn[name] for ffn in stock_report["ffns"]]
+    torch.testing.assert_close(found, stock, rtol=0, atol=1e-4 * float(stock.abs().max()))
+
+
+def test_a_batch_in_bfloat16_is_as_near_to_float32_as_by_torchs_kernels(calls):
+    model, rows = tiny("llama", torch.float32), 7
+    exact = batch_of_steps(model, rows, "stock")[0]
+    stock, found = (batch_of_steps(model.to(torch.bfloat16), rows, name)[0] for name in ("stock", "compiled"))
+    assert "ffn" in calls
+    assert (found - exact).abs().mean() <= 1.5 * (stock - exact).abs().mean()
 
 
 def test_weights_that_are_replaced_are_used(calls):

@@ -1,4 +1,4 @@
-"""Attention and lm_head by the compiled kernel, for single tokens of a session, and only then."""
+"""Attention and lm_head by the compiled kernel, for steps of a few tokens of a session, and only then."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Norms of a single token by the compiled library: as transformers' modules compute them, and only those that do so."""
+"""Norms of a few tokens by the compiled library: as transformers' modules compute them, and only those that do so."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 import pop_mm.kernels as kernels
 from modes import generate, pruned
 from observe import differences, fingerprint, prompt
-from pop_mm.backends.norms import SingleTokenNorms
+from pop_mm.backends.norms import FewTokensNorms
 from pop_mm.kernels.norm import RMSNorm
 from tiny_models import tiny
 
@@ -34,8 +34,8 @@ class Static:
     active = False
 
 
-def attached(module, single=True):
-    norms = SingleTokenNorms(kernels.library(), lambda: single, Static())
+def attached(module, few=True):
+    norms = FewTokensNorms(kernels.library(), lambda: few, Static())
     norms.attach([module])
     return norms
 
@@ -49,7 +49,7 @@ def random_norm(kind, size, dtype, eps=1e-5):
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm, GptOssRMSNorm, nn.RMSNorm])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 1, 3, 37), (1, 1, 576)])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 1, 3, 37), (5, 1, 576)])
 @pytest.mark.parametrize("scale", [1e-4, 1, 300])
 def test_it_is_the_module(kind, dtype, shape, scale, sizes):
     module = random_norm(kind, shape[-1], dtype)
@@ -123,8 +123,8 @@ def test_a_session_decodes_by_it(model_type, dtype, sizes):
     assert differences(before, fingerprint(model)) == []
 
 
-@pytest.mark.parametrize("case", ["two rows", "autograd", "stock"])
-def test_anything_but_a_single_token_is_left_to_the_module(case, sizes):
+@pytest.mark.parametrize("case", ["many rows", "autograd", "stock"])
+def test_anything_but_a_few_tokens_is_left_to_the_module(case, sizes):
     model = tiny("llama", torch.float32)
     with pruned(model, "inplace", kernels="stock" if case == "stock" else "compiled"):
         sizes.clear()
@@ -132,7 +132,7 @@ def test_anything_but_a_single_token_is_left_to_the_module(case, sizes):
             cache = model(prompt(), use_cache=True).past_key_values
             assert model(prompt()[:, :1], past_key_values=cache).logits.requires_grad
         else:
-            generate(model, prompt(2 if case == "two rows" else 1), 3)
+            generate(model, prompt(kernels.MOST_TOKENS + 1 if case == "many rows" else 1), 3)
     assert not sizes
 
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from pop_mm import ConfigError, kernels
-from pop_mm.partition import Sizes, dropped_candidates, partition, partition_sizes, step_chooser
+from pop_mm.partition import Sizes, dropped_candidates, partition, partition_sizes, shared_scores, step_chooser
 
 
 def given(*strategies):
@@ -181,11 +181,31 @@ def test_single_steps_leave_out_the_same(sizes, seed, dtype):
             h = random(seed + step + 1, sizes.width) * 10.0 ** ((torch.arange(sizes.width) * 17) % 60 - 30)
             scores = h[sizes.retained :].abs() * weight
             found = h.clone()
-            leave_out(found.view(1, -1), dropped)
+            leave_out(found.view(1, -1), None, dropped)
             expected = dropped_candidates(scores, sizes)  # of equal ones, any may go
             assert torch.equal(scores[dropped[0]].sort().values, scores[expected].sort().values)
             assert len(set(dropped[0].tolist())) == sizes.candidates_dropped
             assert torch.equal(found, h.scatter(0, sizes.retained + dropped[0], 0))
+
+
+@given(sizes_of, st.integers(2, 9), st.integers(0, 10), st.booleans(), st.sampled_from([torch.bfloat16, torch.float32]))
+def test_sequences_choose_together_in_single_steps(sizes, rows, seed, some, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.rand(sizes.candidates, generator=generator)
+    h = torch.randn(rows, sizes.width, generator=generator).to(dtype)
+    valid = torch.rand(rows, generator=generator) < 0.7 if some else None
+    if some:
+        h[~valid] = math.nan  # has no say, whatever it holds
+    scores = shared_scores(h[:, sizes.retained :], weight, valid)
+    expected = dropped_candidates(scores, sizes)
+    for leave_out in choosers(weight, sizes):
+        found, dropped = h.clone(), torch.empty(1, sizes.candidates_dropped, dtype=torch.int64)
+        leave_out(found, valid, dropped)
+        close = {"rtol": 1e-5, "atol": 1e-7}  # sums in another order may exchange neighbours
+        torch.testing.assert_close(scores[dropped[0]].sort().values, scores[expected].sort().values, **close)
+        assert len(set(dropped[0].tolist())) == sizes.candidates_dropped
+        zeroed = h.scatter(1, sizes.retained + dropped.expand(rows, -1), 0)
+        assert torch.equal(found.nan_to_num(9), zeroed.nan_to_num(9))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -194,7 +214,7 @@ def test_what_is_not_finite_goes_first_in_single_steps(bad, dtype):
     def dropped(count, *h):
         for leave_out in choosers(torch.ones(4, dtype=dtype), Sizes(10, 3, 4, 4 - count)):
             found = torch.empty(1, count, dtype=torch.int64)
-            leave_out(torch.tensor([[bad, 0, 1, *h]], dtype=dtype), found)
+            leave_out(torch.tensor([[bad, 0, 1, *h]], dtype=dtype), None, found)
             yield sorted(found[0].tolist())
 
     largest = torch.finfo(dtype).max
@@ -204,7 +224,7 @@ def test_what_is_not_finite_goes_first_in_single_steps(bad, dtype):
 
 def test_what_the_compiled_choice_does_not_take_is_left_to_torch():
     seen = []
-    leave_out = kernels.library().chooser(torch.ones(4), Sizes(10, 0, 4, 2), lambda: lambda h, _: seen.append(h))
+    leave_out = kernels.library().chooser(torch.ones(4), Sizes(10, 0, 4, 2), lambda: lambda h, *_: seen.append(h))
     for h in torch.ones(1, 4).half(), torch.ones(4, 2).t()[:1], torch.ones(1, 4, requires_grad=True):
-        leave_out(h, torch.empty(1, 2, dtype=torch.int64))
+        leave_out(h, None, torch.empty(1, 2, dtype=torch.int64))
         assert seen.pop() is h and not seen

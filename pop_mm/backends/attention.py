@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..kernels.attention import Attention
-from .single import Forward, SingleToken
+from .few import FewTokens, Forward
 
 _NOT_PLAIN = ("position_bias", "softcap", "cache")  # options that ask for more than softmax(q K^T) V
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # under which the modules of transformers know it
 
 
-class SingleTokenAttention(SingleToken):
+class SingleTokenAttention(FewTokens):
     """Attention modules that take "sdpa" from an interface of their own, where it is the compiled kernel.
 
     A step with a mask, and whatever else the kernel does not take, is left to transformers' function.
@@ -23,13 +23,13 @@ class SingleTokenAttention(SingleToken):
 
     def forward_of(self, module: nn.Module) -> Forward | None:
         """None for modules that do not ask transformers' interface."""
-        single, static, own_forward = self.single, self.static, type(module).forward
+        few, static, own_forward = self.few, self.static, type(module).forward
         with_kernel = with_own_interface(own_forward, self.library.attention)
         if with_kernel is None:
             return None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            chosen = own_forward if static.active or not single() else with_kernel
+            chosen = own_forward if static.active or not few() else with_kernel
             return chosen(module, *args, **kwargs)
 
         return forward

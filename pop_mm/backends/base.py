@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..errors import PhaseError
 from ..experts import Experts
 from ..layout import FFN
@@ -17,3 +19,8 @@ def current_forward(tracker: PhaseTracker, ffn: FFN | Experts) -> Forward:
             "whether this is prefill or decode. Call the model that was given to prune(), or leave the session first."
         )
     return forward
+
+
+def voices(forward: Forward) -> Tensor | None:
+    """Which sequences of a step of one token each have a say in a choice that they share, ``[B]``; None for all, or one alone."""
+    return None if forward.valid is None or forward.rows == 1 else forward.valid[:, 0]

@@ -253,7 +253,7 @@ class InplaceExperts(MaskedExperts):
             return h
 
         alone = len(ids) == 1 and not self._module._is_expert_parallel
-        matvec = self._matvec if alone and forward.single else None
+        matvec = self._matvec if alone and forward.few else None
         result = run_experts(self._record, hidden, ids, weights, views, between, alone, matvec)
         state.count(ids if forward.valid is None else ids[forward.valid.reshape(-1)], state.decode_tokens)
         return result

@@ -13,6 +13,7 @@ from ..kernels import Matvec
 from ..kernels.ffn import FFNStep
 from ..kernels.gpu import FusedStep, fits
 from ..phase import Forward
+from .base import voices
 
 if TYPE_CHECKING:
     from .inplace import ResidentCandidates
@@ -49,8 +50,8 @@ def triton_forward(engine: Engine, index: int, resident: Mapping[int, ResidentCa
         if here is not loaded:
             step.load(here.weight)
             loaded = here
-        valid = None if current.valid is None or len(rows) == 1 else current.valid[:, 0].to(x.device)
-        out = step(rows, valid)
+        valid = voices(current)
+        out = step(rows, None if valid is None else valid.to(x.device))
         current.state.ffns[index].steps.add(step.dropped, here.ranks)
         return out.view(x.shape)
 
@@ -65,20 +66,20 @@ def compiled_forward(
     seconds: Tensor,
     stock: Compute,
 ) -> Compute:
-    """The same on a CPU, for one token alone, by the compiled library, which adds to ``seconds`` what choosing took."""
+    """The same on a CPU by the compiled library, which adds to ``seconds`` what choosing took."""
     ffn, sizes = engine.ffn(index), engine.sizes[index]
     if not FFNStep.fits(ffn):
         return stock
     step = FFNStep(matvec, ffn, sizes, seconds)
 
     def compute(x: Tensor, current: Forward | None) -> Tensor:
-        if current is None or not current.single or not step.takes(x):
+        if current is None or not current.few or not step.takes(x):
             return stock(x, current)
         if not sizes.candidates:
-            return step(x, None, None)
+            return step(x)
         here = resident[index]
         if here.weight.dtype is not torch.float32:  # of a scorer that wants more digits
             return stock(x, current)
-        return step(x, here.weight, here.slot())
+        return step(x, here.weight, voices(current), here.slot())
 
     return compute

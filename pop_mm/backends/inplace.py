@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..engine import Engine, PromptState
 from ..experts import Experts
-from ..kernels import Matvec, traced
+from ..kernels import MOST_TOKENS, Matvec, traced
 from ..layout import FFN, Projection, linear
 from ..partition import Partition
 from ..phase import Forward, PhaseTracker
-from .base import current_forward
+from .base import current_forward, voices
 from .experts import InplaceExperts
 from .fused import compiled_forward, triton_forward
 from .order import ChannelOrder
@@ -45,7 +45,7 @@ class ResidentCandidates(NamedTuple):
 
     ranks: Tensor
     weight: Tensor
-    leave_out: Callable[[Tensor], None]
+    leave_out: Callable[[Tensor, Tensor | None], None]
     slot: Callable[[], Tensor]
 
 
@@ -152,10 +152,11 @@ class InplaceBackend:
     def begin(self, forward: Forward) -> None:
         """Before a decode step: say how the FFNs may compute it."""
         forward.fast = self.place(forward.state)
-        forward.single = (
+        forward.few = (
             forward.fast
             and self._matvec is not None
-            and forward.rows == forward.length == 1
+            and forward.length == 1
+            and forward.rows <= MOST_TOKENS
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
         )
@@ -317,8 +318,8 @@ class InplaceBackend:
 
         def zero_dropped(h: Tensor, current: Forward) -> None:
             here = resident[index]
-            if current.rows == current.length == 1:  # the common step
-                here.leave_out(h if h.dim() == 2 else h.view(1, -1))
+            if current.length == 1:  # the common step
+                here.leave_out(h if h.dim() == 2 else h.view(current.rows, -1), voices(current))
                 return
             candidates = h.view(current.rows, current.length, -1)[..., retained:]
             dropped = engine.select(index, current, candidates, here.weight, here.ranks)

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..kernels import Rows, traced
-from .single import Forward, SingleToken
+from .few import FewTokens, Forward
 
 
-class SingleTokenLinears(SingleToken):
+class FewTokensLinears(FewTokens):
     """Modules that are nothing but ``x @ W.T + b``."""
 
     def forward_of(self, module: nn.Module) -> Forward | None:
@@ -18,28 +18,28 @@ class SingleTokenLinears(SingleToken):
         if type(module) is not nn.Linear or not Rows.fit([module.weight]):
             return None
         parameters: dict[str, Any] = module._parameters
-        single, matvec, static = self.single, self.library, self.static
+        few, matvec, static = self.few, self.library, self.static
         own_forward = type(module).forward
-        rows: tuple[Rows, ...] = ()
+        rows: Rows | None = None
         address = 0
 
         def forward(input: Tensor) -> Tensor:  # nn.Linear's name for it, which a caller may use
             nonlocal rows, address
             if static.active and traced.fits(input, module.weight):
                 return traced.matvec(input.reshape(1, -1), module.weight, module.bias).view(*input.shape[:-1], -1)
-            if static.active or not single():
+            if static.active or not few():
                 return own_forward(module, input)
             weight, bias = parameters["weight"], parameters["bias"]
             if weight.data_ptr() != address:
                 rows, address = rows_of_linear(weight, bias), weight.data_ptr()
-            if not rows or not rows[0].takes(input):
+            if rows is None or not rows.takes(input):
                 return own_forward(module, input)
-            return matvec(rows, input.reshape(1, -1)).view(*input.shape[:-1], -1)
+            return matvec((rows,), input.reshape(-1, input.shape[-1])).view(*input.shape[:-1], -1)
 
         return forward
 
 
-def rows_of_linear(weight: Tensor, bias: Tensor | None) -> tuple[Rows, ...]:
-    """A linear module's weight and bias for the kernel; empty if it cannot read the weight."""
+def rows_of_linear(weight: Tensor, bias: Tensor | None) -> Rows | None:
+    """A linear module's weight and bias for the kernel; None if it cannot read the weight."""
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    return (Rows([weight], [bias]),) if Rows.fit([weight]) else ()
+    return Rows([weight], [bias]) if Rows.fit([weight]) else None

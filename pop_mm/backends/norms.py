@@ -1,4 +1,4 @@
-"""Root mean square norms of decoder layers, for a single token, by the compiled library."""
+"""Root mean square norms of decoder layers, for a few tokens, by the compiled library."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.norm import KINDS
-from .single import Forward, SingleToken
+from .few import FewTokens, Forward
 
 
-class SingleTokenNorms(SingleToken):
+class FewTokensNorms(FewTokens):
     """Norms of a few operators each, which cost a step of a small model more than what they compute."""
 
     def forward_of(self, module: nn.Module) -> Forward | None:
@@ -25,11 +25,11 @@ class SingleTokenNorms(SingleToken):
         kind = self._kind(module, weight.detach(), getattr(module, eps))
         if kind is None:
             return None
-        single, static, norm, own_forward = self.single, self.static, self.library.norm, type(module).forward
+        few, static, norm, own_forward = self.few, self.static, self.library.norm, type(module).forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:  # a gated norm takes more than one argument
             weight = parameters["weight"]
-            if static.active or len(args) != 1 or kwargs or not single() or not norm.takes(args[0], weight):
+            if static.active or len(args) != 1 or kwargs or not few() or not norm.takes(args[0], weight):
                 return own_forward(module, *args, **kwargs)
             return norm(args[0], weight, getattr(module, eps), kind)
 

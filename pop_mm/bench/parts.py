@@ -217,17 +217,19 @@ def _session_targets(session: Session) -> Iterator[tuple[Any, str, str]]:
 
 
 def _watch_chooser(session: Session, clock: PartClock) -> Callable[[], object]:
-    """The engine makes a function for each FFN and prompt, which chooses when a single token decodes."""
+    """The engine makes a function for each FFN and prompt, which chooses when one token of each sequence decodes."""
     engine = session._engine
     own = engine.chooser
 
-    def chooser(index: int, state: PromptState, weight: Tensor, ranks: Tensor) -> Callable[[Tensor], None]:
+    def chooser(
+        index: int, state: PromptState, weight: Tensor, ranks: Tensor
+    ) -> Callable[[Tensor, Tensor | None], None]:
         leave_out = own(index, state, weight, ranks)
 
-        def call(h: Tensor) -> None:  # a few operations: the clock's own work would be as much
+        def call(h: Tensor, valid: Tensor | None) -> None:  # a few operations: the clock's own work would be as much
             synchronise(weight.device)
             started = time.perf_counter()
-            leave_out(h)
+            leave_out(h, valid)
             synchronise(weight.device)
             clock.chosen += time.perf_counter() - started
 

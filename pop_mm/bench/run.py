@@ -13,6 +13,7 @@ from typing import Any
 
 from ..adapters import adapter_for
 from ..experts import Experts
+from ..kernels import MOST_TOKENS
 from ..session import plan_ffns
 from .errors import BenchError
 from .limits import amdahl_limit, step_bytes
@@ -212,7 +213,7 @@ def _notes(model: Any, tokenizer: Any, setup: Setup) -> list[str]:
         )
     if any(set(setup.kernels) - {variant.kernels for variant in setup.variants(cell)} for cell in setup.cells()):
         notes.append(
-            "The compiled kernel takes one token alone and Triton's at most 8 rows: larger batches go without."
+            f"The compiled kernels take at most {MOST_TOKENS} rows and Triton's at most 8: larger batches go without."
         )
     if setup.compile:
         notes.append("Parts, and with them Amdahl's limit, are those of a step that is not compiled by torch.compile.")

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import PopConfig
-from ..kernels import why_not
+from ..kernels import MOST_TOKENS, why_not
 from ..session import prune
 from .errors import BenchError
 
 METHODS = ("pop", "static")  # those that save time
 KERNELS = ("stock", "compiled", "triton")
 CACHES = ("dynamic", "static")
-_MOST_ROWS = {"compiled": 1, "triton": 8}  # that these kernels take
+_MOST_ROWS = {"compiled": MOST_TOKENS, "triton": 8}  # that these kernels take
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 
 

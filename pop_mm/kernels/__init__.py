@@ -1,5 +1,5 @@
-"""Compiled kernels for a CPU: for decoding one token, moving channels, and a prompt's statistics. Their absence costs nothing but
-speed.
+"""Compiled kernels for a CPU: for decoding a few tokens, moving channels, and a prompt's statistics. Their absence costs
+nothing but speed.
 
 Stock kernels read weights at a third to a half of the memory's speed at batch 1, and pay a fixed price for every call, so
 that narrow weights gain little. These are a few pages of C that the machine's own compiler turns into a library on first use
@@ -36,7 +36,10 @@ _SOURCES = tuple(
 _HEADERS = (Path(__file__).with_name("vectors.h"),)
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 View = tuple[Tensor, Tensor | None]  # a weight as [in, out], and its bias
-Choose = Callable[[Tensor, Tensor], None]
+Choose = Callable[[Tensor, Tensor | None, Tensor], None]
+MOST_TOKENS = (
+    16  # that the library decodes at once: with more, arithmetic takes over, at which torch's kernels are better
+)
 
 
 class Rows:
@@ -62,8 +65,9 @@ class Rows:
         self.blocks = b"".join(pack("=qqq", weight.data_ptr(), len(weight), weight.stride(0)) for weight in weights)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the kernel can multiply these by ``x``: one token, on the CPU and of their dtype."""
-        return x.dtype is self.dtype and x.is_cpu and x.shape[-1] == x.numel() == self.columns
+        """Whether the kernel can multiply these by ``x``: a few tokens, on the CPU and of their dtype."""
+        few = 0 < x.numel() <= MOST_TOKENS * self.columns
+        return x.dtype is self.dtype and x.is_cpu and x.shape[-1] == self.columns and few
 
     @staticmethod
     def fit(weights: Sequence[Tensor]) -> bool:
@@ -103,10 +107,10 @@ class Matvec:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.exchange, self.energy = Exchange(library), Energy(library)
         self.attention, self.norm = Attention(library), RMSNorm(library)
-        matvec = (ctypes.c_char_p, INTEGER, POINTER, INTEGER, INTEGER, POINTER, POINTER, INT)
+        matvec = (ctypes.c_char_p, INTEGER, POINTER, *[INTEGER] * 3, POINTER, POINTER, INT)
         self._functions = functions(library, "matvec", *matvec)
-        self._choices = functions(library, "choose", ctypes.c_char_p, POINTER, POINTER)
-        self.ffn = functions(library, "ffn", ctypes.c_char_p, *[POINTER] * 8, INT)
+        self._choices = functions(library, "choose", ctypes.c_char_p, POINTER, INTEGER, INTEGER, POINTER, POINTER)
+        self.ffn = functions(library, "ffn", ctypes.c_char_p, POINTER, INTEGER, *[POINTER] * 8, INT)
 
     @untraced
     def __call__(self, rows: Sequence[Rows], x: Tensor) -> Tensor:
@@ -117,23 +121,26 @@ class Matvec:
         rows : sequence of Rows
             All of one dtype and with the same number of rows in every matrix.
         x : Tensor
-            ``[1, m]`` for all matrices, or ``[matrices, m]``, one for each; of the weights' dtype.
+            ``[1, m]`` for all matrices, or ``[matrices, m]``, one for each; of the weights' dtype. For one matrix, any number
+            of tokens ``[tokens, m]``.
 
         Returns
         -------
         Tensor
-            ``[matrices, n]``.
+            ``[matrices, n]``; of one matrix ``[tokens, n]``.
         """
         count, total = sum(r.count for r in rows), sum(r.total for r in rows)
         x = x.contiguous()
         inputs, m = x.shape
-        out = torch.empty(count, total // count, dtype=x.dtype, device="cpu")
+        tokens = inputs if count == 1 else 1
+        out = torch.empty(max(count, tokens), total // count, dtype=x.dtype, device="cpu")
         wide = x if x.dtype is torch.float32 else torch.empty(x.shape, dtype=torch.float32, device="cpu")
         self._functions[x.dtype](
             rows[0].blocks if len(rows) == 1 else b"".join([r.blocks for r in rows]),
             count,
             x.data_ptr(),
-            m if inputs > 1 else 0,
+            m if inputs > tokens else 0,
+            tokens,
             m,
             wide.data_ptr(),
             out.data_ptr(),
@@ -142,7 +149,7 @@ class Matvec:
         first = 0
         for r in rows:
             for number, bias in r.biases:
-                out[first + number].add_(bias)
+                (out if count == 1 else out[first + number]).add_(bias)
             first += r.count
         return out
 
@@ -165,14 +172,15 @@ class Choice:
         self._choice = pack("=5q", weight.data_ptr(), keys.data_ptr(), *counts)
 
     @untraced
-    def __call__(self, h: Tensor, dropped: Tensor) -> None:
-        """Zero what a step leaves out of ``[1, K]``, and say what that is, ``[1, n]``."""
+    def __call__(self, h: Tensor, valid: Tensor | None, dropped: Tensor) -> None:
+        """Zero what a step leaves out of ``[tokens, K]``, and say what that is, ``[1, n]``."""
         choose = self._functions.get(h.dtype)
         if choose is None or h.requires_grad or not h.is_contiguous():
             self._other = self._other or self._otherwise()
-            self._other(h, dropped)
+            self._other(h, valid, dropped)
             return
-        choose(self._choice, h.data_ptr(), dropped.data_ptr())
+        voices = None if valid is None else valid.contiguous()
+        choose(self._choice, h.data_ptr(), *h.shape, None if voices is None else voices.data_ptr(), dropped.data_ptr())
 
 
 class Exchange:

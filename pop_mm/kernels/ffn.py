@@ -1,4 +1,4 @@
-"""A whole FFN for one token in one call of the compiled library: gate, up, activation, the choice among candidates, down."""
+"""A whole FFN for a few tokens in one call of the compiled library: gate, up, activation, the choice among candidates, down."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout import FFN
 from ..partition import Sizes
-from . import Matvec, Rows
+from . import MOST_TOKENS, Matvec, Rows
 from .activations import ACTIVATIONS, activation_name
 from .functions import untraced
 
@@ -43,13 +43,18 @@ class FFNStep:
         )
         self._function = matvec.ffn[up.dtype]
         self._dtype, self._hidden = up.dtype, ffn.hidden_size
-        with torch.inference_mode(False):
-            wide = torch.empty(max(ffn.hidden_size, sizes.width), dtype=torch.float32, device="cpu")
-            narrow = torch.empty(2 * sizes.width, dtype=up.dtype, device="cpu")
-            keys = torch.empty(sizes.candidates, dtype=torch.int64, device="cpu")
-        self._scratch = (wide, narrow, keys)
-        self._addresses = [t.data_ptr() for t in self._scratch]
+        self._sizes = sizes
+        self._make_room(1)
         self._seconds, self._clock = seconds, seconds.data_ptr()
+
+    @torch.inference_mode(False)
+    def _make_room(self, tokens: int) -> None:
+        columns = max(self._hidden, self._sizes.width)
+        wide = torch.empty(tokens * columns, dtype=torch.float32, device="cpu")
+        narrow = torch.empty(tokens * 2 * self._sizes.width, dtype=self._dtype, device="cpu")
+        keys = torch.empty(self._sizes.candidates, dtype=torch.int64, device="cpu")
+        self._tokens, self._scratch = tokens, (wide, narrow, keys)
+        self._addresses = [t.data_ptr() for t in self._scratch]
 
     @staticmethod
     def fits(ffn: FFN) -> bool:
@@ -63,28 +68,39 @@ class FFNStep:
         )
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it can compute these: one token, on the CPU and of the weights' dtype."""
-        return x.dtype is self._dtype and x.is_cpu and x.shape[-1] == x.numel() == self._hidden
+        """Whether it can compute these: a few tokens, on the CPU and of the weights' dtype."""
+        few = 0 < x.numel() <= MOST_TOKENS * self._hidden
+        return x.dtype is self._dtype and x.is_cpu and x.shape[-1] == self._hidden and few
 
     @untraced
-    def __call__(self, x: Tensor, weight: Tensor | None, dropped: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, weight: Tensor | None = None, valid: Tensor | None = None, dropped: Tensor | None = None
+    ) -> Tensor:
         """The output of the FFN, in the shape of ``x``.
 
         Parameters
         ----------
         x : Tensor
-            ``[..., H]``, one token.
+            ``[..., H]``, of each sequence one token.
         weight : Tensor or None
             ``[|C|]``, float32: the scorer's weight of the candidate at each place; None if there are no candidates.
+        valid : Tensor or None
+            ``[tokens]``, boolean: which of several have a say in the choice.
         dropped : Tensor or None
             Takes the candidates that were left out, ``[1, n]``, int64.
         """
         x = x.contiguous()
+        tokens = x.numel() // self._hidden
+        if tokens > self._tokens:
+            self._make_room(tokens)
+        valid = None if valid is None else valid.contiguous()
         out = torch.empty(x.shape, dtype=self._dtype, device="cpu")
         self._function(
             self._ffn,
             x.data_ptr(),
+            tokens,
             None if weight is None else weight.data_ptr(),
+            None if valid is None else valid.data_ptr(),
             *self._addresses,
             None if dropped is None else dropped.data_ptr(),
             out.data_ptr(),

@@ -1,4 +1,4 @@
-"""Root mean square norms of a single token, each in one call of the compiled library instead of six of torch's operators."""
+"""Root mean square norms of a few tokens, each in one call of the compiled library instead of six of torch's operators."""
 
 from __future__ import annotations
 

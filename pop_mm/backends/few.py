@@ -1,4 +1,4 @@
-"""What a decode step of a single token runs besides the FFNs, by the compiled library: linear modules, attention, norms."""
+"""What a decode step of a few tokens runs besides the FFNs, by the compiled library: linear modules, attention, norms."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .static import StaticSteps
 Forward = Callable[..., Any]
 
 
-class SingleToken(ABC):
-    """Modules whose forward takes the compiled library for one token, and their own forward for all else.
+class FewTokens(ABC):
+    """Modules whose forward takes the compiled library for one token of each of a few sequences, their own for all else.
 
     Parameters
     ----------
     library : Matvec
-    single : callable
+    few : callable
         Whether the forward of the model that runs now is such a step.
     static : StaticSteps
     """
 
-    def __init__(self, library: Matvec, single: Callable[[], bool], static: StaticSteps) -> None:
+    def __init__(self, library: Matvec, few: Callable[[], bool], static: StaticSteps) -> None:
         self.library = library
-        self.single = single
+        self.few = few
         self.static = static
         self._undo: list[Callable[[], object]] = []
 

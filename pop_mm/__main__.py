@@ -1,0 +1,5 @@
+"""``python -m pop_mm`` is the command ``pop-mm``."""
+
+from .cli import main
+
+main()
