@@ -37,9 +37,7 @@ _HEADERS = (Path(__file__).with_name("vectors.h"),)
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 View = tuple[Tensor, Tensor | None]  # a weight as [in, out], and its bias
 Choose = Callable[[Tensor, Tensor | None, Tensor], None]
-MOST_TOKENS = (
-    16  # that the library decodes at once: with more, arithmetic takes over, at which torch's kernels are better
-)
+MOST_TOKENS = 32  # that the library decodes at once: with more, arithmetic takes over, and torch's kernels are better
 
 
 class Rows:
