@@ -107,7 +107,7 @@ class Matvec:
         self.attention, self.norm = Attention(library), RMSNorm(library)
         matvec = (ctypes.c_char_p, INTEGER, POINTER, *[INTEGER] * 3, POINTER, POINTER, INT)
         self._functions = functions(library, "matvec", *matvec)
-        self._choices = functions(library, "choose", ctypes.c_char_p, POINTER, INTEGER, INTEGER, POINTER, POINTER)
+        self._choices = functions(library, "choose", ctypes.c_char_p, POINTER, INTEGER, POINTER, POINTER)
         self.ffn = functions(library, "ffn", ctypes.c_char_p, POINTER, INTEGER, *[POINTER] * 8, INT)
 
     @untraced
@@ -177,8 +177,8 @@ class Choice:
             self._other = self._other or self._otherwise()
             self._other(h, valid, dropped)
             return
-        voices = None if valid is None else valid.contiguous()
-        choose(self._choice, h.data_ptr(), *h.shape, None if voices is None else voices.data_ptr(), dropped.data_ptr())
+        valid = None if valid is None else valid.contiguous()
+        choose(self._choice, h.data_ptr(), len(h), None if valid is None else valid.data_ptr(), dropped.data_ptr())
 
 
 class Exchange:

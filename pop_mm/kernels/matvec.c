@@ -128,7 +128,7 @@ typedef struct {
     int64_t retained, count, dropped;
 } Choice;
 
-/* Zero the candidates that a step leaves out of h: [tokens, retained + count], `step` apart; valid: null, or which tokens have a say
+/* Zero the candidates that a step leaves out of h: [tokens, retained + count]; valid: null, or which tokens have a say
  * (one alone always has); out: [dropped], which they are */
 #define DEFINE_CHOOSE(NAME, T)                                                                                           \
     static inline float score_##NAME(const T *h, int64_t tokens, int64_t step, const uint8_t *valid, float weight) {     \
@@ -146,7 +146,8 @@ typedef struct {
             for (int64_t t = 0; t < tokens; t++) h[t * step + out[i]] = 0;                                               \
         }                                                                                                                \
     }                                                                                                                    \
-    void choose_##NAME(const Choice *c, T *h, int64_t tokens, int64_t step, const uint8_t *valid, int64_t *out) {        \
+    void choose_##NAME(const Choice *c, T *h, int64_t tokens, const uint8_t *valid, int64_t *out) {                      \
+        const int64_t step = c->retained + c->count;                                                                     \
         h += c->retained;                                                                                                \
         for (int64_t i = 0; i < c->count; i++)                                                                           \
             c->key[i] = to_key(score_##NAME(h + i, tokens, step, valid, c->weight[i]), i);                               \
