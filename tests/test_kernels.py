@@ -11,7 +11,7 @@ from observe import prompt
 from pop_mm import ConfigError, PopConfig, prune
 from pop_mm.kernels import MOST_TOKENS, Matvec, Rows
 from pop_mm.kernels.activations import ACTIVATIONS
-from pop_mm.kernels.ffn import FFNStep
+from pop_mm.kernels.ffn import FFNStep, Scratch
 from pop_mm.layout import FFN, Projection
 from pop_mm.partition import Sizes, dropped_candidates, shared_scores
 from tiny_models import tiny
@@ -109,7 +109,7 @@ def an_ffn(activation, hidden, size, dtype, gated=True, bias=False, seed=0):
 
 
 def step_of(ffn, sizes):
-    return FFNStep(kernels.load("compiled"), ffn, sizes, torch.zeros(1, dtype=torch.float64))
+    return FFNStep(kernels.load("compiled"), ffn, sizes, Scratch())
 
 
 def by_torch(ffn, sizes, x, weight, valid=None):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..engine import Engine
 from ..kernels import Matvec
-from ..kernels.ffn import FFNStep
+from ..kernels.ffn import FFNStep, Scratch
 from ..kernels.gpu import FusedStep, fits
 from ..phase import Forward
 from .base import voices
@@ -63,14 +63,14 @@ def compiled_forward(
     index: int,
     resident: Mapping[int, ResidentCandidates],
     matvec: Matvec,
-    seconds: Tensor,
+    scratch: Scratch,
     stock: Compute,
 ) -> Compute:
-    """The same on a CPU by the compiled library, which adds to ``seconds`` what choosing took."""
+    """The same on a CPU by the compiled library."""
     ffn, sizes = engine.ffn(index), engine.sizes[index]
     if not FFNStep.fits(ffn):
         return stock
-    step = FFNStep(matvec, ffn, sizes, seconds)
+    step = FFNStep(matvec, ffn, sizes, scratch)
 
     def compute(x: Tensor, current: Forward | None) -> Tensor:
         if current is None or not current.few or not step.takes(x):

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..engine import Engine, PromptState
 from ..experts import Experts
 from ..kernels import MOST_TOKENS, Matvec, traced
+from ..kernels.ffn import Scratch
 from ..layout import FFN, Projection, linear
 from ..partition import Partition
 from ..phase import Forward, PhaseTracker
@@ -88,12 +89,12 @@ class InplaceBackend:
         self._undo: list[Callable[[], object]] = []
         self._seconds = 0.0
         self._moved_channels = 0
-        self._choosing = torch.zeros(1, dtype=torch.float64, device="cpu")
+        self._scratch = Scratch()
 
     @property
     def choosing_seconds(self) -> float:
         """Time that compiled kernels have spent choosing among candidates."""
-        return float(self._choosing)
+        return float(self._scratch.seconds)
 
     @property
     def seconds(self) -> float:
@@ -336,7 +337,7 @@ class InplaceBackend:
         if self._triton:
             return triton_forward(self._engine, index, self._candidates, stock)
         if self._matvec is not None:
-            return compiled_forward(self._engine, index, self._candidates, self._matvec, self._choosing, stock)
+            return compiled_forward(self._engine, index, self._candidates, self._matvec, self._scratch, stock)
         return stock
 
     def _holder_forward(self, index: int) -> Callable[..., Tensor]:

@@ -14,6 +14,27 @@ from .activations import ACTIVATIONS, activation_name
 from .functions import untraced
 
 
+class Scratch:
+    """Memory that the FFNs of a session use in turn, so that it stays in the cache, and what they measure.
+
+    Attributes
+    ----------
+    address : int
+        Of ``size`` bytes.
+    seconds : Tensor
+        ``[1]``, float64: what the choices among candidates have taken.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = torch.zeros(1, dtype=torch.float64, device="cpu")
+        self.make_room(0)
+
+    def make_room(self, size: int) -> None:
+        """Have at least ``size`` bytes."""
+        self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self.address, self.size = self._memory.data_ptr(), size
+
+
 class FFNStep:
     """An FFN on its first K channels, where R stands in front of C.
 
@@ -24,11 +45,10 @@ class FFNStep:
     ffn : FFN
         For which :meth:`fits` holds; its weights are read where they are now.
     sizes : Sizes
-    seconds : Tensor
-        ``[1]``, float64: to which each call adds the seconds that the choice among candidates took.
+    scratch : Scratch
     """
 
-    def __init__(self, matvec: Matvec, ffn: FFN, sizes: Sizes, seconds: Tensor) -> None:
+    def __init__(self, matvec: Matvec, ffn: FFN, sizes: Sizes, scratch: Scratch) -> None:
         inputs = [view for p in ffn.inputs for view in p.narrow_views(sizes.width)]
         (down, down_bias), (up, up_bias) = ffn.down.narrow_views(sizes.width)[0], inputs[-1]
         gate, gate_bias = inputs[0] if len(inputs) == 2 else (None, None)
@@ -43,18 +63,10 @@ class FFNStep:
         )
         self._function = matvec.ffn[up.dtype]
         self._dtype, self._hidden = up.dtype, ffn.hidden_size
-        self._sizes = sizes
-        self._make_room(1)
-        self._seconds, self._clock = seconds, seconds.data_ptr()
-
-    @torch.inference_mode(False)
-    def _make_room(self, tokens: int) -> None:
-        columns = max(self._hidden, self._sizes.width)
-        wide = torch.empty(tokens * columns, dtype=torch.float32, device="cpu")
-        narrow = torch.empty(tokens * 2 * self._sizes.width, dtype=self._dtype, device="cpu")
-        keys = torch.empty(self._sizes.candidates, dtype=torch.int64, device="cpu")
-        self._tokens, self._scratch = tokens, (wide, narrow, keys)
-        self._addresses = [t.data_ptr() for t in self._scratch]
+        self._scratch, self._clock = scratch, scratch.seconds.data_ptr()
+        self._keys = _aligned(8 * sizes.candidates)  # bytes: of the choice, and of a token as floats and as it is
+        self._wide = _aligned(4 * max(ffn.hidden_size, sizes.width))
+        self._narrow = _aligned(2 * up.element_size() * sizes.width)
 
     @staticmethod
     def fits(ffn: FFN) -> bool:
@@ -91,8 +103,10 @@ class FFNStep:
         """
         x = x.contiguous()
         tokens = x.numel() // self._hidden
-        if tokens > self._tokens:
-            self._make_room(tokens)
+        scratch, wide = self._scratch, self._keys
+        narrow = wide + tokens * self._wide
+        if (size := narrow + tokens * self._narrow) > scratch.size:
+            scratch.make_room(size)
         valid = None if valid is None else valid.contiguous()
         out = torch.empty(x.shape, dtype=self._dtype, device="cpu")
         self._function(
@@ -101,10 +115,17 @@ class FFNStep:
             tokens,
             None if weight is None else weight.data_ptr(),
             None if valid is None else valid.data_ptr(),
-            *self._addresses,
+            scratch.address + wide,
+            scratch.address + narrow,
+            scratch.address,
             None if dropped is None else dropped.data_ptr(),
             out.data_ptr(),
             self._clock,
             torch.get_num_threads(),
         )
         return out
+
+
+def _aligned(size: int) -> int:
+    """The bytes to set aside for ``size``: whole cache lines."""
+    return -(-size // 64) * 64
