@@ -164,10 +164,9 @@ class Choice:
     ) -> None:
         self._functions, self._otherwise = functions, otherwise
         self._other: Choose | None = None
-        keys = torch.empty(sizes.candidates, dtype=torch.int64, device="cpu")
-        self._kept = weight, keys  # as the memory is
+        self._weight = weight  # kept, as the memory is
         counts = (sizes.retained, sizes.candidates, sizes.candidates_dropped)
-        self._choice = pack("=5q", weight.data_ptr(), keys.data_ptr(), *counts)
+        self._choice = pack("=4q", weight.data_ptr(), *counts)
 
     @untraced
     def __call__(self, h: Tensor, valid: Tensor | None, dropped: Tensor) -> None:

@@ -124,7 +124,6 @@ static void lowest(uint64_t *key, int64_t count, int64_t dropped) {
 
 typedef struct {
     const float *weight; /* [count], of each candidate */
-    uint64_t *key;       /* room for count */
     int64_t retained, count, dropped;
 } Choice;
 
@@ -148,10 +147,11 @@ typedef struct {
     }                                                                                                                    \
     void choose_##NAME(const Choice *c, T *h, int64_t tokens, const uint8_t *valid, int64_t *out) {                      \
         const int64_t step = c->retained + c->count;                                                                     \
+        uint64_t key[c->count + 1]; /* on the stack, which is in the cache */                                            \
         h += c->retained;                                                                                                \
         for (int64_t i = 0; i < c->count; i++)                                                                           \
-            c->key[i] = to_key(score_##NAME(h + i, tokens, step, valid, c->weight[i]), i);                               \
-        leave_out_##NAME(h, tokens, step, c->key, c->count, c->dropped, out);                                            \
+            key[i] = to_key(score_##NAME(h + i, tokens, step, valid, c->weight[i]), i);                                  \
+        leave_out_##NAME(h, tokens, step, key, c->count, c->dropped, out);                                               \
     }
 
 DEFINE_CHOOSE(float, float)
