@@ -20,7 +20,7 @@ from .errors import NonFiniteError, PhaseError
 from .experts import Experts
 from .layout import FFN
 from .modality import MODALITIES, TEXT, ByModality, added, weighted_sum
-from .partition import Partition, Sizes, dropped_candidates, partition, shared_scores, step_chooser
+from .partition import Choose, Partition, Sizes, dropped_candidates, partition, shared_scores, step_chooser
 from .phase import Forward, Phase
 from .routed import ExpertsState, RoutedExperts
 from .scoring import channel_energy, get_scorer
@@ -405,7 +405,7 @@ class Engine:
         sizes, log, device = self.sizes[index], _ffn_state(state, index).steps, weight.device
 
         @torch.inference_mode(False)  # buffers that may be written in and out of inference mode
-        def by_torch() -> kernels.Choose:
+        def by_torch() -> Choose:
             return step_chooser(weight, sizes)
 
         library = kernels.library() if weight.is_cpu and weight.dtype is torch.float32 else None

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .errors import ConfigError
 
+Choose = Callable[[Tensor, Tensor | None, Tensor], None]  # what :func:`step_chooser` makes
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -202,7 +204,7 @@ def shared_scores(candidates: Tensor, weight: Tensor, valid: Tensor | None) -> T
     return squared.sum(0).sqrt_().mul_(weight)
 
 
-def step_chooser(weight: Tensor, sizes: Sizes) -> Callable[[Tensor, Tensor | None, Tensor], None]:
+def step_chooser(weight: Tensor, sizes: Sizes) -> Choose:
     """:func:`dropped_candidates` for steps of one token of each sequence.
 
     For one sequence in as few operations as it can be done: each costs more than its few numbers.

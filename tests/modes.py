@@ -1,5 +1,6 @@
 """The ways to decode that every invariant is checked in. A mode takes a model and gives (tokens, logits)."""
 
+from contextlib import contextmanager
 from functools import cache
 from unittest import mock
 
@@ -47,6 +48,17 @@ def pruned(model, backend="masked", **settings):
 def without_library():
     """Within: as on a machine without a compiler."""
     return mock.patch.object(kernels, "library", return_value=None)
+
+
+@contextmanager
+def threads_of_torch(count):
+    """Within: torch, and the compiled library with it, takes so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def alone(model, ids, **settings):

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import pop_mm.kernels as kernels
-from modes import generate, left_padded, pruned, without_library
+from modes import generate, left_padded, pruned, threads_of_torch, without_library
 from observe import differences, fingerprint, prompt
 from pop_mm.backends.attention import with_own_interface
 from pop_mm.kernels.attention import Attention
@@ -60,13 +60,10 @@ def test_it_is_torchs(group, groups, length, size, wide, layout, threads):
 
     query = random(1, 1, group * groups, size).transpose(1, 2)
     key, value = laid_out(1, size), laid_out(2, wide)
-    attention, before = kernels.library().attention, torch.get_num_threads()
+    attention = kernels.library().attention
     assert attention.takes(query, key, value)
-    torch.set_num_threads(threads)
-    try:
+    with threads_of_torch(threads):
         found = attention(query, key, value, 0.3)
-    finally:
-        torch.set_num_threads(before)
     wide_key, wide_value = (t.double().repeat_interleave(group, 1) for t in (key, value))
     expected = F.scaled_dot_product_attention(query.double(), wide_key, wide_value, scale=0.3).transpose(1, 2)
     assert found.dtype == torch.bfloat16

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pop_mm.kernels as kernels
-from modes import generate, left_padded, pruned
+from modes import generate, left_padded, pruned, threads_of_torch
 from observe import prompt
 from pop_mm import ConfigError, PopConfig, prune
 from pop_mm.kernels import MOST_TOKENS, Matvec, Rows
@@ -54,12 +54,8 @@ def test_products_are_those_of_float64(dtype, matrices, rows, columns, gap, shar
     wide = torch.randn(matrices, rows, columns + gap, generator=generator).to(dtype)
     x = torch.randn(1 if shared else matrices, columns, generator=generator).to(dtype)
     narrow = [matrix[:, :columns] for matrix in wide]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_of_torch(threads):
         found = kernels.load("compiled")([Rows(narrow[:1]), *([Rows(narrow[1:])] if matrices > 1 else [])], x)
-    finally:
-        torch.set_num_threads(before)
     expected = torch.stack([m.double() @ v.double() for m, v in zip(narrow, x.expand(matrices, -1), strict=True)])
     assert found.dtype == dtype
     scale = torch.stack(
@@ -83,12 +79,8 @@ def test_products_of_several_tokens_are_those_of_float64(dtype, tokens, rows, co
     matrix = torch.randn(rows, columns + gap, generator=generator).to(dtype)[:, :columns]
     x = torch.randn(tokens, columns, generator=generator).to(dtype)
     added = torch.randn(rows, generator=generator).to(dtype) if bias else None
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_of_torch(threads):
         found = kernels.load("compiled")([Rows([matrix], [added])], x)
-    finally:
-        torch.set_num_threads(before)
     expected, scale = x.double() @ matrix.double().t(), x.double().abs() @ matrix.double().abs().t()
     if bias:
         expected, scale = expected + added.double(), scale + added.double().abs()
@@ -153,12 +145,8 @@ def test_a_whole_ffn_is_that_of_torch(
     valid = torch.rand(tokens, generator=generator) < 0.8 if tokens > 1 and bias else None
     weight = torch.rand(candidates, generator=torch.Generator().manual_seed(candidates))
     dropped = torch.empty(1, sizes.candidates_dropped, dtype=torch.int64)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_of_torch(threads):
         found = step_of(ffn, sizes)(x, weight, valid, dropped)
-    finally:
-        torch.set_num_threads(before)
     scores, expected_dropped, expected = by_torch(ffn, sizes, x, weight, valid)
     assert dropped.unique().numel() == dropped.numel()
     close = 0.05 if dtype == torch.bfloat16 else 1e-4

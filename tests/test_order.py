@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pop_mm.kernels as kernels
-from modes import EXPERT_LAYOUTS, LAYOUTS, generate, pruned, without_library
+from modes import EXPERT_LAYOUTS, LAYOUTS, generate, pruned, threads_of_torch, without_library
 from observe import prompt
 from pop_mm.backends.order import ChannelOrder, zone_swaps
 from pop_mm.layout import as_integers, swap_channels
@@ -63,12 +63,8 @@ def test_compiled_moves_are_those_of_torch(exchange, dtype, rows, columns, count
     found, expected = matrix((rows, columns), dtype), matrix((rows, columns), dtype)
     size = view(found).shape[axis]
     first, second = pairs(size, min(count, size // 2))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_of_torch(threads):
         exchange(view(found), axis, first, second)
-    finally:
-        torch.set_num_threads(before)
     swap_by_torch(view(expected), axis, first, second)
     assert torch.equal(found, expected)
     own = view(matrix((rows, columns), dtype))

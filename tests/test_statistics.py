@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modes import without_library
+from modes import threads_of_torch, without_library
 from pop_mm import kernels, scoring
 from pop_mm.scoring import channel_energy
 
@@ -52,13 +52,10 @@ def check_energy(h, dtype):
 def test_the_compiled_sum_is_that_of_float64(dtype, tokens, channels, gap, masked, threads):
     h = activations(tokens, channels + gap, dtype=dtype)[:, :channels]
     counted = torch.arange(tokens) % 3 > 0 if masked else None
-    compiled, before = kernels.load("compiled").energy, torch.get_num_threads()
+    compiled = kernels.load("compiled").energy
     assert compiled.takes(h)
-    torch.set_num_threads(threads)
-    try:
+    with threads_of_torch(threads):
         found = channel_energy(h, counted)
-    finally:
-        torch.set_num_threads(before)
     torch.testing.assert_close(found.double(), expected(h, counted), rtol=1e-5, atol=0)
     assert torch.equal(found, channel_energy(h, counted))
 

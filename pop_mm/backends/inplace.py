@@ -320,8 +320,7 @@ class InplaceBackend:
         def zero_dropped(h: Tensor, current: Forward) -> None:
             here = resident[index]
             if current.length == 1:  # the common step
-                valid = None if current.valid is None else voices(current)
-                here.leave_out(h if h.dim() == 2 else h.view(current.rows, -1), valid)
+                here.leave_out(h if h.dim() == 2 else h.view(current.rows, -1), voices(current))
                 return
             candidates = h.view(current.rows, current.length, -1)[..., retained:]
             dropped = engine.select(index, current, candidates, here.weight, here.ranks)

@@ -13,7 +13,6 @@ from typing import Any
 
 from ..adapters import adapter_for
 from ..experts import Experts
-from ..kernels import MOST_TOKENS
 from ..session import plan_ffns
 from .errors import BenchError
 from .limits import amdahl_limit, step_bytes
@@ -22,7 +21,7 @@ from .memory import Job
 from .parts import STEP_PARTS, Parts, measure_parts
 from .prompts import Prompts
 from .timing import Run, decode_options, generate, generate_timed, quartiles
-from .variants import STOCK_DENSE, Cell, Setup, Variant, running
+from .variants import MOST_ROWS, STOCK_DENSE, Cell, Setup, Variant, running
 
 _PART_TOKENS = 32  # of the runs that are looked at part by part
 Runs = Mapping[Variant, list[Run]]
@@ -213,7 +212,8 @@ def _notes(model: Any, tokenizer: Any, setup: Setup) -> list[str]:
         )
     if any(set(setup.kernels) - {variant.kernels for variant in setup.variants(cell)} for cell in setup.cells()):
         notes.append(
-            f"The compiled kernels take at most {MOST_TOKENS} rows and Triton's at most 8: larger batches go without."
+            "The compiled kernels take at most {compiled} rows and Triton's at most {triton}: larger batches go "
+            "without.".format_map(MOST_ROWS)
         )
     if setup.compile:
         notes.append("Parts, and with them Amdahl's limit, are those of a step that is not compiled by torch.compile.")

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import PopConfig
-from ..kernels import MOST_TOKENS, why_not
+from ..kernels import MOST_TOKENS, gpu, why_not
 from ..session import prune
 from .errors import BenchError
 
 METHODS = ("pop", "static")  # those that save time
 KERNELS = ("stock", "compiled", "triton")
 CACHES = ("dynamic", "static")
-_MOST_ROWS = {"compiled": MOST_TOKENS, "triton": 8}  # that these kernels take
+MOST_ROWS = {"compiled": MOST_TOKENS, "triton": gpu.MAX_ROWS}  # that these kernels take
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -129,7 +129,7 @@ class Setup:
         """Those that a cell has, stock dense first; kernels that do not take so many rows are left out."""
         found = [STOCK_DENSE]
         for name in self.kernels:
-            if cell.batch <= _MOST_ROWS.get(name, cell.batch):
+            if cell.batch <= MOST_ROWS.get(name, cell.batch):
                 pruned = [Variant(method, ratio, name) for method in self.methods for ratio in self.ratios]
                 found += [pruned[0].dense, *pruned]
         return list(dict.fromkeys(found))

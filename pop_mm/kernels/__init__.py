@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..partition import Sizes
+from ..partition import Choose, Sizes
 from .attention import Attention
 from .functions import DTYPES, INT, INTEGER, POINTER, function, functions, untraced
 from .norm import RMSNorm
@@ -36,11 +36,29 @@ _SOURCES = tuple(
 _HEADERS = (Path(__file__).with_name("vectors.h"),)
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 View = tuple[Tensor, Tensor | None]  # a weight as [in, out], and its bias
-Choose = Callable[[Tensor, Tensor | None, Tensor], None]
 MOST_TOKENS = 32  # that the library decodes at once: with more, arithmetic takes over, and torch's kernels are better
 
 
-class Rows:
+class TakesFew:
+    """What computes a few tokens of one dtype and size.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+    columns : int
+        Of a token.
+    """
+
+    dtype: torch.dtype
+    columns: int
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it can compute these, ``[..., columns]``: a few tokens, on the CPU and of its dtype."""
+        few = 0 < x.numel() <= MOST_TOKENS * self.columns
+        return x.dtype is self.dtype and x.is_cpu and x.shape[-1] == self.columns and few
+
+
+class Rows(TakesFew):
     """Matrices for :class:`Matvec`, ``[n_i, m]`` each, as the kernel takes them.
 
     Attributes
@@ -61,11 +79,6 @@ class Rows:
         self.count = len(weights)
         self.total = sum(len(weight) for weight in weights)
         self.blocks = b"".join(pack("=qqq", weight.data_ptr(), len(weight), weight.stride(0)) for weight in weights)
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether the kernel can multiply these by ``x``: a few tokens, on the CPU and of their dtype."""
-        few = 0 < x.numel() <= MOST_TOKENS * self.columns
-        return x.dtype is self.dtype and x.is_cpu and x.shape[-1] == self.columns and few
 
     @staticmethod
     def fit(weights: Sequence[Tensor]) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout import FFN
 from ..partition import Sizes
-from . import MOST_TOKENS, Matvec, Rows
+from . import Matvec, Rows, TakesFew
 from .activations import ACTIVATIONS, activation_name
 from .functions import untraced
 
@@ -35,7 +35,7 @@ class Scratch:
         self.address, self.size = self._memory.data_ptr(), size
 
 
-class FFNStep:
+class FFNStep(TakesFew):
     """An FFN on its first K channels, where R stands in front of C.
 
     Parameters
@@ -62,7 +62,7 @@ class FFNStep:
             *(ffn.hidden_size, sizes.width, sizes.retained, sizes.candidates_dropped, list(ACTIVATIONS).index(name)),
         )
         self._function = matvec.ffn[up.dtype]
-        self._dtype, self._hidden = up.dtype, ffn.hidden_size
+        self.dtype, self.columns = up.dtype, ffn.hidden_size
         self._scratch, self._clock = scratch, scratch.seconds.data_ptr()
         self._keys = _aligned(8 * sizes.candidates)  # bytes: of the choice, and of a token as floats and as it is
         self._wide = _aligned(4 * max(ffn.hidden_size, sizes.width))
@@ -78,11 +78,6 @@ class FFNStep:
             and all(bias.dtype == views[0][0].dtype and bias.is_contiguous() for bias in biases)
             and activation_name(ffn.activation) is not None
         )
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether it can compute these: a few tokens, on the CPU and of the weights' dtype."""
-        few = 0 < x.numel() <= MOST_TOKENS * self._hidden
-        return x.dtype is self._dtype and x.is_cpu and x.shape[-1] == self._hidden and few
 
     @untraced
     def __call__(
@@ -102,13 +97,13 @@ class FFNStep:
             Takes the candidates that were left out, ``[1, n]``, int64.
         """
         x = x.contiguous()
-        tokens = x.numel() // self._hidden
+        tokens = x.numel() // self.columns
         scratch, wide = self._scratch, self._keys
         narrow = wide + tokens * self._wide
         if (size := narrow + tokens * self._narrow) > scratch.size:
             scratch.make_room(size)
         valid = None if valid is None else valid.contiguous()
-        out = torch.empty(x.shape, dtype=self._dtype, device="cpu")
+        out = torch.empty(x.shape, dtype=self.dtype, device="cpu")
         self._function(
             self._ffn,
             x.data_ptr(),
