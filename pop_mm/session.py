@@ -374,6 +374,7 @@ class Session:
                 "which it is completed. Leave prefill_chunk_size out, or use prefill='dense'."
             )
         if forward.phase is not Phase.DECODE:
+            self._inplace.unpack()
             before = state.tokens
             self._engine.count_tokens(forward)
             if forward.phase is Phase.PREFILL or before is None or not torch.equal(before, state.tokens):  # type: ignore[arg-type]

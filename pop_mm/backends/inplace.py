@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..engine import Engine, PromptState
 from ..experts import Experts
-from ..kernels import MOST_TOKENS, Matvec, traced
+from ..kernels import MOST_TOKENS, Matvec, View, traced
 from ..kernels.ffn import Scratch
 from ..layout import FFN, Projection, linear
 from ..partition import Partition
@@ -26,7 +26,10 @@ from .base import current_forward, voices
 from .experts import InplaceExperts
 from .fused import compiled_forward, triton_forward
 from .order import ChannelOrder
+from .packing import PackedDown
 from .static import StaticSteps
+
+_PACK_AFTER = 8  # steps of one prompt without another in between: packing and unpacking cost as much as they save in 17
 
 
 class ResidentCandidates(NamedTuple):
@@ -90,6 +93,9 @@ class InplaceBackend:
         self._seconds = 0.0
         self._moved_channels = 0
         self._scratch = Scratch()
+        self._downs: dict[int, PackedDown] = {}
+        self._packed = False
+        self._steps = 0  # of the resident prompt, since anything else ran
 
     @property
     def choosing_seconds(self) -> float:
@@ -118,10 +124,12 @@ class InplaceBackend:
             restore = experts.restore
         else:
             order = self._orders[index] = ChannelOrder(record.size, record.device, record.swap)
+            self._downs[index] = PackedDown(record.down, self._engine.sizes[index].width)
             self._replace_forwards(index, record)
             restore = order.restore
 
         def canonical(*_: Any) -> None:
+            self.unpack()
             self._resident = None
             self._placed.pop(index, None)
             restore()
@@ -141,6 +149,7 @@ class InplaceBackend:
 
     def detach(self) -> None:
         """Restore the original order and the modules' own forwards."""
+        self.unpack()
         self._resident = None
         self._placed.clear()
         for order in self._orders.values():
@@ -153,6 +162,13 @@ class InplaceBackend:
     def begin(self, forward: Forward) -> None:
         """Before a decode step: say how the FFNs may compute it."""
         forward.fast = self.place(forward.state)
+        if not forward.fast:
+            self.unpack()
+        else:
+            self._steps += 1
+            ours = self._matvec is not None or self._triton or self._static_loaded
+            if self._steps == _PACK_AFTER and not ours and not torch.is_grad_enabled():
+                self._pack()
         forward.few = (
             forward.fast
             and self._matvec is not None
@@ -179,6 +195,7 @@ class InplaceBackend:
         """Whether this forward can be a compiled step: one token a row, on what is resident."""
         if not forward.fast or forward.length > 1:
             return False
+        self.unpack()
         if not self._static_loaded:  # only here: most sessions never compile
             for index, here in self._candidates.items():
                 self.static.load(index, here.weight, here.ranks)
@@ -199,6 +216,7 @@ class InplaceBackend:
             return True
         if state.moved and self._resident is not None and self._resident.alive:
             return False
+        self.unpack()
         started = time.perf_counter()
         if self._orders:
             self._place_ffns(state)
@@ -208,6 +226,24 @@ class InplaceBackend:
         self._resident = state
         self._seconds += time.perf_counter() - started
         return True
+
+    def _pack(self) -> None:
+        started = time.perf_counter()
+        for down in self._downs.values():
+            if down.pays():
+                self._packed = True
+                down.pack()
+        self._seconds += time.perf_counter() - started
+
+    def unpack(self) -> None:
+        """Before anything but a step of the resident prompt reads or moves weights."""
+        self._steps = 0
+        if self._packed:
+            started = time.perf_counter()
+            for down in self._downs.values():
+                down.unpack()
+            self._packed = False
+            self._seconds += time.perf_counter() - started
 
     def _place_ffns(self, state: PromptState) -> None:
         self.static.flush()
@@ -264,7 +300,7 @@ class InplaceBackend:
         ffn, sizes = self._engine.ffn(index), self._engine.sizes[index]
         tracker, module = self._tracker, ffn.down.module
         own_forward = type(module).forward
-        narrow = ffn.down.narrow(sizes.width)
+        narrow, down = ffn.down.narrow(sizes.width), self._downs[index]
         engine, order = self._engine, self._orders[index]
         has_candidates = sizes.candidates > 0
         static, compiled = self.static, self._matvec is not None
@@ -285,7 +321,7 @@ class InplaceBackend:
                 if h.requires_grad:
                     h = h.clone()
                 zero_dropped(h, current)
-            return narrow(h)
+            return down(h) if down.packed else narrow(h)
 
         zero_dropped = self._zero_dropped(index)
         return forward
@@ -332,7 +368,8 @@ class InplaceBackend:
         self, index: int, zero_dropped: Callable[[Tensor, Forward], None] | None
     ) -> Callable[[Tensor, Forward | None], Tensor]:
         """The FFN on narrow views of its weights as they are now, by the kernels of this session."""
-        stock = direct_forward(self._engine.ffn(index), self._engine.sizes[index].width, zero_dropped)
+        sizes, down = self._engine.sizes[index], self._downs[index].view()
+        stock = direct_forward(self._engine.ffn(index), sizes.width, zero_dropped, down)
         if self._triton:
             return triton_forward(self._engine, index, self._candidates, stock)
         if self._matvec is not None:
@@ -354,11 +391,11 @@ class InplaceBackend:
         parameters: list[Any] = [p.module._parameters for p in ffn.projections]
         zero_dropped = self._zero_dropped(index) if sizes.candidates else None
         compute = self._direct_forward(index, zero_dropped)
-        addresses = [p["weight"].data_ptr() for p in parameters]
-        static = self.static
+        static, down = self.static, self._downs[index]
+        where = [down.packed, *(p["weight"].data_ptr() for p in parameters)]
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            nonlocal compute, addresses
+            nonlocal compute, where
             if static.active:  # the compiler sees through modules
                 return own_forward(holder, x, *args, **kwargs)
             current = tracker.current
@@ -366,9 +403,9 @@ class InplaceBackend:
                 return self._probed_prompt(index, current, x)
             if current is None or not current.fast or any(hooks):
                 return own_forward(holder, x, *args, **kwargs)
-            now = [p["weight"].data_ptr() for p in parameters]
-            if now != addresses:
-                addresses = now
+            now = [down.packed, *(p["weight"].data_ptr() for p in parameters)]
+            if now != where:
+                where = now
                 compute = self._direct_forward(index, zero_dropped)
             return compute(x, current)
 
@@ -398,11 +435,10 @@ def static_linear(projection: Projection, width: int, x: Tensor, compiled: bool)
 
 
 def direct_forward(
-    ffn: FFN, width: int, zero_dropped: Callable[[Tensor, Forward], None] | None
+    ffn: FFN, width: int, zero_dropped: Callable[[Tensor, Forward], None] | None, down: View
 ) -> Callable[[Tensor, Forward | None], Tensor]:
-    """An FFN as one function on views of its first ``width`` channels: ``act(gate) * up`` or ``act(up)``, then down."""
+    """An FFN as one function on views of its first ``width`` channels: ``act(gate) * up`` or ``act(up)``, then ``down``."""
     inputs = [view for p in ffn.inputs for view in p.narrow_views(width)]
-    down = ffn.down.narrow_views(width)[0]
     assert ffn.activation is not None
     activation = ffn.activation.forward
 
@@ -431,7 +467,7 @@ def direct_forward_fits(ffn: FFN) -> bool:
     x = torch.randn(1, 1, ffn.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     try:
         expected = holder(x)
-        found = direct_forward(ffn, ffn.size, None)(x, None)
+        found = direct_forward(ffn, ffn.size, None, ffn.down.narrow_views(ffn.size)[0])(x, None)
     except Exception:  # a holder that wants more than x is left to its own forward
         return False
     if not isinstance(expected, Tensor) or expected.shape != found.shape:

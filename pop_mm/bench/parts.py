@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -205,7 +206,8 @@ def _session_targets(session: Session) -> Iterator[tuple[Any, str, str]]:
         yield engine, name, "statistics"
     yield engine, "partition_all", "partition"
     yield engine, "select", "selection"
-    yield inplace, "place", "reordering"
+    for name in ("place", "_pack", "unpack"):
+        yield inplace, name, "reordering"
     for index, record in enumerate(engine.ffns):
         if isinstance(record, Experts):
             routed = engine.routed(index)
@@ -225,12 +227,13 @@ def _watch_chooser(session: Session, clock: PartClock) -> Callable[[], object]:
         index: int, state: PromptState, weight: Tensor, ranks: Tensor
     ) -> Callable[[Tensor, Tensor | None], None]:
         leave_out = own(index, state, weight, ranks)
+        wait = (lambda: None) if weight.is_cpu else partial(synchronise, weight.device)
 
         def call(h: Tensor, valid: Tensor | None) -> None:  # a few operations: the clock's own work would be as much
-            synchronise(weight.device)
+            wait()
             started = time.perf_counter()
             leave_out(h, valid)
-            synchronise(weight.device)
+            wait()
             clock.chosen += time.perf_counter() - started
 
         return call

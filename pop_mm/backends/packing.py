@@ -1,0 +1,87 @@
+"""A narrow ``down`` whose rows lie side by side in the weight's own memory, for as long as one prompt decodes.
+
+At one token torch multiplies 16-bit numbers row by row where a CPU has no AVX-512, and reading stops at the end of a narrow row:
+57 % of the columns so take 85 % of the time of all, and 78 % as long as all. Side by side they take 56 and 75 %.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels import View
+from ..layout import Projection, as_integers, linear
+
+_ROWS = 64  # moved through a copy while what is free in front of them is too small
+
+
+class PackedDown:
+    """A down projection on its first ``width`` columns.
+
+    Attributes
+    ----------
+    packed : bool
+        Whether these lie side by side, so that nothing but :meth:`view` says where they are.
+    """
+
+    def __init__(self, down: Projection, width: int) -> None:
+        self._down = down
+        self._width = width
+        self.packed = False
+
+    def fits(self) -> bool:
+        """Whether the columns are narrow rows now."""
+        weight = self._down.weight
+        return weight.is_contiguous() and not self._down.transposed and self._width < weight.shape[1]
+
+    def pays(self) -> bool:
+        """Whether torch's kernels gain from it here."""
+        weight = self._down.weight
+        halves = weight.is_cpu and weight.element_size() == 2
+        return halves and self.fits() and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+
+    def view(self) -> View:
+        """Weight as ``[width, out]`` and bias, as :meth:`Projection.narrow_views` gives them."""
+        if not self.packed:
+            return self._down.narrow_views(self._width)[0]
+        weight = self._down.weight
+        return weight.view(-1)[: len(weight) * self._width].view(-1, self._width).t(), self._down.bias
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Of ``[..., width]``, ``[..., out]``."""
+        out = linear(h.reshape(-1, self._width), *self.view())
+        return out.view(*h.shape[:-1], -1)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Move the first columns together, and the others behind them."""
+        weight, width = as_integers(self._down.weight), self._width
+        (rows, size), flat = weight.shape, weight.view(-1)
+        rest = weight[:, width:].clone()
+        first = 0
+        while first < rows:
+            free = first * (size - width) // width  # rows that fit in front of where the next one is
+            last = min(first + max(free, _ROWS), rows)
+            block = weight[first:last, :width]
+            flat[first * width : last * width].view_as(block).copy_(block if last - first <= free else block.clone())
+            first = last
+        flat[rows * width :].view_as(rest).copy_(rest)
+        self.packed = True
+
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """Undo :meth:`pack`, if it was done."""
+        if not self.packed:
+            return
+        weight, width = as_integers(self._down.weight), self._width
+        (rows, size), flat = weight.shape, weight.view(-1)
+        rest = flat[rows * width :].view(rows, -1).clone()
+        last = rows
+        while last:
+            free = -(-last * width // size)  # the first row that lies behind all that is to be moved
+            first = max(min(free, last - _ROWS), 0)
+            block = flat[first * width : last * width].view(-1, width)
+            weight[first:last, :width].copy_(block if first >= free else block.clone())
+            last = first
+        weight[:, width:].copy_(rest)
+        self.packed = False
