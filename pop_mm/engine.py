@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -404,18 +405,22 @@ class Engine:
         """
         sizes, log, device = self.sizes[index], _ffn_state(state, index).steps, weight.device
 
+        @cache
         @torch.inference_mode(False)  # buffers that may be written in and out of inference mode
-        def by_torch() -> Choose:
+        def torchs() -> Choose:
             return step_chooser(weight, sizes)
 
-        library = kernels.library() if weight.is_cpu and weight.dtype is torch.float32 else None
-        leave_out = by_torch() if library is None else library.chooser(weight.contiguous(), sizes, by_torch)
-        return lambda h, valid: leave_out(h, valid, log.slot(ranks, device))
+        def by_torch(h: Tensor, valid: Tensor | None) -> None:
+            torchs()(h, valid, log.slot(ranks, device))
 
-    def step_slot(self, index: int, state: PromptState, ranks: Tensor) -> Callable[[], Tensor]:
-        """For a kernel that chooses by itself, for one token of each sequence: where to note what it leaves out, ``[1, n]``."""
-        log, device = _ffn_state(state, index).steps, ranks.device
-        return lambda: log.slot(ranks, device)
+        library = kernels.library() if weight.is_cpu and weight.dtype is torch.float32 else None
+        if library is None:
+            return by_torch
+        return library.chooser(weight.contiguous(), sizes, self.step_slot(index, state, ranks), by_torch)
+
+    def step_slot(self, index: int, state: PromptState, ranks: Tensor) -> Callable[[], int]:
+        """For C that chooses by itself, for one token of each sequence: the address to note at what it leaves out, ``[1, n]``."""
+        return partial(_ffn_state(state, index).steps.address, ranks, ranks.device)
 
     def apply(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
         """The reference path: observe, partition and mask the input of the down projection, as the phase asks.

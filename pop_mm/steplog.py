@@ -24,6 +24,7 @@ class StepLog:
         self._sizes = sizes
         self._recent: Tensor | None = None  # [B or 1, 32, n]: the steps that are not folded yet
         self._slots: tuple[Tensor, ...] = ()
+        self._start, self._bytes = 0, 8 * sizes.candidates_dropped  # where they are, and the size of one
         self._count = 0
         self._ranks: Tensor | None = None  # of the recent steps
         self._last: Tensor | None = None  # [B or 1, |C|]: candidates kept by the last folded step
@@ -41,15 +42,20 @@ class StepLog:
 
     def slot(self, ranks: Tensor | None, device: torch.device) -> Tensor:
         """``[1, n]`` to write one step of one sequence into, as :meth:`add` takes it; good until 32 steps later."""
-        if ranks is not self._ranks or self._count == _FOLD_EVERY:
-            self._fold()
-            self._ranks = ranks
-        if not self._slots:
-            self._fold()
-            self._recent = self._buffer(1, device)
-            self._slots = self._recent.unbind(1)
-        self._count += 1
+        self.address(ranks, device)
         return self._slots[self._count - 1]
+
+    def address(self, ranks: Tensor | None, device: torch.device) -> int:
+        """That of :meth:`slot`: looking at a tensor costs more than a small choice."""
+        count = self._count
+        if count == _FOLD_EVERY or ranks is not self._ranks or not self._slots:
+            self._fold()
+            self._ranks, count = ranks, 0
+            if not self._slots:
+                self._recent = self._buffer(1, device)
+                self._slots, self._start = self._recent.unbind(1), self._recent.data_ptr()
+        self._count = count + 1
+        return self._start + count * self._bytes
 
     def add(self, dropped: Tensor, ranks: Tensor | None = None) -> None:
         """Record steps: ``[q, n]`` (shared) or ``[B, q, n]``, the candidates left out by each.

@@ -146,7 +146,7 @@ def test_a_whole_ffn_is_that_of_torch(
     weight = torch.rand(candidates, generator=torch.Generator().manual_seed(candidates))
     dropped = torch.empty(1, sizes.candidates_dropped, dtype=torch.int64)
     with threads_of_torch(threads):
-        found = step_of(ffn, sizes)(x, weight, valid, dropped)
+        found = step_of(ffn, sizes)(x, weight, valid, dropped.data_ptr())
     scores, expected_dropped, expected = by_torch(ffn, sizes, x, weight, valid)
     assert dropped.unique().numel() == dropped.numel()
     close = 0.05 if dtype == torch.bfloat16 else 1e-4
@@ -169,7 +169,7 @@ def test_the_choice_is_exact(seed):
     ffn.down.weight.data = torch.eye(count)
     x = torch.randint(1, 40 if seed % 2 else 3, (1, count), generator=generator).float()
     dropped = torch.empty(1, sizes.candidates_dropped, dtype=torch.int64)
-    found = step_of(ffn, sizes)(x, torch.ones(count), None, dropped)
+    found = step_of(ffn, sizes)(x, torch.ones(count), None, dropped.data_ptr())
     by_score = sorted(range(count), key=lambda i: (float(x[0, i]), -i))  # of equal scores, the later go
     assert sorted(dropped[0].tolist()) == sorted(by_score[: sizes.candidates_dropped])
     assert torch.equal(found, x.scatter(1, dropped, 0))
@@ -182,7 +182,7 @@ def test_a_candidate_that_is_not_finite_goes_first(bad):
     ffn.inputs[0].weight.data = torch.eye(4)
     weight = torch.tensor([1.0, bad, 1.0])
     dropped = torch.empty(1, 1, dtype=torch.int64)
-    step_of(ffn, sizes)(torch.ones(1, 4), weight, None, dropped)
+    step_of(ffn, sizes)(torch.ones(1, 4), weight, None, dropped.data_ptr())
     assert dropped.tolist() == [[1]]
 
 

@@ -50,7 +50,7 @@ class ResidentCandidates(NamedTuple):
     ranks: Tensor
     weight: Tensor
     leave_out: Callable[[Tensor, Tensor | None], None]
-    slot: Callable[[], Tensor]
+    slot: Callable[[], int]
 
 
 class _Placed(NamedTuple):

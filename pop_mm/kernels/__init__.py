@@ -15,17 +15,16 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from struct import pack
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..partition import Choose, Sizes
+from ..partition import Sizes
 from .attention import Attention
 from .functions import DTYPES, INT, INTEGER, POINTER, function, functions, untraced
 from .norm import RMSNorm
@@ -35,6 +34,7 @@ _SOURCES = tuple(
 )
 _HEADERS = (Path(__file__).with_name("vectors.h"),)
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+LeaveOut = Callable[[Tensor, Tensor | None], None]  # of a step's activations, where ``valid`` ones have a say
 View = tuple[Tensor, Tensor | None]  # a weight as [in, out], and its bias
 MOST_TOKENS = 32  # that the library decodes at once: with more, arithmetic takes over, and torch's kernels are better
 
@@ -164,33 +164,29 @@ class Matvec:
             first += r.count
         return out
 
-    def chooser(self, weight: Tensor, sizes: Sizes, otherwise: Callable[[], Choose]) -> Choice:
-        """As :func:`pop_mm.partition.step_chooser`, for ``weight`` in float32 on the CPU, contiguous."""
-        return Choice(self._choices, weight, sizes, otherwise)
+    def chooser(self, weight: Tensor, sizes: Sizes, slot: Callable[[], int], otherwise: LeaveOut) -> LeaveOut:
+        """As :func:`pop_mm.partition.step_chooser`; what the library does not take goes to ``otherwise``.
 
+        Parameters
+        ----------
+        weight : Tensor
+            ``[|C|]``, float32 on the CPU, contiguous.
+        slot : callable
+            The address to put the indices at of what a step leaves out, ``[1, n]`` int64.
+        """
+        functions, counts = self._choices, (sizes.retained, sizes.candidates, sizes.candidates_dropped)
+        choice, width = pack("=4q", weight.data_ptr(), *counts), sizes.width
 
-class Choice:
-    """What :meth:`Matvec.chooser` makes; ``otherwise`` makes what takes its place where the library cannot do it."""
+        @untraced
+        def leave_out(h: Tensor, valid: Tensor | None, _kept: Tensor = weight) -> None:  # as the memory is
+            choose = functions.get(h.dtype)
+            if choose is None or h.requires_grad or not h.is_contiguous():
+                otherwise(h, valid)
+                return
+            valid = None if valid is None else valid.contiguous()
+            choose(choice, h.data_ptr(), h.numel() // width, None if valid is None else valid.data_ptr(), slot())
 
-    def __init__(
-        self, functions: Mapping[torch.dtype, Any], weight: Tensor, sizes: Sizes, otherwise: Callable[[], Choose]
-    ) -> None:
-        self._functions, self._otherwise = functions, otherwise
-        self._other: Choose | None = None
-        self._weight = weight  # kept, as the memory is
-        counts = (sizes.retained, sizes.candidates, sizes.candidates_dropped)
-        self._choice = pack("=4q", weight.data_ptr(), *counts)
-
-    @untraced
-    def __call__(self, h: Tensor, valid: Tensor | None, dropped: Tensor) -> None:
-        """Zero what a step leaves out of ``[tokens, K]``, and say what that is, ``[1, n]``."""
-        choose = self._functions.get(h.dtype)
-        if choose is None or h.requires_grad or not h.is_contiguous():
-            self._other = self._other or self._otherwise()
-            self._other(h, valid, dropped)
-            return
-        valid = None if valid is None else valid.contiguous()
-        choose(self._choice, h.data_ptr(), len(h), None if valid is None else valid.data_ptr(), dropped.data_ptr())
+        return leave_out
 
 
 class Exchange:

@@ -81,7 +81,7 @@ class FFNStep(TakesFew):
 
     @untraced
     def __call__(
-        self, x: Tensor, weight: Tensor | None = None, valid: Tensor | None = None, dropped: Tensor | None = None
+        self, x: Tensor, weight: Tensor | None = None, valid: Tensor | None = None, dropped: int | None = None
     ) -> Tensor:
         """The output of the FFN, in the shape of ``x``.
 
@@ -93,8 +93,8 @@ class FFNStep(TakesFew):
             ``[|C|]``, float32: the scorer's weight of the candidate at each place; None if there are no candidates.
         valid : Tensor or None
             ``[tokens]``, boolean: which of several have a say in the choice.
-        dropped : Tensor or None
-            Takes the candidates that were left out, ``[1, n]``, int64.
+        dropped : int or None
+            Address that takes the candidates that were left out, ``[1, n]``, int64.
         """
         x = x.contiguous()
         tokens = x.numel() // self.columns
@@ -113,7 +113,7 @@ class FFNStep(TakesFew):
             scratch.address + wide,
             scratch.address + narrow,
             scratch.address,
-            None if dropped is None else dropped.data_ptr(),
+            dropped,
             out.data_ptr(),
             self._clock,
             torch.get_num_threads(),
