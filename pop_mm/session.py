@@ -29,6 +29,7 @@ from .config import PopConfig, as_config
 from .engine import Engine, PromptState
 from .errors import AdapterError, ConfigError, NonFiniteError, SessionError
 from .experts import Experts
+from .interrupts import uninterrupted
 from .kernels import gpu
 from .layout import FFN
 from .modality import MODALITIES
@@ -241,6 +242,7 @@ class Session:
             return self._inplace
         return self._gathered if name == "gathered" else self._masked
 
+    @uninterrupted()
     def detach(self) -> None:
         """Stop pruning and restore the model bit for bit. Harmless if not attached."""
         if not self.attached:

@@ -1,6 +1,7 @@
 """A narrow ``down`` whose rows lie side by side while one prompt decodes: nothing but the time may show it."""
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_the_model_may_change_its_dtype_while_it_is_packed(packing):
     assert packing
 
 
-def test_only_torchs_products_of_16_bits_without_avx512_gain(monkeypatch):
+def test_only_torchs_products_of_16_bits_on_avx2_gain(monkeypatch):
     def pays(dtype=torch.bfloat16, width=3, capability="AVX2", **settings):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         return PackedDown(Projection("down", torch.nn.Linear(8, 4, dtype=dtype), "in", **settings), width).pays()
@@ -146,6 +147,7 @@ def test_only_torchs_products_of_16_bits_without_avx512_gain(monkeypatch):
     assert pays(torch.float16)
     assert not pays(torch.float32)
     assert not pays(capability="AVX512")
+    assert not pays(capability="DEFAULT")
     assert not pays(width=8)
     assert not pays(transposed=True)
 
@@ -155,3 +157,28 @@ def test_compiled_kernels_do_without(packing):
     with pruned(model, "inplace", kernels="auto") as session:
         generate(model, prompt(1, 9))
         assert bool(packing) == (session._matvec is None)
+
+
+@pytest.mark.parametrize("method", ["pack", "unpack"])
+def test_ctrl_c_waits_until_all_columns_are_moved(monkeypatch, method):
+    module = torch.nn.Linear(40, 200, bias=False)
+    before = module.weight.detach().clone()
+    down = PackedDown(Projection("down", module, "in"), 30)
+    if method == "unpack":
+        down.pack()
+    own, calls = torch.Tensor.clone, []
+
+    def clone(tensor):
+        calls.append(tensor)
+        if len(calls) == 2:  # some rows have been moved
+            signal.raise_signal(signal.SIGINT)
+        return own(tensor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "clone", clone)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(down, method)()
+    assert down.packed == (method == "pack")
+    assert torch.equal(down.view()[0].t(), before[:, :30])
+    down.unpack()
+    assert torch.equal(module.weight, before)

@@ -1,6 +1,7 @@
 """A session: life, exact restore, and prompts, caches, models and threads that must not mix."""
 
 import gc
+import signal
 import threading
 import weakref
 
@@ -9,7 +10,7 @@ import torch
 
 from modes import BACKENDS, LAYOUTS, LENGTH, STEPS, alone, backends, fresh, generate, pruned
 from observe import differences, fingerprint, prompt, same_afterwards
-from pop_mm import SessionError
+from pop_mm import SessionError, experts, layout
 from reference import down_projections
 from tiny_models import tiny
 
@@ -207,3 +208,73 @@ def test_a_prompt_whose_cache_is_gone_leaves_its_place_to_an_older_one(model):
             tokens.append(logits[:, -1].argmax(-1, keepdim=True))
         assert torch.equal(torch.cat(tokens, 1), expected)
         assert session.timings.masked_forwards == 0
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+@pytest.mark.parametrize("exchange", range(1, 12, 2))
+def test_ctrl_c_while_channels_move_leaves_no_half_moved_ffn(load, monkeypatch, model_type, exchange):
+    """It arrives between the weights of an FFN; in a later prompt some channels go back and forth."""
+    model, module = load(model_type), {"llama": layout, "mixtral": experts}[model_type]
+    count, own = 0, module.swap_channels
+
+    def swap_channels(*args):
+        nonlocal count
+        own(*args)
+        count += 1
+        if count == exchange:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(module, "swap_channels", swap_channels)
+    with same_afterwards(model), pytest.raises(KeyboardInterrupt), pruned(model, "inplace"):
+        model.generate(prompt(), max_new_tokens=STEPS)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("exchange", range(1, 12, 2))
+def test_ctrl_c_while_another_prompt_comes_leaves_the_older_one_whole(model, monkeypatch, exchange):
+    def decode(backend):
+        count, own = 0, layout.swap_channels
+
+        def swap_channels(*args):
+            nonlocal count
+            own(*args)
+            count += 1
+            if count == exchange:
+                signal.raise_signal(signal.SIGINT)
+
+        with pruned(model, backend), torch.no_grad():
+            older, newer = (model(prompt(seed=seed), use_cache=True) for seed in (0, 1))
+            older = model(torch.tensor([[7]]), past_key_values=older.past_key_values)
+            if backend == "inplace":
+                monkeypatch.setattr(layout, "swap_channels", swap_channels)
+                with pytest.raises(KeyboardInterrupt):
+                    model(torch.tensor([[8]]), past_key_values=newer.past_key_values)
+            return model(torch.tensor([[9]]), past_key_values=older.past_key_values).logits
+
+    assert torch.allclose(decode("inplace"), decode("masked"), rtol=0, atol=1e-10)
+
+
+def test_ctrl_c_while_a_session_ends_waits_for_the_model(model, monkeypatch):
+    own = layout.swap_channels
+
+    def swap_channels(*args):
+        own(*args)
+        signal.raise_signal(signal.SIGINT)
+
+    with same_afterwards(model):
+        session = pruned(model, "inplace").attach()
+        model.generate(prompt(), max_new_tokens=STEPS)
+        monkeypatch.setattr(layout, "swap_channels", swap_channels)
+        with pytest.raises(KeyboardInterrupt):
+            session.detach()
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, None])
+def test_ctrl_c_is_left_alone_where_it_does_nothing(model, handler):
+    own = signal.signal(signal.SIGINT, handler or (lambda *_: None))
+    try:
+        with pruned(model, "inplace"):
+            model.generate(prompt(), max_new_tokens=STEPS)
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, own)

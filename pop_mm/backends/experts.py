@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..engine import Engine
 from ..errors import SessionError
 from ..experts import Experts, ExpertViews
+from ..interrupts import uninterrupted
 from ..kernels import Matvec
 from ..layout import linear
 from ..partition import dropped_candidates
@@ -203,6 +204,7 @@ class InplaceExperts(MaskedExperts):
         self.restore()
         super().detach()
 
+    @uninterrupted()
     def restore(self) -> None:
         """Put every channel back."""
         self.forget_resident()
@@ -296,6 +298,7 @@ class InplaceExperts(MaskedExperts):
         routed = self._engine.routed(self._index)
         return routed.choose(forward, candidates, self._weight[slots.expert], slots, slots.column)
 
+    @uninterrupted()
     def _place(self, state: ExpertsState, expert: int) -> None:
         """Bring R and C of an expert to the front."""
         started = time.perf_counter()

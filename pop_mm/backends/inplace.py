@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..engine import Engine, PromptState
 from ..experts import Experts
+from ..interrupts import uninterrupted
 from ..kernels import MOST_TOKENS, Matvec, View, traced
 from ..kernels.ffn import Scratch
 from ..layout import FFN, Projection, linear
@@ -217,6 +218,7 @@ class InplaceBackend:
         if state.moved and self._resident is not None and self._resident.alive:
             return False
         self.unpack()
+        self._resident = None  # nor is it if this is not completed
         started = time.perf_counter()
         if self._orders:
             self._place_ffns(state)
@@ -274,6 +276,7 @@ class InplaceBackend:
     def _is_placed(self, index: int, part: Partition) -> bool:
         return index in self._placed and self._placed[index].partition is part
 
+    @uninterrupted()
     def _move(self, index: int, part: Partition, zones: Tensor) -> None:
         """Bring R and C of one FFN to the front; ``zones`` are those of its partition, on the host."""
         order = self._orders[index]

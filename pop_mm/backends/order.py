@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..interrupts import uninterrupted
 from ..partition import Sizes
 
 Numbers = NDArray[np.int64]
@@ -84,6 +85,7 @@ class ChannelOrder:
         at[first], at[second] = at[second], at[first]
         self._position_of = None
 
+    @uninterrupted()
     def restore(self) -> None:
         """Put every channel back: bit for bit, since only whole channels were ever exchanged."""
         if not self.moved:
