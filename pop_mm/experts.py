@@ -174,9 +174,8 @@ class Experts:
 
     @torch.no_grad()
     def swap(self, expert: int, first: Tensor, second: Tensor) -> None:
-        """Exchange channels of one expert in place (see :meth:`Projection.swap`); its function stays the same."""
-        for matrix, axis in self.channel_matrices(expert):
-            swap_channels(matrix, axis, first, second)
+        """Exchange channels of one expert in place (see :func:`swap_channels`); its function stays the same."""
+        swap_channels(self.channel_matrices(expert), first, second)
 
     def input_views(self, expert: int, width: int) -> list[tuple[Tensor, Tensor | None]]:
         """Gate and up of an expert's first ``width`` channels, as ``[H, n]`` and a bias: views.

@@ -7,8 +7,9 @@ feed-forward network together. Adapters build these records; backends use them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -127,20 +128,14 @@ class Projection:
 
         return forward
 
-    def swap(self, first: Tensor, second: Tensor) -> None:
-        """Exchange channels in place: position ``first[i]`` with position ``second[i]``.
-
-        Parameters
-        ----------
-        first, second : Tensor
-            ``[n]``, int64, disjoint and without repeats.
-        """
+    def channel_matrices(self) -> Iterator[tuple[Tensor, int]]:
+        """Every matrix in which a row (axis 0) or a column (axis 1) is a channel: views."""
         tensors = [(self.weight, self.axis)]
         if self.side == "out" and self.bias is not None:
             tensors.append((self.bias.unsqueeze(1), 0))
         for tensor, axis in tensors:
             for block in tensor.chunk(self.blocks, axis) if self.blocks > 1 else (tensor,):
-                swap_channels(block, axis, first, second)
+                yield block, axis
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -153,31 +148,50 @@ def as_integers(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGER[tensor.element_size()])
 
 
-def swap_channels(matrix: Tensor, axis: int, first: Tensor, second: Tensor) -> None:
-    """Exchange rows (axis 0) or columns (axis 1) in place: ``first[i]`` with ``second[i]``, disjoint and no repeats.
+def swap_channels(matrices: Iterable[tuple[Tensor, int]], first: Tensor, second: Tensor) -> None:
+    """Exchange channels ``first[i]`` and ``second[i]`` in place; in all matrices or, where one fails for want of memory, in none.
 
-    On a CPU by the compiled library, if it can be had.
+    Parameters
+    ----------
+    matrices : iterable of tuple of Tensor and int
+        With the axis of the channels: 0 for rows, 1 for columns.
+    first, second : Tensor
+        ``[n]``, int64, disjoint and without repeats.
     """
+    done: list[Callable[[], None]] = []
+    try:
+        for matrix, axis in matrices:
+            for exchange in exchanges(matrix, axis, first, second):
+                exchange()
+                done.append(exchange)
+    except BaseException:
+        for exchange in reversed(done):
+            exchange()
+        raise
+
+
+def exchanges(matrix: Tensor, axis: int, first: Tensor, second: Tensor) -> Iterator[Callable[[], None]]:
+    """The steps of an exchange, each of which succeeds or changes nothing, and undoes itself; by the library where it can."""
     library = kernels.library() if matrix.is_cpu else None
     if library is not None:
-        library.exchange(matrix, axis, first, second)
+        yield partial(library.exchange, matrix, axis, first, second)
     elif axis == 0:
-        _swap_rows(as_integers(matrix), first, second)
+        for a, b in zip(first.split(_SWAP_ROWS), second.split(_SWAP_ROWS), strict=True):
+            yield partial(_swap_rows, as_integers(matrix), torch.cat([a, b]), torch.cat([b, a]))
     else:
-        _swap_columns(as_integers(matrix), first, second)
+        # gather and scatter_ on a block of rows are far faster than index_select and index_copy_ along columns
+        target = torch.cat([first, second]).expand(_SWAP_ROWS, -1)
+        source = torch.cat([second, first]).expand(_SWAP_ROWS, -1)
+        for rows in as_integers(matrix).split(_SWAP_ROWS):
+            yield partial(_swap_columns, rows, target[: len(rows)], source[: len(rows)])
 
 
-def _swap_rows(rows: Tensor, first: Tensor, second: Tensor) -> None:
-    for a, b in zip(first.split(_SWAP_ROWS), second.split(_SWAP_ROWS), strict=True):
-        rows.index_copy_(0, torch.cat([a, b]), rows.index_select(0, torch.cat([b, a])))
+def _swap_rows(rows: Tensor, target: Tensor, source: Tensor) -> None:
+    rows.index_copy_(0, target, rows.index_select(0, source))
 
 
-def _swap_columns(matrix: Tensor, first: Tensor, second: Tensor) -> None:
-    # gather and scatter_ on a block of rows are far faster than index_select and index_copy_ along columns
-    target = torch.cat([first, second]).expand(_SWAP_ROWS, -1)
-    source = torch.cat([second, first]).expand(_SWAP_ROWS, -1)
-    for rows in matrix.split(_SWAP_ROWS):
-        rows.scatter_(1, target[: len(rows)], rows.gather(1, source[: len(rows)]))
+def _swap_columns(rows: Tensor, target: Tensor, source: Tensor) -> None:
+    rows.scatter_(1, target, rows.gather(1, source))
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,9 +272,8 @@ class FFN:
 
     @torch.no_grad()
     def swap(self, first: Tensor, second: Tensor) -> None:
-        """Exchange channels of all projections in place (see :meth:`Projection.swap`): the function stays the same."""
-        for projection in self.projections:
-            projection.swap(first, second)
+        """Exchange channels of all projections in place (see :func:`swap_channels`): the function stays the same."""
+        swap_channels((matrix for p in self.projections for matrix in p.channel_matrices()), first, second)
 
     @torch.no_grad()
     def input_norms(self) -> Tensor:

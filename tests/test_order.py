@@ -37,7 +37,7 @@ def pairs(size, count, seed=0):
 
 def swap_by_torch(weight, axis, first, second):
     with without_library():
-        swap_channels(weight, axis, first, second)
+        swap_channels([(weight, axis)], first, second)
 
 
 @settings(max_examples=80, deadline=None)
@@ -156,6 +156,6 @@ def test_autograd_notices_that_weights_moved(library):
     x = torch.randn(1, 4, requires_grad=True)
     out = torch.nn.functional.linear(x, weight).sum()
     with torch.no_grad(), library:
-        swap_channels(weight, 0, torch.tensor([0]), torch.tensor([1]))
+        swap_channels([(weight, 0)], torch.tensor([0]), torch.tensor([1]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()

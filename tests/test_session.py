@@ -10,7 +10,7 @@ import torch
 
 from modes import BACKENDS, LAYOUTS, LENGTH, STEPS, alone, backends, fresh, generate, pruned
 from observe import differences, fingerprint, prompt, same_afterwards
-from pop_mm import SessionError, experts, layout
+from pop_mm import SessionError, layout
 from reference import down_projections
 from tiny_models import tiny
 
@@ -210,61 +210,72 @@ def test_a_prompt_whose_cache_is_gone_leaves_its_place_to_an_older_one(model):
         assert session.timings.masked_forwards == 0
 
 
+def after_exchange(monkeypatch, number, happens):
+    """From now on something happens when so many matrices have been exchanged; None: at each of them."""
+    count, own = 0, layout.exchanges
+
+    def exchanges(*args):
+        nonlocal count
+        for exchange in own(*args):
+            yield exchange
+            count += 1
+            if number in (count, None):
+                happens()
+
+    monkeypatch.setattr(layout, "exchanges", exchanges)
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError
+
+
+def ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 @pytest.mark.parametrize("exchange", range(1, 12, 2))
-def test_ctrl_c_while_channels_move_leaves_no_half_moved_ffn(load, monkeypatch, model_type, exchange):
-    """It arrives between the weights of an FFN; in a later prompt some channels go back and forth."""
-    model, module = load(model_type), {"llama": layout, "mixtral": experts}[model_type]
-    count, own = 0, module.swap_channels
-
-    def swap_channels(*args):
-        nonlocal count
-        own(*args)
-        count += 1
-        if count == exchange:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(module, "swap_channels", swap_channels)
-    with same_afterwards(model), pytest.raises(KeyboardInterrupt), pruned(model, "inplace"):
+@pytest.mark.parametrize(("happens", "error"), [(ctrl_c, KeyboardInterrupt), (out_of_memory, torch.OutOfMemoryError)])
+def test_an_exception_while_channels_move_leaves_no_half_moved_ffn(
+    load, monkeypatch, model_type, exchange, happens, error
+):
+    model = load(model_type)
+    after_exchange(monkeypatch, exchange, happens)
+    with same_afterwards(model), pytest.raises(error), pruned(model, "inplace"):
         model.generate(prompt(), max_new_tokens=STEPS)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 @pytest.mark.parametrize("exchange", range(1, 12, 2))
-def test_ctrl_c_while_another_prompt_comes_leaves_the_older_one_whole(model, monkeypatch, exchange):
+@pytest.mark.parametrize(("happens", "error"), [(ctrl_c, KeyboardInterrupt), (out_of_memory, torch.OutOfMemoryError)])
+def test_an_exception_while_another_prompt_comes_leaves_the_other_prompts_whole(
+    load, monkeypatch, model_type, exchange, happens, error
+):
+    model = load(model_type)
+
     def decode(backend):
-        count, own = 0, layout.swap_channels
-
-        def swap_channels(*args):
-            nonlocal count
-            own(*args)
-            count += 1
-            if count == exchange:
-                signal.raise_signal(signal.SIGINT)
-
         with pruned(model, backend), torch.no_grad():
             older, newer = (model(prompt(seed=seed), use_cache=True) for seed in (0, 1))
             older = model(torch.tensor([[7]]), past_key_values=older.past_key_values)
             if backend == "inplace":
-                monkeypatch.setattr(layout, "swap_channels", swap_channels)
-                with pytest.raises(KeyboardInterrupt):
-                    model(torch.tensor([[8]]), past_key_values=newer.past_key_values)
-            return model(torch.tensor([[9]]), past_key_values=older.past_key_values).logits
+                with monkeypatch.context() as patched:
+                    after_exchange(patched, exchange, happens)
+                    with pytest.raises(error):
+                        model(torch.tensor([[8]]), past_key_values=newer.past_key_values)
+            newest = model(prompt(seed=2), use_cache=True)
+            logits = model(torch.tensor([[9]]), past_key_values=older.past_key_values).logits
+            return logits, model(torch.tensor([[9]]), past_key_values=newest.past_key_values).logits
 
-    assert torch.allclose(decode("inplace"), decode("masked"), rtol=0, atol=1e-10)
+    for found, expected in zip(decode("inplace"), decode("masked"), strict=True):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-10)
 
 
 def test_ctrl_c_while_a_session_ends_waits_for_the_model(model, monkeypatch):
-    own = layout.swap_channels
-
-    def swap_channels(*args):
-        own(*args)
-        signal.raise_signal(signal.SIGINT)
-
     with same_afterwards(model):
         session = pruned(model, "inplace").attach()
         model.generate(prompt(), max_new_tokens=STEPS)
-        monkeypatch.setattr(layout, "swap_channels", swap_channels)
+        after_exchange(monkeypatch, None, ctrl_c)
         with pytest.raises(KeyboardInterrupt):
             session.detach()
 

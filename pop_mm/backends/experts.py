@@ -309,8 +309,10 @@ class InplaceExperts(MaskedExperts):
                 self._weight = fixed(torch.zeros_like(state.candidate_weight))
         order, sizes = self._orders[expert], self._engine.sizes[self._index]
         zones = state.partition[expert].zones().cpu().numpy()
-        self.moved_channels += order.place(zones, sizes)
-        self._positions[expert] = order.position_of
+        try:
+            self.moved_channels += order.place(zones, sizes)
+        finally:  # some have moved even where it fails
+            self._positions[expert] = order.position_of
         self._weight[expert] = state.candidate_weight[expert][order.candidate_ranks(zones, sizes)]
         self._placed.add(expert)
         self.seconds += time.perf_counter() - started

@@ -280,6 +280,7 @@ class InplaceBackend:
     def _move(self, index: int, part: Partition, zones: Tensor) -> None:
         """Bring R and C of one FFN to the front; ``zones`` are those of its partition, on the host."""
         order = self._orders[index]
+        self._placed.pop(index, None)  # nor is it placed if only some of them move
         self._moved_channels += order.place(zones.numpy(), part.sizes)
         self._placed[index] = _Placed(part, order.candidate_ranks(zones.numpy(), part.sizes))
 
