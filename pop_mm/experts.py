@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import Rows, View, rows_of
-from .layout import swap_channels
+from .layout import swap_channels, weight_norms
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -224,7 +224,7 @@ class Experts:
         """``||W_down[e, :, i]||_2``, ``[E, D]``, in float32 (float64 for float64 weights)."""
         dtype = torch.promote_types(self.float_dtype, torch.float32)
         with self._loaded():
-            return torch.linalg.vector_norm(self.down, dim=2 if self._transposed else 1, dtype=dtype)
+            return torch.stack([weight_norms(down, int(self._transposed), dtype) for down in self.down])
 
     @torch.no_grad()
     def input_norms(self) -> Tensor:
@@ -232,9 +232,8 @@ class Experts:
         dtype = torch.promote_types(self.float_dtype, torch.float32)
         shape, axis = self._blocks
         with self._loaded():
-            norms = torch.linalg.vector_norm(
-                self._parameter(self.input_name), dim=1 if self._transposed else 2, dtype=dtype
-            )
+            weights = self._parameter(self.input_name)
+            norms = torch.stack([weight_norms(weight, int(not self._transposed), dtype) for weight in weights])
         return torch.linalg.vector_norm(norms.unflatten(1, shape), dim=1 + axis)
 
     def _loaded(self) -> AbstractContextManager[object]:

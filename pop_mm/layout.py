@@ -19,6 +19,7 @@ from . import kernels
 
 Role = Literal["dense", "shared_expert"]
 
+_NORM_WEIGHTS = 1 << 20  # whose norms are taken at once
 _SWAP_ROWS = 256  # rows moved at once: few calls, and the scratch stays small
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -141,6 +142,12 @@ class Projection:
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``rows @ weight + bias`` for ``[N, in]`` and ``[in, out]``: the kernel of F.linear with a third of its dispatches."""
     return torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+
+
+def weight_norms(matrix: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Norms along one axis of a matrix, in pieces: on a CPU torch first makes a copy of all that it is given in ``dtype``."""
+    pieces = matrix.split(max(1, _NORM_WEIGHTS // matrix.shape[dim]), 1 - dim)
+    return torch.cat([torch.linalg.vector_norm(piece, dim=dim, dtype=dtype) for piece in pieces])
 
 
 def as_integers(tensor: Tensor) -> Tensor:
@@ -280,9 +287,7 @@ class FFN:
         """Norm of each channel's weights in gate and up together, ``[D]``; the weights must be plain tensors."""
         dtype = torch.promote_types(self.float_dtype, torch.float32)
         views = [weight for p in self.inputs for weight, _ in p.narrow_views(self.size)]
-        return torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(weight, dim=0, dtype=dtype) for weight in views]), dim=0
-        )
+        return torch.linalg.vector_norm(torch.stack([weight_norms(weight, 0, dtype) for weight in views]), dim=0)
 
     @torch.no_grad()
     def down_column_norms(self) -> Tensor:
@@ -292,7 +297,7 @@ class FFN:
         """
         dtype = torch.promote_types(self.float_dtype, torch.float32)
         if self.down.why_not_readable() is None:
-            return torch.linalg.vector_norm(self.down.linear_weight(), dim=0, dtype=dtype)
+            return weight_norms(self.down.linear_weight(), 0, dtype)
         parameter = next(self.down.module.parameters())
         device = parameter.device if parameter.device.type != "meta" else torch.device("cpu")
         norms = []

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import pop_mm.kernels as kernels
 from modes import EXPERT_LAYOUTS, LAYOUTS, generate, pruned, threads_of_torch, without_library
 from observe import prompt
+from pop_mm import layout
 from pop_mm.backends.order import ChannelOrder, zone_swaps
 from pop_mm.layout import as_integers, swap_channels
 from pop_mm.partition import Sizes, partition
@@ -159,3 +160,22 @@ def test_autograd_notices_that_weights_moved(library):
         swap_channels([(weight, 0)], torch.tensor([0]), torch.tensor([1]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_norms_of_weights_are_taken_in_pieces(monkeypatch, dim, dtype):
+    """Torch copies all that it is given in float32, which is twice a bfloat16 weight's memory."""
+    monkeypatch.setattr(layout, "_NORM_WEIGHTS", 1000)
+    own, sizes = torch.linalg.vector_norm, []
+    monkeypatch.setattr(
+        torch.linalg, "vector_norm", lambda piece, **how: (sizes.append(piece.numel()), own(piece, **how))[1]
+    )
+    matrix = torch.randn(110, 90, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    found = layout.weight_norms(matrix, dim, wide)
+    torch.testing.assert_close(found, matrix.to(wide).square().sum(dim).sqrt())
+    assert sum(sizes) == matrix.numel()
+    assert max(sizes) <= 1000
+    long = layout.weight_norms(torch.ones(2000, 3).transpose(0, dim), dim, wide)  # one line is more than a piece
+    assert long.tolist() == pytest.approx([2000**0.5] * 3)
