@@ -19,7 +19,7 @@ from . import kernels
 
 Role = Literal["dense", "shared_expert"]
 
-_NORM_WEIGHTS = 1 << 20  # whose norms are taken at once
+_NORM_WEIGHTS = 1 << 18  # whose norms are taken at once
 _SWAP_ROWS = 256  # rows moved at once: few calls, and the scratch stays small
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -146,8 +146,16 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def weight_norms(matrix: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Norms along one axis of a matrix, in pieces: on a CPU torch first makes a copy of all that it is given in ``dtype``."""
-    pieces = matrix.split(max(1, _NORM_WEIGHTS // matrix.shape[dim]), 1 - dim)
-    return torch.cat([torch.linalg.vector_norm(piece, dim=dim, dtype=dtype) for piece in pieces])
+    if matrix.dtype == dtype or not matrix.is_cpu:
+        return torch.linalg.vector_norm(matrix, dim=dim, dtype=dtype)
+    length, count = matrix.shape[dim], matrix.shape[1 - dim]
+    lines = min(max(1, _NORM_WEIGHTS // length), count)
+    room, norms = torch.empty(lines * length, dtype=dtype), torch.empty(count, dtype=dtype)
+    for start in range(0, count, lines):
+        piece = matrix.narrow(1 - dim, start, min(lines, count - start))
+        wide = room[: piece.numel()].view(piece.shape).copy_(piece)
+        torch.linalg.vector_norm(wide, dim=dim, out=norms[start : start + lines])
+    return norms
 
 
 def as_integers(tensor: Tensor) -> Tensor:
