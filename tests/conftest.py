@@ -1,5 +1,6 @@
 """Models that every test must leave as it found them."""
 
+import signal
 from functools import cache
 
 import pytest
@@ -70,3 +71,12 @@ def call(capsys, wide_terminal_and_no_network):
         return stop.value.code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, which it does not in a process that a shell has put in the background."""
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, own)

@@ -159,6 +159,7 @@ def test_compiled_kernels_do_without(packing):
         assert bool(packing) == (session._matvec is None)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("method", ["pack", "unpack"])
 def test_ctrl_c_waits_until_all_columns_are_moved(monkeypatch, method):
     module = torch.nn.Linear(40, 200, bias=False)

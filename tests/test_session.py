@@ -233,6 +233,7 @@ def ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 @pytest.mark.parametrize("exchange", range(1, 12, 2))
 @pytest.mark.parametrize(("happens", "error"), [(ctrl_c, KeyboardInterrupt), (out_of_memory, torch.OutOfMemoryError)])
@@ -243,9 +244,9 @@ def test_an_exception_while_channels_move_leaves_no_half_moved_ffn(
     after_exchange(monkeypatch, exchange, happens)
     with same_afterwards(model), pytest.raises(error), pruned(model, "inplace"):
         model.generate(prompt(), max_new_tokens=STEPS)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 @pytest.mark.parametrize("exchange", range(1, 12, 2))
 @pytest.mark.parametrize(("happens", "error"), [(ctrl_c, KeyboardInterrupt), (out_of_memory, torch.OutOfMemoryError)])
@@ -271,6 +272,7 @@ def test_an_exception_while_another_prompt_comes_leaves_the_other_prompts_whole(
         assert torch.allclose(found, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_a_session_ends_waits_for_the_model(model, monkeypatch):
     with same_afterwards(model):
         session = pruned(model, "inplace").attach()
