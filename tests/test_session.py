@@ -233,10 +233,16 @@ def ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
-@pytest.mark.parametrize("exchange", range(1, 12, 2))
-@pytest.mark.parametrize(("happens", "error"), [(ctrl_c, KeyboardInterrupt), (out_of_memory, torch.OutOfMemoryError)])
+def while_moving(test):
+    """Each of them after each of the first exchanges, of an FFN and of experts."""
+    errors = [(ctrl_c, KeyboardInterrupt), (out_of_memory, torch.OutOfMemoryError)]
+    test = pytest.mark.parametrize(("happens", "error"), errors)(test)
+    test = pytest.mark.parametrize("exchange", range(1, 12, 2))(test)
+    test = pytest.mark.parametrize("model_type", ["llama", "mixtral"])(test)
+    return pytest.mark.usefixtures("interruptible")(test)
+
+
+@while_moving
 def test_an_exception_while_channels_move_leaves_no_half_moved_ffn(
     load, monkeypatch, model_type, exchange, happens, error
 ):
@@ -246,10 +252,7 @@ def test_an_exception_while_channels_move_leaves_no_half_moved_ffn(
         model.generate(prompt(), max_new_tokens=STEPS)
 
 
-@pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
-@pytest.mark.parametrize("exchange", range(1, 12, 2))
-@pytest.mark.parametrize(("happens", "error"), [(ctrl_c, KeyboardInterrupt), (out_of_memory, torch.OutOfMemoryError)])
+@while_moving
 def test_an_exception_while_another_prompt_comes_leaves_the_other_prompts_whole(
     load, monkeypatch, model_type, exchange, happens, error
 ):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -219,33 +220,37 @@ class InplaceBackend:
             return False
         self.unpack()
         self._resident = None  # nor is it if this is not completed
-        started = time.perf_counter()
-        if self._orders:
-            self._place_ffns(state)
-        for experts in self._experts.values():
-            experts.forget_resident()
+        with self._moving():
+            if self._orders:
+                self._place_ffns(state)
+            for experts in self._experts.values():
+                experts.forget_resident()
         state.moved = True
         self._resident = state
-        self._seconds += time.perf_counter() - started
         return True
 
-    def _pack(self) -> None:
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """Within: the time is that of moving channels."""
         started = time.perf_counter()
-        for down in self._downs.values():
-            if down.pays():
-                self._packed = True
-                down.pack()
+        yield
         self._seconds += time.perf_counter() - started
+
+    def _pack(self) -> None:
+        with self._moving():
+            for down in self._downs.values():
+                if down.pays():
+                    self._packed = True
+                    down.pack()
 
     def unpack(self) -> None:
         """Before anything but a step of the resident prompt reads or moves weights."""
         self._steps = 0
         if self._packed:
-            started = time.perf_counter()
-            for down in self._downs.values():
-                down.unpack()
+            with self._moving():
+                for down in self._downs.values():
+                    down.unpack()
             self._packed = False
-            self._seconds += time.perf_counter() - started
 
     def _place_ffns(self, state: PromptState) -> None:
         self.static.flush()
@@ -269,9 +274,8 @@ class InplaceBackend:
     def _place_prompt(self, index: int, state: PromptState) -> None:
         """Rank the channels of one FFN, and move them, within a prefill."""
         part = self._engine.partition(index, state)
-        started = time.perf_counter()
-        self._move(index, part, part.zones().cpu())
-        self._seconds += time.perf_counter() - started
+        with self._moving():
+            self._move(index, part, part.zones().cpu())
 
     def _is_placed(self, index: int, part: Partition) -> bool:
         return index in self._placed and self._placed[index].partition is part
