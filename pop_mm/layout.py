@@ -150,7 +150,7 @@ def weight_norms(matrix: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         return torch.linalg.vector_norm(matrix, dim=dim, dtype=dtype)
     length, count = matrix.shape[dim], matrix.shape[1 - dim]
     lines = min(max(1, _NORM_WEIGHTS // length), count)
-    room, norms = torch.empty(lines * length, dtype=dtype), torch.empty(count, dtype=dtype)
+    room, norms = (torch.empty(n, dtype=dtype, device=matrix.device) for n in (lines * length, count))
     for start in range(0, count, lines):
         piece = matrix.narrow(1 - dim, start, min(lines, count - start))
         wide = room[: piece.numel()].view(piece.shape).copy_(piece)

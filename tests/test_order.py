@@ -181,3 +181,9 @@ def test_norms_of_weights_are_taken_in_pieces(monkeypatch, dim, dtype):
         torch.ones(2000, 3, dtype=dtype).transpose(0, dim), dim, wide
     )  # one line is more than a piece
     assert long.tolist() == pytest.approx([2000**0.5] * 3)
+
+
+def test_norms_of_weights_are_taken_where_they_are():
+    matrix = torch.ones(4, 3, dtype=torch.bfloat16)
+    with torch.device("meta"):  # as with a default device that is a GPU
+        assert layout.weight_norms(matrix, 0, torch.float32).tolist() == [2, 2, 2]
