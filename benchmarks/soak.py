@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import ctypes
 import gc
 import hashlib
 import json
@@ -39,6 +38,7 @@ from transformers import logging as transformers_logging
 
 import pop_mm
 from measure import Verdict, available_cores, machine_facts, print_machine, print_verdicts, wide_console
+from pop_mm.bench.memory import hand_back
 from pop_mm.engine import PromptState
 from pop_mm.samples import load
 
@@ -109,8 +109,7 @@ def resident_mib() -> float | None:
     status = Path("/proc/self/status")
     if not status.exists():
         return None
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+    hand_back()
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS:")) / 1024
 
 

@@ -1,6 +1,8 @@
 """``pop-mm bench``: limits against hand counts, variants that take turns, and a model that stays what it was."""
 
+import ctypes
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -391,6 +393,31 @@ def test_command_says_how_many_layers_were_built(call, monkeypatch, tmp_path):
     assert results["layers"] == 1
     assert results["model"] == "mixtral-8x7b dimensions, 1 of 2 layers, random weights"
     assert results["model"] in err, "with --json - the tables are on stderr"
+
+
+def test_what_loading_has_freed_is_not_in_the_peak_after_it(tmp_path, monkeypatch):
+    folder, libc = save(tmp_path / "model"), ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim") or not memory._reset_peak():
+        pytest.skip("only glibc keeps freed memory and can give it back, only Linux resets peaks")
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    own, before = Source.load, 0
+
+    def load(*args):
+        nonlocal before
+        memory.hand_back()
+        memory._reset_peak()
+        before = memory._peak()
+        blocks = [libc.malloc(100_000) for _ in range(3000)]
+        for block in blocks:
+            ctypes.memset(block, 1, 100_000)
+        for block in blocks[:-1]:  # the last one keeps the heap from shrinking by itself
+            libc.free(block)
+        return own(*args)
+
+    monkeypatch.setattr(Source, "load", load)
+    job = {"source": {"name": folder}, "setup": asdict(SMALL), "cell": Cell(1, 8, "dynamic"), "variant": STOCK_DENSE}
+    found = memory._child({**job, "threads": torch.get_num_threads()})
+    assert found["after_load"] < before + 150 * 10**6
 
 
 def test_memory_of_a_process(tmp_path, monkeypatch):
