@@ -9,6 +9,7 @@ from __future__ import annotations
 from .base import Adapter, ExpertPaths, FFNPaths, RefusedAdapter
 from .dense import *  # noqa: F403
 from .dense import __all__ as _dense
+from .inputs import InputPaths
 from .lookup import adapter_for, support_table
 from .moe import *  # noqa: F403
 from .moe import __all__ as _moe
@@ -20,6 +21,7 @@ __all__ = [
     "Adapter",
     "ExpertPaths",
     "FFNPaths",
+    "InputPaths",
     "RefusedAdapter",
     "adapter_for",
     "register_adapter",

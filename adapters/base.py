@@ -10,8 +10,11 @@ from torch import nn
 
 from pop_mm.errors import AdapterError
 from pop_mm.experts import LAYOUT_FLAGS, Experts, layout_of
+from pop_mm.groups import InputGroup, without_shared
 from pop_mm.layout import FFN, Projection, Role
 from pop_mm.ratio import LayerWeights
+
+from .inputs import ATTENTION, InputPaths
 
 Kind = Literal["dense", "moe", "vlm"]
 
@@ -138,12 +141,15 @@ class Adapter:
     not_weights : sequence of str
         Paths from a decoder layer of modules that count neither as attention nor as FFN weights: routers, the gates of
         shared experts.
+    inputs : sequence of InputPaths
+        Attention modules that share an input, for the method ``thresholds``.
     """
 
     kind: ClassVar[Kind] = "dense"
     ffns: ClassVar[Sequence[FFNPaths]] = ()
     experts: ClassVar[Sequence[ExpertPaths]] = ()
     not_weights: ClassVar[Sequence[str]] = ()
+    inputs: ClassVar[Sequence[InputPaths]] = ATTENTION
 
     @classmethod
     def layout(cls) -> str:
@@ -220,6 +226,17 @@ class Adapter:
             counted = (ffn.weight_count for ffn in ffns if ffn.role != "shared_expert")
             result[index] = LayerWeights(attention, sum(counted))
         return result
+
+    def input_groups(self, model: nn.Module) -> list[InputGroup]:
+        """One record for each set of attention modules that share an input, layer by layer."""
+        return self.groups(*self.layers(model), model)
+
+    def groups(self, name: str, layers: nn.ModuleList, model: nn.Module) -> list[InputGroup]:
+        """Those of these layers; ``name`` is theirs in ``model``."""
+        found = [
+            paths.build(join(name, str(index)), layer, index) for index, layer in enumerate(layers) for paths in self.inputs
+        ]
+        return without_shared([group for group in found if group is not None])
 
     def besides_ffns(self, model: nn.Module, records: Sequence[FFN | Experts]) -> list[nn.Module]:
         """What a decoded token runs besides FFNs: all other modules of the decoder layers, and the lm_head.

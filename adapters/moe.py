@@ -14,6 +14,7 @@ from torch import nn
 from pop_mm.errors import AdapterError
 
 from .base import Adapter, ExpertPaths, FFNPaths, RefusedAdapter
+from .inputs import IN_NAMES, InputPaths
 from .registry import register_adapter
 
 __all__ = [
@@ -183,6 +184,7 @@ class NemotronHAdapter(_MoEAdapter):
     experts = (ExpertPaths("mixer.experts", layout="experts.{up_proj, down_proj} (3-D, ungated)"),)
     ffns = (FFNPaths("mixer.shared_experts", gate="", role="shared_expert"), FFNPaths("mixer", gate=""))
     not_weights = ("mixer.gate",)
+    inputs = (InputPaths("attention_in", ("mixer",), IN_NAMES), InputPaths("attention_out", ("mixer",), ("o_proj",)))
 
 
 @register_adapter("gemma4_text")

@@ -9,6 +9,7 @@ from torch import nn
 
 from pop_mm.errors import AdapterError
 from pop_mm.experts import Experts
+from pop_mm.groups import InputGroup
 from pop_mm.layout import FFN
 from pop_mm.ratio import LayerWeights
 
@@ -83,6 +84,10 @@ class VisionLanguageAdapter(Adapter):
     def records(self, name: str, layers: nn.ModuleList, model: nn.Module) -> list[FFN | Experts]:
         """As the text model's adapter finds them; names start at the whole model."""
         return self.text_adapter(model).records(name, layers, model)
+
+    def groups(self, name: str, layers: nn.ModuleList, model: nn.Module) -> list[InputGroup]:
+        """As the text model's adapter finds them; names start at the whole model."""
+        return self.text_adapter(model).groups(name, layers, model)
 
     def layer_weights(self, model: nn.Module, records: Sequence[FFN | Experts]) -> dict[int, LayerWeights]:
         """Those of the language tower alone (paper, table 8); cross-attention is attention."""

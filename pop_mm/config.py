@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal, TypeGuard
 
 from .errors import ConfigError
+from .methods import get_method
 from .modality import MODALITIES
 from .scoring import Scorer, get_scorer
 
@@ -23,19 +25,25 @@ _CHOICES = {
     "expert_score": ("plain", "routed"),
     "kernels": ("auto", "stock", "compiled", "triton"),
 }
+DEFAULT_BUDGET = 0.65
+# "batch" too: each sequence has its own thresholds either way
+_OF_THRESHOLDS = ("scope", "budget", "method", "batch", "backend", "kernels", "prune_shared")
 
 
 @dataclass(frozen=True)
 class PopConfig:
     """Settings of one pruning session.
 
+    Give ``ratio`` (the paper's POP) or ``budget``, not both; with neither the budget is 0.65.
+
     Parameters
     ----------
-    ratio : float
+    ratio : float, optional
         Share to leave out while decoding, in [0, 1). 0 is the dense model.
     scope : {"overall", "ffn"}
         What ``ratio`` is a share of: the attention and FFN weights of all blocks (as the paper quotes it; the FFN ratio
-        is raised so that the total matches, since attention stays), or each FFN's channels.
+        is raised so that the total matches, since attention stays), or each FFN's channels. Of a ``budget``: the bytes of
+        the decoder layers' attention and FFNs, or of the FFNs alone (attention then stays dense).
     gamma : float
         Share of an FFN's channels that are candidates, in [0, 1] (paper: partition fraction). One that does not fit the
         ratio is clamped, and the report says so.
@@ -58,8 +66,7 @@ class PopConfig:
     round_to : int
         Rounds |R| + |C| up to a multiple of this, for kernels that need it; the active channels do not change.
     variant : {"pop", "static", "full"}
-        For comparison, the paper's ablations: ``static`` keeps the prompt's best channels for every step (no candidates),
-        ``full`` chooses among all channels at every step (best quality, computes everything, saves nothing).
+        Deprecated: ``method`` has them all.
     min_tokens : int
         Tokens that a routed expert must have seen before it is partitioned.
     unseen : {"dense", "weights"}
@@ -83,6 +90,15 @@ class PopConfig:
         choice among candidates) uses the compiled library on any CPU that has a compiler. ``triton`` is for CUDA devices
         (on a CPU only where TRITON_INTERPRET=1 is set, for tests): kernels for one token of each of up to 8 sequences,
         which also let each have its own channels with ``batch="per_sequence"``.
+    budget : float, optional
+        Share of the weight bytes in ``scope`` that a decoded token reads, in (0, 1]; of routed experts, those that a token
+        uses. 1 is the dense model, bit for bit. POP reads R and C of gate, up and down.
+    method : {"auto", "thresholds", "pop", "static", "full"}
+        What a decode step leaves out. ``thresholds``: the entries of each matrix's input that are below a threshold from
+        the prompt, for each sequence by itself; it takes a budget alone, and so far it masks, which saves no time. ``pop``: the
+        paper. Its ablations, for comparison: ``static`` keeps the prompt's best channels for every step (no candidates),
+        ``full`` chooses among all channels at every step (best quality, computes everything, saves nothing). ``auto``:
+        ``pop`` if a ratio is given, else ``thresholds``.
 
     Raises
     ------
@@ -90,7 +106,7 @@ class PopConfig:
         A value of the wrong type, out of range, or unknown.
     """
 
-    ratio: float
+    ratio: float | None = None
     scope: Literal["overall", "ffn"] = "overall"
     gamma: float = 0.1
     prefill: Literal["dense", "partition"] = "dense"
@@ -107,9 +123,12 @@ class PopConfig:
     modality_weights: Mapping[str, float] = field(default_factory=dict)
     kernels: Literal["auto", "stock", "compiled", "triton"] = "auto"
     probe_tokens: int = 0
+    budget: float | None = None
+    method: str = "auto"
 
     def __post_init__(self) -> None:
-        _check_number("ratio", self.ratio, upper_open=True)
+        self._settle_amount()
+        self._settle_method()
         _check_number("gamma", self.gamma, upper_open=False)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -144,6 +163,63 @@ class PopConfig:
                 "Use backend='auto' or 'masked' (no speed-up), or batch='shared'."
             )
 
+    def _settle_amount(self) -> None:
+        """One of ratio and budget."""
+        if self.ratio is not None:
+            _check_number("ratio", self.ratio, upper_open=True)
+        elif self.budget is None:
+            object.__setattr__(self, "budget", DEFAULT_BUDGET)
+        if self.budget is None:
+            return
+        if self.ratio is not None:
+            raise ConfigError(
+                f"ratio={self.ratio!r} and budget={self.budget!r} were both given. Give one: a ratio is the share that POP leaves "
+                "out, a budget the share of bytes that is read."
+            )
+        if not _is_number(self.budget) or not 0 < self.budget <= 1:
+            raise ConfigError(f"budget must be a number in (0, 1]; got {self.budget!r}.")
+
+    def _settle_method(self) -> None:
+        """The variant says what the method says, and nothing is set that the method does not have."""
+        if self.method != "auto":
+            get_method(self.method)
+        if self.variant in ("static", "full") and self.method == "auto":
+            warnings.warn(
+                f"variant={self.variant!r} is deprecated; use method={self.variant!r}.", DeprecationWarning, stacklevel=4
+            )
+            object.__setattr__(self, "method", self.variant)
+        if self.variant != "pop" and self.method != self.variant and self.variant in ("static", "full"):
+            raise ConfigError(f"variant={self.variant!r} contradicts method={self.method!r}. Leave variant out.")
+        if self.method in ("static", "full"):
+            object.__setattr__(self, "variant", self.method)
+        if self.chosen_method != "thresholds":
+            return
+        if self.ratio is not None:
+            raise ConfigError(
+                f"method='thresholds' takes a budget, the share of bytes that is read, not ratio={self.ratio!r}. Give budget=, or "
+                "method='pop'."
+            )
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            default = {} if setting.default is MISSING else setting.default
+            if value != default and setting.name not in _OF_THRESHOLDS:
+                raise ConfigError(
+                    f"{setting.name}={value!r} is a setting of POP, and has no meaning for method='thresholds'. Leave it out, or "
+                    "set method='pop'."
+                )
+        if self.backend == "inplace" or self.kernels in ("compiled", "triton"):
+            asked = "backend='inplace'" if self.backend == "inplace" else f"kernels={self.kernels!r}"
+            raise ConfigError(
+                f"{asked} cannot serve method='thresholds', which masks. Leave it out, or set method='pop'."
+            )
+
+    @property
+    def chosen_method(self) -> str:
+        """The method, what ``auto`` stands for included."""
+        if self.method != "auto":
+            return self.method
+        return "thresholds" if self.ratio is None else "pop"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as :meth:`from_dict` takes them. An own scorer appears by its name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -161,8 +237,6 @@ class PopConfig:
                 close = get_close_matches(key, known, 1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(f"Unknown setting {key!r}; known: {', '.join(known)}.{hint}")
-        if "ratio" not in values:
-            raise ConfigError("A config needs 'ratio'.")
         values = dict(values)
         layers = values.get("layer_ratios")
         if isinstance(layers, Mapping):

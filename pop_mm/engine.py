@@ -20,9 +20,10 @@ from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
 from .experts import Experts
 from .layout import FFN
-from .modality import MODALITIES, TEXT, ByModality, added, weighted_sum
+from .modality import MODALITIES, ByModality, added, weighted_sum
 from .partition import Choose, Partition, Sizes, dropped_candidates, partition, shared_scores, step_chooser
 from .phase import Forward, Phase
+from .prompt_positions import decode_positions, prompt_masks, prompt_positions
 from .routed import ExpertsState, RoutedExperts
 from .scoring import channel_energy, get_scorer
 from .steplog import StepLog
@@ -215,7 +216,7 @@ class Engine:
     def count_tokens(self, forward: Forward) -> None:
         """Add this forward's prompt tokens to the state's count."""
         state: PromptState = forward.state
-        for modality, mask in self._masks(forward, _where(forward)):
+        for modality, mask in prompt_masks(forward, _where(forward)):
             tokens = torch.full((forward.rows,), forward.length) if mask is None else mask.sum(-1)
             state.tokens_of = added(state.tokens_of, modality, tokens)
 
@@ -321,18 +322,10 @@ class Engine:
                 "Check the weights and inputs, or run the model in bfloat16 or float32 if it overflows in float16."
             )
 
-    def _prompt_positions(self, forward: Forward, device: torch.device) -> Tensor | None:
-        """``[B, q]``: which positions are tokens of the prompt; None if all are."""
-        valid = forward.valid
-        if forward.phase is not Phase.MIXED:
-            return valid
-        prompt = ~_decode_positions(forward, device)
-        return prompt if valid is None else prompt & valid.to(device)
-
     def _observed(self, forward: Forward, device: torch.device) -> list[ByModality]:
         """The tokens of this forward that statistics are made from, by modality. Made once for all FFNs."""
         if device not in forward.by_modality:
-            masks = self._masks(forward, device)
+            masks = prompt_masks(forward, device)
             if self.config.probe_tokens:
                 probes = self._probes(forward, device)
                 masks = [(m, probes if mask is None else mask & probes) for m, mask in masks]
@@ -345,7 +338,7 @@ class Engine:
         All of them if there are no more.
         """
         counting = torch.zeros(forward.rows, forward.length, dtype=torch.bool, device=device)
-        for modality, mask in self._masks(forward, device):
+        for modality, mask in prompt_masks(forward, device):
             if self.config.modality_weights.get(MODALITIES[modality], 1) > 0:
                 counting = counting | (True if mask is None else mask)
         wanted, count = self.config.probe_tokens, counting.sum(-1, keepdim=True).clamp_(min=1)
@@ -355,16 +348,6 @@ class Engine:
     def probe_numbers(self, forward: Forward) -> Tensor:
         """``[n]``: the probe tokens of this forward as numbers of its positions, row by row."""
         return self._probes(forward, _where(forward)).flatten().nonzero().squeeze(1)
-
-    def _masks(self, forward: Forward, device: torch.device) -> list[ByModality]:
-        prompt = self._prompt_positions(forward, device)
-        if prompt is not None:
-            prompt = prompt.to(device)
-        if forward.positions is None:
-            return [(TEXT, prompt)]
-        modality = forward.positions.modality.to(device)
-        masks = [(m, modality == m) for m in forward.positions.present]
-        return [(m, mask if prompt is None else mask & prompt) for m, mask in masks]
 
     # decode ---------------------------------------------------------------------------------------------------------
 
@@ -470,11 +453,11 @@ class Engine:
 
     def _apply_mixed(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
         """Prompt and decode steps in one forward: each decode position is selected as if it had come alone."""
-        prompt = self._prompt_positions(forward, h.device)
+        prompt = prompt_positions(forward, h.device)
         if prompt is None or bool(prompt.any()):
             self.observe(index, forward, h, positions)
         part = self.partition(index, forward.state)
-        decode = _decode_positions(forward, h.device)
+        decode = decode_positions(forward, h.device)
         rows, columns = decode.nonzero(as_tuple=True)
         start = forward.decode_from if isinstance(forward.decode_from, int) else forward.decode_from.to(h.device)[rows]
         steps = columns - start
@@ -549,15 +532,6 @@ def _ffn_state(state: PromptState, index: int) -> FFNState:
     ffn = state.ffns[index]
     assert isinstance(ffn, FFNState)
     return ffn
-
-
-def _decode_positions(forward: Forward, device: torch.device) -> Tensor:
-    """``[B, q]``: which positions of a MIXED forward are decode steps."""
-    start = forward.decode_from
-    columns = torch.arange(forward.length, device=device)
-    if isinstance(start, int):
-        return (columns >= start).expand(forward.rows, -1)
-    return columns >= start.to(device).unsqueeze(-1)
 
 
 def _in_place(channels: Tensor, positions: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from math import lcm
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -32,8 +32,10 @@ from .experts import Experts
 from .interrupts import uninterrupted
 from .kernels import gpu
 from .layout import FFN
+from .methods import get_method
+from .methods.pop import budget_ratios, ffn_sizes
 from .modality import MODALITIES
-from .partition import Sizes, partition_sizes
+from .partition import Sizes
 from .phase import Forward, Phase, PhaseTracker, set_instance_attribute
 from .ratio import ffn_ratios
 from .report import Alone, FFNPlan, Report, Timings, build_report
@@ -61,14 +63,18 @@ def plan_ffns(model: nn.Module, config: PopConfig, adapter: Adapter | None = Non
     records = adapter.projections(model)
     if not records:
         raise AdapterError(f"{type(adapter).__name__} found no prunable FFN in {type(model).__name__}.")
-    ratios = ffn_ratios(config.ratio, config.scope, adapter.layer_weights(model, records), config.layer_ratios)
+    layers = adapter.layer_weights(model, records)
+    if config.budget is None:
+        assert config.ratio is not None
+        ratios = ffn_ratios(config.ratio, config.scope, layers, config.layer_ratios)
+    else:
+        ratios = budget_ratios(records, layers, config)
     shared = _shared_storages(model)
     plans = []
     for ffn in records:
         kept_whole = ffn.role == "shared_expert" and not config.prune_shared
         ratio = 0.0 if kept_whole else ratios[ffn.layer]
-        round_to = lcm(config.round_to, 16 // ffn.float_dtype.itemsize) if isinstance(ffn, Experts) else config.round_to
-        sizes = partition_sizes(ffn.size, ratio, config.gamma, round_to, config.variant)
+        sizes = ffn_sizes(ffn, ratio, config)
         backend, reason = _choose_backend(ffn, sizes, config, shared)
         if kept_whole:
             reason = "prune_shared=False"
@@ -157,11 +163,18 @@ class Session:
         As :func:`plan_ffns`; nothing has been changed then.
     """
 
+    def __new__(cls, model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> Session:
+        """A session of the class that runs the config's method."""
+        if cls is Session:
+            module, name = get_method(config.chosen_method).session.split(":")
+            cls = getattr(import_module(module), name)
+        return super().__new__(cls)
+
     def __init__(self, model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> None:
         self.model = model
         self.config = config
         self._adapter = adapter_for(model) if adapter is None else adapter
-        self.plans = plan_ffns(model, config, self._adapter)
+        self.plans = self._plan()
         pruned = [plan for plan in self.plans if plan.backend != "dense"]
         if config.kernels == "triton":
             gpu.require(plan.ffn.device for plan in pruned)
@@ -178,9 +191,9 @@ class Session:
                 "its adapter does not say which tokens stand for images."
             )
         modalities = len(MODALITIES) if tokens else 1
-        self._engine = Engine([p.ffn for p in pruned], [p.sizes for p in pruned], config, modalities)
+        self._engine = self._make_engine(pruned, modalities)
         self._tracker = PhaseTracker(model, self, self._engine.per_sequence, tokens)
-        self._masked = MaskedBackend(self._engine, self._tracker)
+        self._masked = self._make_masked()
         self._backends = [plan.backend for plan in pruned]
         self._matvec = kernels.load(config.kernels) if "inplace" in self._backends else None
         self._inplace = InplaceBackend(self._engine, self._tracker, self._matvec, config.kernels == "triton")
@@ -199,6 +212,17 @@ class Session:
         self._started = threading.local()
         self.timings = Timings()
         self.attached = False
+
+    # what a method of its own replaces -------------------------------------------------------------------------------
+
+    def _plan(self) -> Sequence[Any]:
+        return plan_ffns(self.model, self.config, self._adapter)
+
+    def _make_engine(self, pruned: Sequence[Any], modalities: int) -> Engine:
+        return Engine([p.ffn for p in pruned], [p.sizes for p in pruned], self.config, modalities)
+
+    def _make_masked(self) -> Any:
+        return MaskedBackend(self._engine, self._tracker)
 
     # life -----------------------------------------------------------------------------------------------------------
 
@@ -237,7 +261,7 @@ class Session:
             raise
         return self
 
-    def _backend(self, name: str) -> InplaceBackend | GatheredBackend | MaskedBackend:
+    def _backend(self, name: str) -> Any:
         if name == "inplace":
             return self._inplace
         return self._gathered if name == "gathered" else self._masked
@@ -450,12 +474,15 @@ class Session:
 def prune(
     model: nn.Module, config: PopConfig | float | None = None, *, adapter: Adapter | None = None, **settings: Any
 ) -> Session:
-    """A session that prunes a model online while it decodes (POP, arXiv 2602.06822).
+    """A session that prunes a model online while it decodes.
+
+    ``budget=0.65``, which is the default, leaves out what thresholds from the prompt leave out, so that a decoded token reads
+    that share of the layers' weights. ``ratio=0.4`` is POP as in the paper (arXiv 2602.06822).
 
     Parameters
     ----------
     model : PreTrainedModel
-    config : PopConfig or float
+    config : PopConfig or float, optional
         Settings, or just the ratio.
     adapter : Adapter, optional
     **settings
@@ -473,7 +500,7 @@ def prune(
 
     Examples
     --------
-    >>> with pop_mm.prune(model, ratio=0.4) as session:  # doctest: +SKIP
+    >>> with pop_mm.prune(model, budget=0.65) as session:  # doctest: +SKIP
     ...     output = model.generate(**inputs, max_new_tokens=128)
     >>> print(session.report)  # doctest: +SKIP
     """

@@ -138,7 +138,7 @@ class Setup:
         """The session's settings; of a dense variant, those that leave nothing out."""
         if variant.ratio is None:
             return PopConfig(0.0)
-        settings: dict[str, Any] = {"batch": self.batch_mode, "variant": variant.method, "kernels": variant.kernels}
+        settings: dict[str, Any] = {"batch": self.batch_mode, "method": variant.method, "kernels": variant.kernels}
         return PopConfig(variant.ratio, gamma=self.gamma, **settings)
 
     def jobs(self) -> list[tuple[Cell, Variant]]:

@@ -171,8 +171,8 @@ def config_for(
         scorer = RandomScorer(seed)
     elif method in ("magnitude", "griffin"):
         scorer = {"magnitude": MagnitudeScorer, "griffin": GriffinScorer}[method]()
-    variant: Any = method if method in ("pop", "full") else "static"
-    own = {"batch": "per_sequence", "backend": "masked", "scorer": scorer, "variant": variant}
+    own_method: Any = method if method in ("pop", "full") else "static"
+    own = {"batch": "per_sequence", "backend": "masked", "scorer": scorer, "method": own_method}
     return PopConfig(ratio, gamma=gamma, **{**own, **settings})
 
 

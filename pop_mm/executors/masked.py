@@ -1,0 +1,79 @@
+"""The reference executor of thresholds: zeroes the entries that do not pass in front of each matrix, and computes everything.
+
+Works wherever a module can be called, however it stores its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.base import current_forward
+from ..backends.experts import MaskedExperts
+from ..experts import Experts
+from ..layout import FFN
+from ..phase import Forward, PhaseTracker
+from ..threshold_engine import RecordState, ThresholdEngine
+
+
+class MaskedInputs:
+    """Forward pre-hooks on the modules of each record; routed experts are reached through transformers' ExpertsInterface."""
+
+    name = "masked"
+
+    def __init__(self, engine: ThresholdEngine, tracker: PhaseTracker) -> None:
+        self._engine = engine
+        self._tracker = tracker
+        self._undo: list[Callable[[], object]] = []
+
+    def attach(self, index: int) -> None:
+        """Hook record number ``index`` of the engine."""
+        record: Any = self._engine.ffns[index]
+        if isinstance(record, Experts):
+            experts = _MaskedExperts(self._engine, index, self._tracker)
+            self._undo.append(experts.detach)
+            experts.attach()
+            return
+        if isinstance(record, FFN):
+            self._hook(index, "h", record.down.module)
+            for projection in record.inputs:
+                self._hook(index, "x", projection.module)
+            return
+        for module in record.modules:
+            self._hook(index, "x", module)
+
+    def _hook(self, index: int, which: str, module: nn.Module) -> None:
+        record: Any = self._engine.ffns[index]
+
+        @torch.compiler.disable
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            forward = current_forward(self._tracker, record)
+            return (self._engine.mask(index, which, forward, args[0]), *args[1:]), kwargs
+
+        self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        while self._undo:
+            self._undo.pop()()
+
+
+class _MaskedExperts(MaskedExperts):
+    """Masks what the experts of a layer are given, after the router has seen it whole, and their down projections' inputs."""
+
+    def __init__(self, engine: ThresholdEngine, index: int, tracker: PhaseTracker) -> None:
+        super().__init__(engine, index, tracker)
+        self._thresholds = engine
+
+    @torch.compiler.disable
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``: every forward of the experts."""
+        forward = current_forward(self._tracker, self._record)
+        hidden = self._thresholds.mask(self._index, "x", forward, hidden)
+        return self._reference(forward, hidden, ids, weights)
+
+    def _state(self, forward: Forward) -> RecordState:  # type: ignore[override]
+        return self._thresholds.state(self._index, forward)

@@ -1,0 +1,72 @@
+"""Modules outside the FFNs that share an input: what thresholds can leave entries out of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+GroupKind = Literal["attention_in", "attention_out"]
+
+
+@dataclass(frozen=True, eq=False)
+class InputGroup:
+    """Linear modules that are given one and the same tensor.
+
+    Attributes
+    ----------
+    name : str
+        Qualified, of the modules together: ``"model.layers.0.self_attn.{q_proj, k_proj, v_proj}"``.
+    layer : int
+        Index of the decoder layer.
+    modules : tuple of nn.Module
+        ``nn.Linear``, transformers' ``Conv1D``, or what stands in their place.
+    kind : {"attention_in", "attention_out"}
+        q, k and v, or o.
+    """
+
+    name: str
+    layer: int
+    modules: tuple[nn.Module, ...]
+    kind: GroupKind
+    role: Literal["attention"] = "attention"
+
+    @property
+    def weight_count(self) -> int:
+        """Weights of all modules, without biases."""
+        return sum(features[0] * features[1] for features in map(linear_features, self.modules) if features)
+
+    @property
+    def size(self) -> int:
+        """Entries of the input."""
+        features = linear_features(self.modules[0])
+        assert features is not None
+        return features[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.modules[0].parameters()).device
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear module, also where its weight is packed; None if it is none."""
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(inputs, int) and isinstance(outputs, int):
+        return inputs, outputs
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+        return int(weight.shape[0]), int(weight.shape[1])
+    return None
+
+
+def without_shared(groups: Sequence[InputGroup]) -> list[InputGroup]:
+    """Those whose modules no other group has: layers that share a module would mix their statistics."""
+    uses: dict[nn.Module, int] = {}
+    for group in groups:
+        for module in group.modules:
+            uses[module] = uses.get(module, 0) + 1
+    return [group for group in groups if all(uses[module] == 1 for module in group.modules)]

@@ -1,0 +1,97 @@
+"""From a budget, the share of weight bytes that a decoded token may read, to what a method keeps of each matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from .thresholds import hidden_share
+
+_HALVINGS = 60  # of [0, 1], which ends below what floats tell apart
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that a decoded token reads from the dense model, by what decides about them.
+
+    Attributes
+    ----------
+    x : int
+        Of matrices whose input is thresholded as it is: attention, gate and up.
+    h : int
+        Of down projections.
+    dense : int
+        Of what is always read whole.
+    """
+
+    x: int
+    h: int
+    dense: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.x + self.h + self.dense
+
+    def read(self, rho: float, kappa: float) -> float:
+        """Share of them that is read where so much of x and h is kept."""
+        return (self.x * rho + self.h * kappa + self.dense) / self.total
+
+
+def threshold_shares(weights: Weights, budget: float) -> tuple[float, float]:
+    """rho and kappa, the shares of x and h to keep, so that a token reads ``budget`` of the weights.
+
+    Raises
+    ------
+    ConfigError
+        What stays dense takes as much by itself.
+    """
+    if budget == 1:
+        return 1.0, 1.0
+    _check_minimum("thresholds", budget, weights.read(0, 0))
+    rho = least(lambda rho: -weights.read(rho, hidden_share(rho)), -budget)
+    return rho, hidden_share(rho)
+
+
+def pop_ratio(read: Callable[[float], float], method: str, budget: float) -> float:
+    """The ratio of every FFN at which POP, or a variant of it, reads ``budget`` of the weights, or a little less.
+
+    Parameters
+    ----------
+    read : callable
+        From a ratio in [0, 1) to the share of the weights that is read: R and C of gate, up and down.
+
+    Raises
+    ------
+    ConfigError
+        Even the largest ratio reads more.
+    """
+    if budget == 1:
+        return 0.0
+    _check_minimum(method, budget, read(1 - 2**-20))
+    return 1 - least(lambda kept: -read(1 - kept), -budget)
+
+
+def least(falling: Callable[[float], float], bound: float) -> float:
+    """The largest number in [0, 1] at which a falling function is still ``bound`` or more."""
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if falling(middle) >= bound else (low, middle)
+    return low
+
+
+def _check_minimum(method: str, budget: float, minimum: float) -> None:
+    if budget <= minimum:
+        named = math.ceil(1000 * minimum + 1e-6) / 1000
+        what = "it reads every channel" if minimum >= 1 else "the rest is always read"
+        advice = "Give ratio= instead." if minimum >= 1 else f"The budget must be more than {named:.3f}."
+        raise ConfigError(
+            f"A budget of {budget:g} cannot be met by method={method!r} on this model, which reads at least {minimum:.1%} "
+            f"of these weights: {what}. {advice}"
+        )
+
+
+__all__ = ["Weights", "pop_ratio", "threshold_shares"]

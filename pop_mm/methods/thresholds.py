@@ -1,0 +1,169 @@
+"""Thresholds from the prompt: the prefill sets one for each input, a decode step leaves out the entries below it.
+
+A decode step multiplies vectors by matrices. An entry of the vector that is nearly zero makes one column of the matrix not
+worth reading. For an FFN with input ``x`` and ``h = act(W_gate x) * (W_up x)``::
+
+    prefill (dense)    t_x = the (1 - rho)   quantile of |x_i|                     over all prompt tokens and i
+                       t_h = the (1 - kappa) quantile of |h_j| * ||W_down[:, j]||  over all prompt tokens and j
+    decode step        x is zero where |x_i| <= t_x, h where |h_j| * ||W_down[:, j]|| <= t_h
+
+The inputs of attention projections are treated as ``x``. Nothing is fixed for the prompt but the thresholds.
+
+Sources. Leaving out inputs of small magnitude is TEAL's (Liu et al., arXiv 2408.14690), which calibrates its thresholds on
+other text beforehand; CATS (2404.08763) and CHESS (2409.01366) are of its family. Weighing an entry by the norm of its
+column is WINA's (2505.19427; of a whole matrix there, of the down projection alone here, where it was measured to help).
+Ours: the thresholds come from the prompt's own prefill, so that nothing has to be calibrated, and the shares of x and h.
+
+Magnitudes are counted in fixed bins: the upper 12 bits of a non-negative float32 (8 of the exponent, 4 of the mantissa).
+Counts add up over chunks of a prompt, and need no sort; a quantile interpolates within its bin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..modality import TEXT
+
+BINS = 4096
+MIN_PROMPT_TOKENS = 4  # fewer say too little: such a prompt decodes dense
+PASS_ALL = -1.0  # a threshold that every magnitude passes
+_SHIFT = 19  # bits of a float32's mantissa that do not count
+_FIRST_NOT_FINITE = 255 << 4  # bins of infinity and NaN begin here
+_BLOCK = 1 << 22  # magnitudes that are binned at once
+
+
+def hidden_share(rho: float) -> float:
+    """kappa, the share of h that is kept, where rho of x is: ``rho - 0.2``, the best split that was measured.
+
+    Towards both ends it meets what it must: half of rho below 0.4, and 1 at 1.
+    """
+    return max(rho / 2, rho - 0.2, 2 * rho - 1)
+
+
+def magnitudes(values: Tensor, weight: Tensor | None = None) -> Tensor:
+    """``float32(|values|)``, times ``float32(weight)`` along the last axis where there is one: what is binned and compared."""
+    found = values.detach().to(torch.float32).abs()
+    return found if weight is None else found * weight.to(torch.float32)
+
+
+def histogram(scores: Tensor, row: Tensor, rows: int) -> Tensor:
+    """How many magnitudes of each row fall into each bin.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``[N, n]`` float32, from :func:`magnitudes`: one line for each token.
+    row : Tensor
+        ``[N]``, int64: the sequence of each.
+    rows : int
+
+    Returns
+    -------
+    Tensor
+        ``[rows, BINS]``, int64.
+    """
+    counts = torch.zeros(rows * BINS, dtype=torch.int64, device=scores.device)
+    lines = max(1, _BLOCK // max(1, scores.shape[1]))
+    for part, where in zip(scores.split(lines), row.split(lines), strict=True):
+        bins = (part.contiguous().view(torch.int32) >> _SHIFT).long() & (BINS - 1)  # a NaN may have a sign
+        bins += BINS * where.unsqueeze(1)
+        counts += torch.bincount(bins.flatten(), minlength=rows * BINS)
+    return counts.view(rows, BINS)
+
+
+def not_finite(counts: Tensor) -> Tensor:
+    """How many of the magnitudes were infinite or NaN, a scalar tensor."""
+    return counts[..., _FIRST_NOT_FINITE:].sum()
+
+
+def quantile(counts: Tensor, share: float) -> Tensor:
+    """The threshold that a share of the counted magnitudes is above, evenly spread within its bin.
+
+    Parameters
+    ----------
+    counts : Tensor
+        ``[..., BINS]``.
+    share : float
+        In [0, 1].
+
+    Returns
+    -------
+    Tensor
+        ``[...]``, float32.
+    """
+    edges = _edges(counts.device)
+    counts = counts.double()
+    up_to = counts.cumsum(-1)
+    target = (1 - share) * up_to[..., -1:]
+    place = (up_to < target).sum(-1, keepdim=True).clamp_(max=BINS - 1)  # the first bin that reaches the target
+    inside = counts.gather(-1, place)
+    part = (target - (up_to.gather(-1, place) - inside)) / inside.clamp(min=1)
+    low, high = edges[place], edges[place + 1]
+    return (low + part.clamp(0, 1) * (high - low)).squeeze(-1).float()
+
+
+def share_above(counts: Tensor, threshold: Tensor) -> Tensor:
+    """``[...]``, float64: share of the counted magnitudes above a threshold ``[...]``; the inverse of :func:`quantile`."""
+    edges = _edges(counts.device)
+    counts = counts.double()
+    value = threshold.double().unsqueeze(-1)
+    part = ((value - edges[:-1]) / (edges[1:] - edges[:-1])).clamp(0, 1)
+    total = counts.sum(-1)
+    return (1 - (counts * part).sum(-1) / total.clamp(min=1)).where(total > 0, torch.nan)
+
+
+def threshold(counts: Mapping[int, Tensor], tokens: Mapping[int, Tensor], share: float) -> Tensor | None:
+    """The threshold of each sequence, from its prompt.
+
+    Decoded tokens are text, so text sets it (measured best on a vision-language model); all modalities do where the prompt
+    has too little text.
+
+    Parameters
+    ----------
+    counts : mapping of int to Tensor
+        Modality -> ``[B, BINS]``.
+    tokens : mapping of int to Tensor
+        Modality -> ``[B]``, prompt tokens.
+
+    Returns
+    -------
+    Tensor or None
+        ``[B]``, float32; :data:`PASS_ALL` for a prompt of fewer than :data:`MIN_PROMPT_TOKENS` tokens. None if nothing was
+        counted.
+    """
+    if not counts:
+        return None
+    every = torch.stack(list(counts.values())).sum(0)
+    seen = torch.stack([count.to(every.device) for count in tokens.values()]).sum(0)
+    chosen = every
+    if TEXT in counts and len(counts) > 1:
+        enough = tokens[TEXT].to(every.device) >= MIN_PROMPT_TOKENS
+        chosen = counts[TEXT].where(enough.unsqueeze(-1), every)
+    short = (seen < MIN_PROMPT_TOKENS) | (chosen.sum(-1) == 0)
+    return quantile(chosen, share).masked_fill(short, PASS_ALL)
+
+
+def _edges(device: torch.device) -> Tensor:
+    """``[BINS + 1]``, float64: where bins begin and end; what is not finite ends at the largest float32."""
+    bits = torch.arange(BINS + 1, dtype=torch.int64).clamp_(max=_FIRST_NOT_FINITE) << _SHIFT
+    edges = bits.to(torch.int32).view(torch.float32)
+    edges[_FIRST_NOT_FINITE:] = torch.finfo(torch.float32).max
+    widths = torch.arange(BINS + 1).sub_(_FIRST_NOT_FINITE).clamp_(min=0)  # keeps the edges rising
+    return (edges.double() * (1 + widths)).to(device)
+
+
+__all__ = [
+    "BINS",
+    "MIN_PROMPT_TOKENS",
+    "PASS_ALL",
+    "hidden_share",
+    "histogram",
+    "magnitudes",
+    "not_finite",
+    "quantile",
+    "share_above",
+    "threshold",
+]

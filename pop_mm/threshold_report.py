@@ -1,0 +1,324 @@
+"""What a session with thresholds did: thresholds, intended and kept shares, bytes; as numbers, JSON or a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .adapters import Adapter
+from .config import PopConfig
+from .groups import InputGroup
+from .methods.thresholds import MIN_PROMPT_TOKENS, share_above
+from .modality import MODALITIES
+from .report import Timings
+from .threshold_engine import InputState, RecordState
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+    from .engine import PromptState
+    from .threshold_session import ThresholdPlan
+
+# matrices behind an input, by the role and the kind of its record
+MATRICES = {
+    ("attention_in", "x"): "q, k, v",
+    ("attention_out", "x"): "o",
+    ("dense", "x"): "gate, up",
+    ("dense", "h"): "down",
+    ("shared_expert", "x"): "gate, up of shared experts",
+    ("shared_expert", "h"): "down of shared experts",
+    ("expert", "x"): "gate, up of experts",
+    ("expert", "h"): "down of experts",
+}
+
+
+@dataclass(frozen=True)
+class InputReport:
+    """One input of one record.
+
+    Attributes
+    ----------
+    plan : ThresholdPlan
+    which : {"x", "h"}
+    share : float
+        Of its entries, meant to be kept.
+    kept : float or None
+        Share that the latest prompt's decode steps kept; None before the first.
+    thresholds : list of float
+        Of each sequence; empty before the first prompt. -1 lets everything pass.
+    prompt_share : mapping of str to float
+        Modality -> share of its prompt tokens' entries above the thresholds.
+    """
+
+    plan: ThresholdPlan
+    which: str
+    share: float
+    kept: float | None = None
+    thresholds: Sequence[float] = ()
+    prompt_share: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def matrix(self) -> str:
+        """The matrices behind this input."""
+        record = self.plan.record
+        return MATRICES[record.kind if isinstance(record, InputGroup) else record.role, self.which]
+
+    @property
+    def weights(self) -> int:
+        """Of those matrices, as a dense model reads them for a token."""
+        return self.plan.matrices[self.which]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "name": self.plan.record.name,
+            "layer": self.plan.record.layer,
+            "input": self.which,
+            "matrix": self.matrix,
+            "weights": self.weights,
+            "share": self.share,
+            "kept": self.kept,
+            "thresholds": list(self.thresholds),
+            "prompt_share": dict(self.prompt_share),
+            "backend": self.plan.backend,
+        }
+
+    @classmethod
+    def of(cls, plan: ThresholdPlan, which: str, state: InputState | None) -> InputReport:
+        """The report of one input; ``state`` is the latest prompt's."""
+        share = plan.shares[which]
+        if state is None or state.threshold is None:
+            return cls(plan, which, share)
+        entries = float(state.entries)
+        prompt = {}
+        for modality, counts in state.counts.items():
+            above = share_above(counts, state.threshold.to(counts.device))
+            weight = counts.sum(-1).double()
+            if float(weight.sum()):
+                prompt[MODALITIES[modality]] = float((above.nan_to_num() * weight).sum() / weight.sum())
+        return cls(plan, which, share, float(state.kept) / entries if entries else None, state.threshold.tolist(), prompt)
+
+
+@dataclass(frozen=True)
+class ThresholdReport:
+    """What a session did. ``print(report)`` shows a table.
+
+    Attributes
+    ----------
+    config : PopConfig
+    inputs : sequence of InputReport
+    prompt_tokens : int
+        Of the latest prompt.
+    modality_tokens : mapping of str to int
+        Modality -> tokens of the latest prompt.
+    timings : Timings
+    weights_per_token : mapping of str to int
+        Part -> weights that a decoded token reads from the dense model.
+    dtype_bytes : int
+        Bytes of a weight.
+    notes : sequence of str
+    """
+
+    config: PopConfig
+    inputs: Sequence[InputReport]
+    prompt_tokens: int
+    modality_tokens: Mapping[str, int]
+    timings: Timings
+    weights_per_token: Mapping[str, int]
+    dtype_bytes: int
+    notes: Sequence[str] = ()
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        adapter: Adapter,
+        config: PopConfig,
+        plans: Sequence[ThresholdPlan],
+        state: PromptState | None,
+        timings: Timings,
+    ) -> ThresholdReport:
+        """Put the report together from a session's plans and its latest prompt."""
+        from .session import weights_per_token
+
+        known: dict[int, RecordState] = {}
+        if state is not None:
+            masked = [number for number, plan in enumerate(plans) if plan.backend == "masked"]
+            for number, found in zip(masked, state.ffns, strict=True):
+                assert isinstance(found, RecordState)
+                known[number] = found
+        inputs = [
+            InputReport.of(plan, which, known[number].inputs[which] if number in known else None)
+            for number, plan in enumerate(plans)
+            for which in plan.matrices
+        ]
+        counts: dict[str, int] = {}
+        notes = []
+        if state is not None:
+            counts = {MODALITIES[m]: n for m, tokens in state.tokens_of.items() if (n := int(tokens.sum()))}
+            if state.tokens is not None and (short := int((state.tokens < MIN_PROMPT_TOKENS).sum())):
+                notes.append(
+                    f"{short} of {state.rows} sequences decoded dense: their prompts have fewer than {MIN_PROMPT_TOKENS} tokens."
+                )
+        if any(plan.backend == "masked" for plan in plans):
+            notes.append("Entries are masked, without speed-up.")
+        ffns = [plan for plan in plans if not isinstance(plan.record, InputGroup)]
+        read = weights_per_token(model, adapter, ffns)
+        size = next(model.parameters()).dtype.itemsize
+        return cls(config, inputs, sum(counts.values()), counts, timings, read, size, notes)
+
+    @property
+    def kept_share(self) -> dict[str, tuple[float, float | None]]:
+        """Matrix kind -> intended share of its weights that a step reads, and the one that the steps read."""
+        found: dict[str, tuple[float, float | None]] = {}
+        for matrix in dict.fromkeys(report.matrix for report in self.inputs):
+            mine = [report for report in self.inputs if report.matrix == matrix]
+            total = sum(report.weights for report in mine)
+            kept = [report.weights * report.kept for report in mine if report.kept is not None]
+            shown = sum(kept) / total if len(kept) == len(mine) and total else None
+            found[matrix] = sum(report.weights * report.share for report in mine) / total, shown
+        return found
+
+    def read_weights(self) -> tuple[float, float | None]:
+        """Weights of all layers and the lm_head that a decoded token is meant to read, and those that the steps read."""
+        total = sum(self.weights_per_token.values())
+        meant = total - sum(report.weights * (1 - report.share) for report in self.inputs)
+        masked = [report for report in self.inputs if report.plan.backend == "masked"]
+        known = [report.weights * (1 - report.kept) for report in masked if report.kept is not None]
+        return meant, total - sum(known) if known else None
+
+    @property
+    def scope_share(self) -> tuple[float, float | None]:
+        """Of the weights in the config's scope, the share that is meant to be read, and the one that the steps read."""
+        layers = {name: count for name, count in self.weights_per_token.items() if name != "lm_head"}
+        if self.config.scope == "ffn":
+            layers.pop("attention", None)
+        total, everything = sum(layers.values()), sum(self.weights_per_token.values())
+        meant, read = self.read_weights()
+        return 1 - (everything - meant) / total, None if read is None else 1 - (everything - read) / total
+
+    @property
+    def left_out_share(self) -> float | None:
+        """Share of all weights that a decoded token reads from the dense model which the latest prompt's steps left out."""
+        read = self.read_weights()[1]
+        return None if read is None else 1 - read / sum(self.weights_per_token.values())
+
+    @property
+    def backends(self) -> dict[str, int]:
+        """How many records run on each backend."""
+        plans = {id(report.plan): report.plan.backend for report in self.inputs}
+        return {name: list(plans.values()).count(name) for name in dict.fromkeys(plans.values())}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as :meth:`to_json` writes them."""
+        meant, read = self.read_weights()
+        return {
+            "config": self.config.to_dict(),
+            "method": "thresholds",
+            "budget": self.config.budget,
+            "backends": self.backends,
+            "kernels": "stock",
+            "prompt_tokens": self.prompt_tokens,
+            "modality_tokens": dict(self.modality_tokens),
+            "left_out_share": self.left_out_share,
+            "budget_read": {"intended": self.scope_share[0], "kept": self.scope_share[1]},
+            "bytes_per_token": {
+                "dense": sum(self.weights_per_token.values()) * self.dtype_bytes,
+                "intended": round(meant * self.dtype_bytes),
+                "kept": None if read is None else round(read * self.dtype_bytes),
+            },
+            "matrices": {
+                name: {"share": share, "kept": kept, "prompt_share": self._by_modality(name)}
+                for name, (share, kept) in self.kept_share.items()
+            },
+            "forwards": {"prefill": self.timings.prefill_forwards, "decode": self.timings.decode_forwards},
+            "seconds": {
+                "prefill": self.timings.prefill,
+                "decode": self.timings.decode,
+                "partitioning": self.timings.partitioning,
+            },
+            "notes": list(self.notes),
+            "inputs": [report.to_dict() for report in self.inputs],
+        }
+
+    def _by_modality(self, matrix: str) -> dict[str, float]:
+        """Modality -> mean share of its prompt tokens' entries above the thresholds of one kind of matrix."""
+        mine = [report.prompt_share for report in self.inputs if report.matrix == matrix]
+        names = dict.fromkeys(name for shares in mine for name in shares)
+        return {
+            name: sum(found) / len(found) for name in names if (found := [shares[name] for shares in mine if name in shares])
+        }
+
+    def to_json(self) -> str:
+        """JSON text of :meth:`to_dict`."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def plot(self, path: str | Path) -> Path:
+        """Save a picture: the kept share of every input, layer by layer."""
+        from .plotting_thresholds import plot_thresholds
+
+        return plot_thresholds(self, path)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The table that ``rich.print`` shows."""
+        yield threshold_summary(self)
+        yield threshold_table(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def threshold_summary(report: ThresholdReport) -> Any:
+    """A few lines: settings, tokens, times, bytes and everything that needs saying."""
+    from rich.text import Text
+
+    from .tables import byte_size
+
+    config, times = report.config, report.timings
+    of = "attention and FFN weights" if config.scope == "overall" else "FFN weights"
+    lines = [f"Thresholds from the prompt: a decoded token is meant to read {config.budget:.0%} of the {of}."]
+    if not times.prefill_forwards:
+        lines.append("No prompt has been processed yet.")
+    else:
+        counts = ", ".join(f"{count} {name}" for name, count in report.modality_tokens.items())
+        lines.append(
+            f"Prompt tokens: {counts}. Prefill {times.prefill:.2f} s, {times.decode_forwards} decode steps {times.decode:.2f} s."
+        )
+    meant, read = report.read_weights()
+    dense = sum(report.weights_per_token.values())
+    sizes = [byte_size(count * report.dtype_bytes) for count in (dense, meant)]
+    line = f"Bytes of weights per decoded token, lm_head included: {sizes[0]} dense, {sizes[1]} intended"
+    lines.append(line + (f", {byte_size(read * report.dtype_bytes)} kept." if read is not None else "."))
+    return Text("\n").join(
+        [Text(lines[0], style="bold"), *map(Text, lines[1:]), *(Text(note, "yellow") for note in report.notes)]
+    )
+
+
+def threshold_table(report: ThresholdReport) -> Any:
+    """One row per kind of matrix: inputs, intended and kept share, and the share of the prompt's tokens by modality."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("matrix")
+    for name in ("inputs", "intended", "kept", *(f"of prompt's {name}" for name in report.modality_tokens)):
+        table.add_column(name, justify="right")
+    for matrix, (share, kept) in report.kept_share.items():
+        count = sum(found.matrix == matrix for found in report.inputs)
+        by_modality = report._by_modality(matrix)
+        shares = [f"{by_modality[name]:.1%}" if name in by_modality else "-" for name in report.modality_tokens]
+        table.add_row(matrix, str(count), f"{share:.1%}", "-" if kept is None else f"{kept:.1%}", *shares)
+    return table
+
+
+__all__ = ["InputReport", "ThresholdReport", "threshold_summary", "threshold_table"]

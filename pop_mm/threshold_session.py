@@ -1,0 +1,172 @@
+"""A session of the method ``thresholds``: its plan by a budget, and what differs from POP's session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapters import Adapter, adapter_for
+from .config import PopConfig
+from .engine import Engine, PromptState
+from .errors import AdapterError, SessionError
+from .executors.masked import MaskedInputs
+from .experts import Experts
+from .groups import InputGroup
+from .layout import FFN
+from .methods.budget import Weights, threshold_shares
+from .phase import Forward
+from .session import Session
+from .threshold_engine import Record, RecordState, ThresholdEngine
+from .threshold_report import ThresholdReport
+
+
+@dataclass(frozen=True)
+class ThresholdPlan:
+    """What a session does with one FFN, the experts of a layer, or attention modules that share an input.
+
+    Attributes
+    ----------
+    record : FFN, Experts or InputGroup
+    shares : mapping of str to float
+        Input ("x"; "h" in front of the down projection) -> share of its entries that decode steps keep.
+    backend : str
+        ``"masked"``, or ``"dense"`` where nothing is left out.
+    reason : str
+        Why.
+    """
+
+    record: Record
+    shares: Mapping[str, float]
+    backend: str
+    reason: str
+
+    @property
+    def ffn(self) -> Any:
+        """The record, by the name that POP's plans have for it."""
+        return self.record
+
+    @property
+    def matrices(self) -> dict[str, int]:
+        """Input -> weights that a token reads of the matrices behind it, those of its experts only."""
+        record = self.record
+        if isinstance(record, InputGroup):
+            return {"x": record.weight_count}
+        down = record.size * record.hidden_size * (record.top_k if isinstance(record, Experts) else 1)
+        return {"x": record.weight_count - down, "h": down}
+
+    @property
+    def read(self) -> float:
+        """Weights that a decoded token is meant to read."""
+        return sum(count * self.shares[which] for which, count in self.matrices.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, one row of ``pop-mm inspect --json``."""
+        record = self.record
+        return {
+            "name": record.name,
+            "layer": record.layer,
+            "role": record.role,
+            "kind": record.kind if isinstance(record, InputGroup) else "ffn",
+            "experts": record.count if isinstance(record, Experts) else None,
+            "top_k": record.top_k if isinstance(record, Experts) else None,
+            "size": record.size,
+            "shares": dict(self.shares),
+            "weights": self.matrices,
+            "backend": self.backend,
+            "reason": self.reason,
+        }
+
+
+def plan_thresholds(model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> list[ThresholdPlan]:
+    """What a session would do with every input of a model. Changes nothing; works on the meta device too.
+
+    Raises
+    ------
+    AdapterError
+        No adapter fits, or a module belongs to two FFNs.
+    ConfigError
+        The budget is less than what stays dense.
+    """
+    adapter = adapter_for(model) if adapter is None else adapter
+    if not isinstance(adapter, Adapter):
+        raise AdapterError(f"adapter must be an instance of pop_mm.adapters.Adapter; got {adapter!r}.")
+    records = list(adapter.projections(model))
+    _check_apart(records)
+    groups = adapter.input_groups(model) if config.scope == "overall" else []
+    whole = [ffn for ffn in records if ffn.role == "shared_expert" and not config.prune_shared]
+    plain = [ThresholdPlan(record, {"x": 1.0, "h": 1.0}, "dense", "") for record in (*records, *groups)]
+    mine = [plan for plan in plain if plan.record not in whole]
+    attention = 0
+    if config.scope == "overall":
+        attention = sum(layer.attention for layer in adapter.layer_weights(model, records).values())
+    rest = attention - sum(group.weight_count for group in groups)
+    weights = Weights(
+        x=sum(plan.matrices["x"] for plan in mine),
+        h=sum(plan.matrices.get("h", 0) for plan in mine),
+        dense=rest + sum(ffn.weight_count for ffn in whole),
+    )
+    shares = dict(zip("xh", threshold_shares(weights, config.budget or 1.0), strict=True))
+    backend, reason = ("dense", "a budget of 1") if config.budget == 1 else ("masked", "thresholds; no speed-up")
+    plans = [ThresholdPlan(plan.record, shares, backend, reason) for plan in mine]
+    plans += [ThresholdPlan(ffn, {"x": 1.0, "h": 1.0}, "dense", "prune_shared=False") for ffn in whole]
+    return sorted(plans, key=lambda plan: (plan.record.layer, not isinstance(plan.record, InputGroup)))
+
+
+def _check_apart(records: Sequence[FFN | Experts]) -> None:
+    """Two layers that share an FFN would mix their statistics."""
+    owner: dict[nn.Module, str] = {}
+    for ffn in records:
+        for module in ffn.modules:
+            if owner.setdefault(module, ffn.name) != ffn.name:
+                raise AdapterError(
+                    f"{owner[module]} and {ffn.name} share a module, so their inputs cannot be told apart. Give each layer a copy "
+                    "of its own."
+                )
+
+
+class ThresholdSession(Session):
+    """A :class:`Session` whose decode steps leave out the entries below thresholds from the prompt."""
+
+    _engine: ThresholdEngine
+
+    def _plan(self) -> list[ThresholdPlan]:
+        return plan_thresholds(self.model, self.config, self._adapter)
+
+    def _make_engine(self, pruned: Sequence[Any], modalities: int) -> Engine:
+        return ThresholdEngine([p.record for p in pruned], [p.shares for p in pruned], self.config, modalities)
+
+    def _make_masked(self) -> MaskedInputs:
+        return MaskedInputs(self._engine, self._tracker)
+
+    @property
+    def report(self) -> ThresholdReport:  # type: ignore[override]
+        """What happened so far; thresholds and kept shares are those of the latest prompt."""
+        state = self._last
+        if state is not None and state.tokens is not None and not state.partitioned:
+            self._engine.partition_all(state)
+        return ThresholdReport.of(self.model, self._adapter, self.config, self.plans, state, self.timings)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The latest prompt's magnitudes: ``"name.x"`` or ``"name.h"`` -> ``[B, 4096]``, counts of bins."""
+        found = {}
+        if self._last is not None:
+            for record, state in zip(self._engine.ffns, self._last.ffns, strict=True):
+                assert isinstance(state, RecordState)
+                for which, inputs in state.inputs.items():
+                    if inputs.counts:
+                        found[f"{record.name}.{which}"] = sum(inputs.counts.values(), 0 * next(iter(inputs.counts.values())))
+        return found
+
+    def _check_rows(self, forward: Forward) -> None:
+        state: PromptState = forward.state
+        if state.rows not in (1, forward.rows):
+            raise SessionError(
+                f"The cache was prefilled with {state.rows} rows and is continued with {forward.rows}, so it is unknown which "
+                "row's thresholds are whose. Prefill all rows."
+            )
+
+
+__all__ = ["ThresholdPlan", "ThresholdSession", "plan_thresholds"]
