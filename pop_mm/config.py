@@ -220,6 +220,11 @@ class PopConfig:
             return self.method
         return "thresholds" if self.ratio is None else "pop"
 
+    @property
+    def label(self) -> str:
+        """What was asked for, in words: ``"ratio 0.4"``, ``"budget 0.65, thresholds"``."""
+        return f"ratio {self.ratio:g}" if self.ratio is not None else f"budget {self.budget:g}, {self.chosen_method}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as :meth:`from_dict` takes them. An own scorer appears by its name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -277,6 +277,8 @@ class Report:
         """Plain values, as :meth:`to_json` writes them."""
         return {
             "config": self.config.to_dict(),
+            "method": self.config.chosen_method,
+            "budget": self.config.budget,
             "backends": self.backends,
             "kernels": self.kernels,
             "prompt_tokens": self.prompt_tokens,

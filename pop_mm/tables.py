@@ -80,7 +80,7 @@ def report_summary(report: Report) -> Text:
             f"Of all weights that a token reads from the dense model, a decode step left out {report.left_out_share:.1%}."
         )
     if config.variant != "pop":
-        lines.append(f"Variant {config.variant!r}, for comparison: not POP itself.")
+        lines.append(f"Method {config.variant!r}, for comparison: not POP itself.")
     return Text("\n").join(
         [Text(lines[0], style="bold"), *map(Text, lines[1:]), *(Text(n, "yellow") for n in report.notes)]
     )
@@ -90,15 +90,14 @@ def _settings(report: Report) -> str:
     config = report.config
     ratios = sorted({ffn.plan.ratio for ffn in report.ffns})
     own = " to ".join(f"{r:.1%}" for r in dict.fromkeys((ratios[0], ratios[-1]))) if ratios else "nothing"
-    asked = (
-        f"{config.ratio:.0%} of attention and FFN" if config.scope == "overall" else f"{config.ratio:.0%} of each FFN"
-    )
+    of = "attention and FFN" if config.scope == "overall" else "each FFN"
+    asked = f"all but a budget of {config.budget:.0%}" if config.ratio is None else f"{config.ratio:.0%}"
     kernel = {"compiled": " (compiled kernel)", "triton": " (Triton kernels)"}.get(report.kernels, "")
     backends = ", ".join(
         f"{count} {name}{kernel if name in ('inplace', 'gathered') else ''}" for name, count in report.backends.items()
     )
     return (
-        f"POP: {asked} left out ({own} of an FFN), gamma {config.gamma:g}, {config.prefill} prefill, {config.batch} "
+        f"POP: {asked} of {of} left out ({own} of an FFN), gamma {config.gamma:g}, {config.prefill} prefill, {config.batch} "
         f"batch. FFNs: {backends}."
     )
 

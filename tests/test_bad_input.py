@@ -16,7 +16,7 @@ SETTINGS = [
     ({"ratio": float("nan")}, r"ratio must be a number"),
     ({"ratio": "0.4"}, r"ratio must be a number.*'0.4'"),
     ({"ratio": True}, r"ratio must be a number"),
-    ({}, "needs 'ratio'"),
+    ({"ratio": 0.4, "budget": 0.6}, "ratio=0.4 and budget=0.6 were both given. Give one"),
     ({"ratio": 0.4, "gamma": -0.1}, r"gamma must lie in \[0, 1\]; got -0.1"),
     ({"ratio": 0.4, "gamma": 1.1}, r"gamma must lie in \[0, 1\]; got 1.1"),
     ({"ratio": 0.4, "backend": "gpu"}, "backend must be one of 'auto', 'masked', 'inplace'; got 'gpu'"),

@@ -22,8 +22,15 @@ app.add_typer(models_app, name="models")
 _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 
 Model = Annotated[str, typer.Option(help="A sample's name (smollm2-135m), a folder, or a hub id.", show_default=False)]
-Ratio = Annotated[float, typer.Option(help="Share to leave out while decoding, in [0, 1).")]
-Scope = Annotated[str, typer.Option(metavar="overall|ffn", help="What the ratio is a share of.")]
+Ratio = Annotated[
+    float | None, typer.Option(help="Share that POP leaves out while decoding, in [0, 1).", show_default=False)
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(help="Share of the weights that a token reads, in (0, 1]; default 0.65.", show_default=False),
+]
+Method = Annotated[str, typer.Option(metavar="auto|thresholds|pop|static|full", help="auto: pop with a ratio.")]
+Scope = Annotated[str, typer.Option(metavar="overall|ffn", help="What ratio and budget are a share of.")]
 Gamma = Annotated[float, typer.Option(help="Share of an FFN's channels that are candidates, in [0, 1].")]
 Backend = Annotated[str, typer.Option(metavar="auto|masked|inplace", help="inplace is fast, masked saves no time.")]
 Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16", help="auto: the checkpoint's own.")]
@@ -36,9 +43,15 @@ Temperature = Annotated[float, typer.Option(min=0, max=100, help="0 is greedy; a
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For sampling.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto: a GPU if there is one.")]
 Methods = Annotated[
-    list[str], typer.Option(metavar="NAME", help="dense|static|pop|full|wanda_sp|magnitude|griffin|random; repeat it.")
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="dense|static|pop|full|thresholds|wanda_sp|magnitude|griffin|random; repeat it.", show_default=False
+    ),
 ]
 Ratios = Annotated[list[float], typer.Option(metavar="SHARE", help="To leave out, in [0, 1); repeat it for more.")]
+Budgets = Annotated[
+    list[float] | None, typer.Option(metavar="SHARE", help="To read, in (0, 1]; repeat it for more.", show_default=False)
+]
 Gammas = Annotated[list[float], typer.Option(metavar="SHARE", help="Of pop: candidates, in [0, 1]; repeat it.")]
 Prefills = Annotated[list[str], typer.Option(metavar="dense|partition", help="Repeat it for both.")]
 Counts = Annotated[list[int], typer.Option(min=1, metavar="N", help="Repeat it for more.")]
@@ -62,7 +75,9 @@ def _about(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to answer, or with --no-chat to continue.", show_default=False)],
-    ratio: Ratio = 0.2,
+    ratio: Ratio = None,
+    budget: Budget = None,
+    method: Method = "auto",
     scope: Scope = "overall",
     gamma: Gamma = 0.1,
     prefill: Prefill = "dense",
@@ -81,7 +96,8 @@ def generate(
     from ..config import PopConfig
     from .generate import Sampling, run
 
-    config = PopConfig(ratio, scope, gamma, prefill=prefill, backend=backend, probe_tokens=probe_tokens)  # type: ignore[arg-type]
+    amount = {"ratio": ratio, "budget": budget, "method": method}
+    config = PopConfig(**amount, scope=scope, gamma=gamma, prefill=prefill, backend=backend, probe_tokens=probe_tokens)  # type: ignore[arg-type]
     sampling = Sampling(max_new_tokens, temperature, seed, chat)
     run(model, prompt, config, sampling, dtype, device, json_file, plot)
 
@@ -91,7 +107,9 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to ask about the image.", show_default=False)],
     image: Annotated[list[str], typer.Option(metavar="FILE", help="Give it again for more.", show_default=False)],
     model: Model = "tiny-vlm",
-    ratio: Ratio = 0.2,
+    ratio: Ratio = None,
+    budget: Budget = None,
+    method: Method = "auto",
     scope: Scope = "overall",
     gamma: Gamma = 0.1,
     prefill: Prefill = "dense",
@@ -110,7 +128,8 @@ def ask(
     from .ask import run
     from .generate import Sampling
 
-    config = PopConfig(ratio, scope, gamma, prefill=prefill, backend=backend, probe_tokens=probe_tokens)  # type: ignore[arg-type]
+    amount = {"ratio": ratio, "budget": budget, "method": method}
+    config = PopConfig(**amount, scope=scope, gamma=gamma, prefill=prefill, backend=backend, probe_tokens=probe_tokens)  # type: ignore[arg-type]
     run(
         model,
         image,
@@ -127,8 +146,11 @@ def ask(
 @app.command("eval")
 def evaluate(
     model: Model = "smollm2-135m",
-    method: Methods = _METHODS,
-    ratio: Ratios = _RATIOS,
+    method: Methods = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(metavar="SHARE", help="To leave out; default 0.2 and 0.4, without a budget.")
+    ] = None,
+    budget: Budgets = None,
     gamma: Gammas = _GAMMAS,
     prefill: Prefills = _PREFILLS,
     scope: Scope = "overall",
@@ -166,7 +188,9 @@ def evaluate(
 
     setup = Setup(model, prompt, continuation, generate_tokens, scope, batch, batch_size, seed)
     source = Source(text or (), dataset, subset, split, column, limit, calibration or ())
-    run(setup, method, ratio, gamma, prefill, source, output, dtype, device, json_file)
+    methods = method or (["thresholds", "pop"] if budget else _METHODS)
+    ratios = ratio or ([] if budget or method == ["thresholds"] else _RATIOS)
+    run(setup, methods, ratios, gamma, prefill, source, output, dtype, device, json_file, budget or ())
 
 
 @app.command("app")
@@ -186,7 +210,9 @@ def web_app(
 @app.command()
 def inspect(
     model: Model,
-    ratio: Ratio = 0.2,
+    ratio: Ratio = None,
+    budget: Budget = None,
+    method: Method = "auto",
     scope: Scope = "overall",
     gamma: Gamma = 0.1,
     backend: Backend = "auto",
@@ -197,7 +223,8 @@ def inspect(
     from ..config import PopConfig
     from .inspect import run
 
-    run(model, PopConfig(ratio, scope, gamma, backend=backend), dtype, as_json)  # type: ignore[arg-type]
+    config = PopConfig(ratio, scope, gamma, budget=budget, method=method, backend=backend)  # type: ignore[arg-type]
+    run(model, config, dtype, as_json)
 
 
 @app.command()

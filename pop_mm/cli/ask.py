@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..config import PopConfig
 from ..modality import MODALITIES
 from ..samples import load_vision, resolve
+from ..threshold_report import ThresholdReport
 from ..vision import load_image, prepare
 from .generate import Sampling, check_outputs, check_words, compare, exceeded_context, find_device, torch_dtype
 from .terminal import CommandError, quiet, spinner
@@ -43,6 +44,8 @@ def run(
         from ..plotting_answer import plot_answer
 
         assert plot is not None
+        if isinstance(both.report, ThresholdReport):
+            return both.report.plot(plot)
         return plot_answer(both.report, pictures, question, both.titled, plot)
 
     counts = {modality: both.report.modality_tokens.get(modality, 0) for modality in MODALITIES}

@@ -11,12 +11,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..config import PopConfig
+from ..config import DEFAULT_BUDGET, PopConfig
 from ..evaluation import show, texts
 from ..evaluation.run import UNITS, EvaluationError, Run, Setup, grid
 from ..evaluation.texts import Window
 from ..passages import load_passages
-from ..session import plan_ffns
+from ..session import Session, plan_ffns
 from .generate import exceeded_context, find_device, load_model
 from .terminal import CommandError, check_writable, quiet, write_json
 
@@ -57,13 +57,18 @@ def run(
     dtype: str,
     device: str,
     json_file: str | None,
+    budgets: Sequence[float] = (),
 ) -> None:
     """The command; all of it is checked before the model is loaded."""
     if output == "":
         raise CommandError("--output is empty: name a folder.")
     if source.files and source.dataset:
         raise CommandError("Give --text or --dataset, not both.")
-    points = grid(methods, ratios, gammas, prefills)
+    if "thresholds" in methods and not budgets:
+        budgets = [DEFAULT_BUDGET]
+    points = grid(methods, ratios, gammas, prefills, budgets)
+    for budget in budgets:
+        PopConfig(scope=setup.scope, budget=budget)  # type: ignore[arg-type]
     for ratio in ratios:
         for gamma in gammas:
             for prefill in prefills:
@@ -104,6 +109,9 @@ def run(
         work = Run(model, setup, windows, calibration, folder)
         for ratio in ratios:  # one that does not fit the model is found before the first forward
             plan_ffns(model, PopConfig(ratio, setup.scope))  # type: ignore[arg-type]
+        for point in points:
+            if point.budget is not None and point.method != "wanda_sp":  # which has its calibration yet to come
+                Session(model, work.config(point))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         bars = Console(file=sys.stderr)
         with Progress(*columns, console=bars, transient=True, disable=not bars.is_terminal) as progress:

@@ -19,6 +19,7 @@ from ..report import Report
 from ..samples import load, resolve
 from ..session import prune
 from ..tables import answers_table, report_summary
+from ..threshold_report import ThresholdReport, threshold_summary
 from .terminal import CommandError, check_writable, quiet, spinner, write_json
 
 _WARM_UP = 4  # tokens of the prompt and of the answer in a warm-up
@@ -103,25 +104,26 @@ class Comparison:
     ----------
     dense, pruned : dict
         As :func:`answer` returns them.
-    report : Report
+    report : Report or ThresholdReport
         Of the pruned one.
     """
 
     dense: dict[str, Any]
     pruned: dict[str, Any]
-    report: Report
+    report: Report | ThresholdReport
 
     @property
     def titled(self) -> dict[str, dict[str, Any]]:
         """Title to answer."""
-        return {"dense": self.dense, f"pruned, ratio {self.report.config.ratio:g}": self.pruned}
+        return {"dense": self.dense, f"pruned, {self.report.config.label}": self.pruned}
 
     def show(self, asked: dict[str, Any], json_file: str | None, draw: Callable[[], Path] | None) -> None:
         """Print, and save where asked: JSON begins with ``asked``, and ``draw`` saves a picture."""
         console = Console(stderr=json_file == "-")
         console.print(answers_table(self.titled))
         console.print("Decode speed without prefill, one run each: a rough figure.\n", style="dim")
-        console.print(report_summary(self.report))
+        summary = threshold_summary if isinstance(self.report, ThresholdReport) else report_summary
+        console.print(summary(self.report))  # type: ignore[arg-type]
         if draw is not None:
             console.print(f"Picture: {draw()}", highlight=False, markup=False, soft_wrap=True)
         if json_file is not None:

@@ -19,6 +19,7 @@ from ..samples import SampleError, load_config, resolve, takes_images
 from ..session import PART_NAMES, plan_ffns, weights_per_token
 from ..tables import footprint_table, plan_table
 from .generate import load_model, torch_dtype
+from .inspect_thresholds import inspect_thresholds
 from .terminal import quiet, spinner
 
 
@@ -27,6 +28,9 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool) -> None:
     with quiet():
         model, packed = skeleton(name, dtype)
         adapter = adapter_for(model)
+        if config.chosen_method == "thresholds":
+            inspect_thresholds(model, config, adapter, as_json)
+            return
         plans = plan_ffns(model, config, adapter)
     if packed is not None:
         plans = [_packed(plan, packed) for plan in plans]
@@ -42,7 +46,7 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool) -> None:
     layouts = " / ".join(dict.fromkeys(plan.ffn.layout for plan in plans))
     console.print(
         f"{type(model).__name__}: {len(plans)} FFNs of {layouts}, found by {type(adapter).__name__}.\n"
-        f"Ratio {config.ratio:g} ({config.scope}) leaves out {plans[0].ratio:.1%} of each FFN; an overall ratio "
+        f"{config.label.capitalize()} ({config.scope}) leaves out {plans[0].ratio:.1%} of each FFN; an overall ratio "
         f"must stay below {largest:.3f}.",
         highlight=False,
     )

@@ -10,6 +10,7 @@ from ..config import PopConfig
 from ..experts import Experts
 from ..report import FFNReport, Report
 from ..session import PART_NAMES, plan_ffns, weights_per_token
+from ..threshold_report import ThresholdReport
 
 _SCORE_BYTES = 4  # a candidate's weight in the score is float32
 
@@ -43,7 +44,7 @@ def dense_cost(model: Any) -> Cost:
     return cost_of(model, PopConfig(0.0), None)
 
 
-def cost_of(model: Any, config: PopConfig, report: Report | None) -> Cost:
+def cost_of(model: Any, config: PopConfig, report: Report | ThresholdReport | None) -> Cost:
     """Of the steps that a session reports, decoded in place.
 
     Gate, up and down are read on the channels R and C (in place they are a narrow view), and whole where the weights
@@ -56,6 +57,8 @@ def cost_of(model: Any, config: PopConfig, report: Report | None) -> Cost:
     report : Report or None
         None for a dense model.
     """
+    if isinstance(report, ThresholdReport):
+        return _of_thresholds(model, report)
     adapter = adapter_for(model)
     plans = plan_ffns(model, replace(config, batch="shared", backend="auto"), adapter)
     parts = weights_per_token(model, adapter, plans)
@@ -78,6 +81,16 @@ def cost_of(model: Any, config: PopConfig, report: Report | None) -> Cost:
             **({"scoring": scored * _SCORE_BYTES} if scored else {}),
         },
     )
+
+
+def _of_thresholds(model: Any, report: ThresholdReport) -> Cost:
+    """Of the rows that a step's entries pick, one for each that passes."""
+    parts = {name: float(count) for name, count in report.weights_per_token.items()}
+    for found in report.inputs:
+        kept = found.share if found.kept is None else found.kept
+        parts[PART_NAMES.get(found.plan.record.role, found.plan.record.role)] -= found.weights * (1 - kept)
+    counts = {name: round(count) for name, count in parts.items()}
+    return Cost(counts, {name: count * model.dtype.itemsize for name, count in counts.items()})
 
 
 def _read(known: FFNReport) -> float:

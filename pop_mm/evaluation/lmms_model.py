@@ -194,7 +194,7 @@ class PopVLM(Counting, lmms):  # type: ignore[misc]
         return nullcontext() if self._dense or session is None else session
 
     def _progress(self, total: int) -> Any:
-        name = "dense" if self._dense or not self.prunes else f"pruned, ratio {self.pop_config.ratio:g}"
+        name = "dense" if self._dense or not self.prunes else f"pruned, {self.pop_config.label}"
         return tqdm(total=total, disable=self.rank != 0, desc=name)
 
 

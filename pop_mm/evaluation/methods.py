@@ -26,6 +26,7 @@ METHODS = {
     "magnitude": "fixed: by the norm of a channel's weights in gate, up and down",
     "griffin": "the prompt's best channels by GRIFFIN's statistic: norms of each token's normalised activations",
     "random": "fixed: at random",
+    "thresholds": "entries of each matrix's input above a threshold from the prompt; by a budget, not a ratio",
 }
 
 
@@ -130,9 +131,10 @@ def calibrate(model: Any, texts: Iterable[Any]) -> Calibration:
 
 def config_for(
     method: str,
-    ratio: float,
+    ratio: float | None = None,
     gamma: float = 0.1,
     *,
+    budget: float | None = None,
     seed: int = 0,
     calibration: Calibration | None = None,
     **settings: Any,
@@ -145,6 +147,8 @@ def config_for(
         One of :data:`METHODS`.
     ratio, gamma : float
         As in :class:`~pop_mm.PopConfig`; gamma is for ``pop`` alone.
+    budget : float, optional
+        Instead of the ratio; ``thresholds`` has nothing else.
     seed : int
         For ``random``.
     calibration : Calibration, optional
@@ -162,6 +166,9 @@ def config_for(
         raise ConfigError(f"Unknown method {method!r}; known: {', '.join(METHODS)}.")
     if method == "dense":
         return None
+    if method == "thresholds":
+        own = {"backend": "masked", **{k: v for k, v in settings.items() if (k, v) != ("prefill", "dense")}}
+        return PopConfig(ratio, budget=budget, method=method, **own)
     scorer: Scorer = WandaScorer()
     if method == "wanda_sp":
         if calibration is None:
@@ -173,7 +180,7 @@ def config_for(
         scorer = {"magnitude": MagnitudeScorer, "griffin": GriffinScorer}[method]()
     own_method: Any = method if method in ("pop", "full") else "static"
     own = {"batch": "per_sequence", "backend": "masked", "scorer": scorer, "method": own_method}
-    return PopConfig(ratio, gamma=gamma, **{**own, **settings})
+    return PopConfig(ratio, gamma=gamma, budget=budget, **{**own, **settings})
 
 
 __all__ = ["METHODS", "Calibration", "calibrate", "config_for"]

@@ -39,23 +39,32 @@ class Point:
     ----------
     method : str
     ratio : float or None
-        None for dense.
+        None for dense, and where there is a budget.
     gamma : float or None
         For pop alone.
     prefill : str
         "dense" or "partition".
+    budget : float or None
+        Share of the weights that is read; None where there is a ratio.
     """
 
     method: str
     ratio: float | None = None
     gamma: float | None = None
     prefill: str = "dense"
+    budget: float | None = None
 
 
 def grid(
-    methods: Sequence[str], ratios: Sequence[float], gammas: Sequence[float], prefills: Sequence[str]
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    gammas: Sequence[float],
+    prefills: Sequence[str],
+    budgets: Sequence[float] = (),
 ) -> list[Point]:
     """All combinations that differ, dense first: a method without candidates has no gamma, the dense model no ratio.
+
+    Every method takes budgets, ``thresholds`` nothing else, and with a dense prefill alone.
 
     ``full`` has no partition that a prompt could be run on, so its prefill is always dense.
     """
@@ -64,10 +73,13 @@ def grid(
             raise EvaluationError(f"Unknown method {name!r}; known: {', '.join(METHODS)}.")
     points = [Point("dense")]
     for prefill in prefills:
-        for ratio in ratios:
+        for ratio, budget in [*((ratio, None) for ratio in ratios), *((None, budget) for budget in budgets)]:
             for name in (m for m in METHODS if m in methods and m != "dense"):
+                if name == "thresholds" and budget is None:
+                    continue
                 for gamma in gammas if name == "pop" else [None]:
-                    points.append(Point(name, ratio, gamma, "dense" if name == "full" else prefill))
+                    own = "dense" if name in ("full", "thresholds") else prefill
+                    points.append(Point(name, ratio, gamma, own, budget))
     return list(dict.fromkeys(points))
 
 
@@ -244,8 +256,8 @@ class Run:
             config = self.config(point)
             logits, session = pruned_step_logits(self.model, ids, prompt, config)
             scores = compare_rows(dense, logits, ids, prompt)
-            sizes = [plan.sizes for plan in session.plans]
-            candidates = sum(s.candidates for s in sizes) / sum(s.channels for s in sizes)
+            sizes = [] if point.method == "thresholds" else [plan.sizes for plan in session.plans]
+            candidates = sum(s.candidates for s in sizes) / sum(s.channels for s in sizes) if sizes else 0.0
             cost = cost_of(self.model, config, session.report).to_dict(self._dense_cost)
             same = [] if outputs is None else first_differences(self.model, ids, prompt, config, tokens, outputs)
         rows = [asdict(score) for score in scores]
@@ -261,12 +273,12 @@ class Run:
             ids = [window.ids.unsqueeze(0).to(self.model.device) for window in self._calibration_texts]
             self._calibration = calibrate(self.model, ids)
         settings = {"scope": self.setup.scope, "batch": self.setup.batch, "prefill": point.prefill}
-        assert point.ratio is not None
         gamma = 0.1 if point.gamma is None else point.gamma
         return config_for(
             point.method,
             point.ratio,
             gamma,
+            budget=point.budget,
             seed=self.setup.seed,
             calibration=self._calibration,
             **{**settings, **self.setup.settings},
@@ -297,11 +309,12 @@ class Run:
         for name in ("kl", "agreement", *(["same_tokens"] if self.setup.generate else [])):
             found = bootstrap(self.values(point, name), seed=seed)
             row |= {name: found.value, f"{name}_interval": [found.low, found.high] if several else None}
-        static = Point("static", point.ratio, None, point.prefill)
+        static = Point("static", point.ratio, None, point.prefill, point.budget)
         if static in points and point != static:
             apart = difference(self.values(point, "kl"), self.values(static, "kl"), seed)
             row["kl_minus_static"] = apart.to_list() if several else [apart.value, None, None]
         row["cost"] = self._cost(point)
+        row["bytes_read"] = sum(row["cost"]["bytes"].values())
         return row
 
     def _cost(self, point: Point) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def cells(row: Mapping[str, Any], generated: int, intervals: bool = True) -> lis
     found = [
         row["method"],
         "-" if row["method"] == "dense" else row["prefill"],
-        "-" if row["ratio"] is None else f"{100 * row['ratio']:.4g}%",
+        _amount(row),
         "-" if gamma is None else f"{gamma:g}",
     ]
     if gamma is not None and candidates is not None and candidates < gamma - 0.01:
@@ -179,6 +179,13 @@ def plot(results: Mapping[str, Any], path: str | Path) -> Path:
     )
     figure.suptitle(textwrap.fill(title(results["setup"]), 110), x=0.01, ha="left", fontsize=10)
     return save(figure, target)
+
+
+def _amount(row: Mapping[str, Any]) -> str:
+    """What was asked for: the ratio that is left out, or the budget that is read."""
+    if row["ratio"] is not None:
+        return f"{100 * row['ratio']:.4g}%"
+    return "-" if row.get("budget") is None else f"reads {100 * row['budget']:.4g}%"
 
 
 def _label(row: Mapping[str, Any]) -> str:
