@@ -128,7 +128,6 @@ class PopConfig:
 
     def __post_init__(self) -> None:
         self._settle_amount()
-        self._settle_method()
         _check_number("gamma", self.gamma, upper_open=False)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -162,6 +161,7 @@ class PopConfig:
                 "backend='inplace' holds one partition in the weights, so it cannot serve batch='per_sequence'. "
                 "Use backend='auto' or 'masked' (no speed-up), or batch='shared'."
             )
+        self._settle_method()
 
     def _settle_amount(self) -> None:
         """One of ratio and budget."""

@@ -79,13 +79,17 @@ def test_generate(call, folder, tmp_path):
     assert str(tmp_path / "a.png") in out.replace("\n", "")
 
 
-def test_generate_gives_the_answers_of_the_python_api(call, folder):
-    code, out, _ = call("generate", "--model", folder, "--prompt", PROMPT, "--max-new-tokens", 8, "--json", "-")
+@pytest.mark.parametrize("amount", [{}, {"ratio": 0.2}, {"budget": 0.5}, {"budget": 0.8, "method": "pop"}])
+def test_generate_gives_the_answers_of_the_python_api(call, folder, amount):
+    options = [word for name, value in amount.items() for word in (f"--{name}", value)]
+    code, out, _ = call(
+        "generate", "--model", folder, "--prompt", PROMPT, "--max-new-tokens", 8, "--json", "-", *options
+    )
     model = tiny("llama", num_hidden_layers=3)
     ids = torch.tensor([[WORDS.index(word) for word in PROMPT.split()]])
     options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     dense = model.generate(ids, **options)
-    with pop_mm.prune(model, ratio=0.2):
+    with pop_mm.prune(model, **amount):
         pruned = model.generate(ids, **options)
     values = json.loads(out)
     assert code == 0
