@@ -232,10 +232,10 @@ class ThresholdReport:
                 "intended": round(meant * self.dtype_bytes),
                 "kept": None if read is None else round(read * self.dtype_bytes),
             },
-            "matrices": {
-                name: {"share": share, "kept": kept, "prompt_share": self._by_modality(name)}
+            "matrices": [
+                {"matrix": name, "share": share, "kept": kept, "prompt_share": self._by_modality(name)}
                 for name, (share, kept) in self.kept_share.items()
-            },
+            ],
             "forwards": {"prefill": self.timings.prefill_forwards, "decode": self.timings.decode_forwards},
             "seconds": {
                 "prefill": self.timings.prefill,

@@ -29,7 +29,7 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool) -> None:
         model, packed = skeleton(name, dtype)
         adapter = adapter_for(model)
         if config.chosen_method == "thresholds":
-            inspect_thresholds(model, config, adapter, as_json)
+            inspect_thresholds(model, config, adapter, packed, as_json)
             return
         plans = plan_ffns(model, config, adapter)
     if packed is not None:

@@ -15,22 +15,20 @@ from ..groups import InputGroup
 from ..session import PART_NAMES, weights_per_token
 from ..tables import footprint_table
 from ..threshold_report import ThresholdReport
-from ..threshold_session import plan_thresholds
+from ..threshold_session import ThresholdPlan, plan_thresholds
 
 
-def inspect_thresholds(model: Any, config: PopConfig, adapter: Adapter, as_json: bool) -> None:
-    """Print it; JSON has one row for each FFN, layer of experts and group of attention modules."""
+def inspect_thresholds(model: Any, config: PopConfig, adapter: Adapter, packed: str | None, as_json: bool) -> None:
+    """Print it; JSON has one row for each FFN, layer of experts and group of attention modules.
+
+    ``packed`` says how the checkpoint is quantised; None if it is not.
+    """
     from ..report import Timings
 
     plans = plan_thresholds(model, config, adapter)
     size = model.dtype.itemsize
     if as_json:
-        bytes_of = [(size * sum(plan.matrices.values()), round(size * plan.read)) for plan in plans]
-        rows = [
-            {**plan.to_dict(), "bytes_per_token_dense": dense, "bytes_per_token_pruned": read}
-            for plan, (dense, read) in zip(plans, bytes_of, strict=True)
-        ]
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([_row(plan, size) for plan in plans], indent=2))
         return
     report = ThresholdReport.of(model, adapter, config, plans, None, Timings())
     table = Table(box=box.SIMPLE_HEAD)
@@ -49,9 +47,19 @@ def inspect_thresholds(model: Any, config: PopConfig, adapter: Adapter, as_json:
     console.print(footprint_table(parts))
     console.print(
         f"{type(model).__name__}: {len(plans)} inputs of FFNs and attention, found by {type(adapter).__name__}.\n"
-        f"{config.label.capitalize()} ({config.scope}). Masked, without speed-up.",
+        f"{config.label.capitalize()} ({config.scope}). What a token reads is meant for entries that pick rows.",
         highlight=False,
     )
+    reasons = [] if packed is None else [f"the checkpoint is quantised ({packed})"]
+    if any(plan.backend == "masked" for plan in plans):
+        why = "; ".join([*reasons, "thresholds run masked so far"])
+        console.print(f"Masked, without speed-up: {why}.", style="yellow", highlight=False, markup=False)
+
+
+def _row(plan: ThresholdPlan, size: int) -> dict[str, Any]:
+    whole = size * sum(plan.matrices.values())  # what is masked is read all the same
+    meant = {"bytes_per_token_intended": round(size * plan.read)}
+    return {**plan.to_dict(), "bytes_per_token_dense": whole, "bytes_per_token_pruned": whole, **meant}
 
 
 __all__ = ["inspect_thresholds"]
