@@ -234,7 +234,9 @@ class Adapter:
     def groups(self, name: str, layers: nn.ModuleList, model: nn.Module) -> list[InputGroup]:
         """Those of these layers; ``name`` is theirs in ``model``."""
         found = [
-            paths.build(join(name, str(index)), layer, index) for index, layer in enumerate(layers) for paths in self.inputs
+            paths.build(join(name, str(index)), layer, index)
+            for index, layer in enumerate(layers)
+            for paths in self.inputs
         ]
         return without_shared([group for group in found if group is not None])
 

@@ -173,8 +173,8 @@ class PopConfig:
             return
         if self.ratio is not None:
             raise ConfigError(
-                f"ratio={self.ratio!r} and budget={self.budget!r} were both given. Give one: a ratio is the share that POP leaves "
-                "out, a budget the share of bytes that is read."
+                f"ratio={self.ratio!r} and budget={self.budget!r} were both given. Give one: a ratio is the share that POP "
+                "leaves out, a budget the share of bytes that is read."
             )
         if not _is_number(self.budget) or not 0 < self.budget <= 1:
             raise ConfigError(f"budget must be a number in (0, 1]; got {self.budget!r}.")
@@ -185,7 +185,9 @@ class PopConfig:
             get_method(self.method)
         if self.variant in ("static", "full") and self.method == "auto":
             warnings.warn(
-                f"variant={self.variant!r} is deprecated; use method={self.variant!r}.", DeprecationWarning, stacklevel=4
+                f"variant={self.variant!r} is deprecated; use method={self.variant!r}.",
+                DeprecationWarning,
+                stacklevel=4,
             )
             object.__setattr__(self, "method", self.variant)
         if self.variant != "pop" and self.method != self.variant and self.variant in ("static", "full"):
@@ -196,8 +198,8 @@ class PopConfig:
             return
         if self.ratio is not None:
             raise ConfigError(
-                f"method='thresholds' takes a budget, the share of bytes that is read, not ratio={self.ratio!r}. Give budget=, or "
-                "method='pop'."
+                f"method='thresholds' takes a budget, the share of bytes that is read, not ratio={self.ratio!r}. Give budget=, "
+                "or method='pop'."
             )
         for setting in fields(self):
             value = getattr(self, setting.name)

@@ -101,7 +101,9 @@ class InputReport:
             weight = counts.sum(-1).double()
             if float(weight.sum()):
                 prompt[MODALITIES[modality]] = float((above.nan_to_num() * weight).sum() / weight.sum())
-        return cls(plan, which, share, float(state.kept) / entries if entries else None, state.threshold.tolist(), prompt)
+        return cls(
+            plan, which, share, float(state.kept) / entries if entries else None, state.threshold.tolist(), prompt
+        )
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,9 @@ class ThresholdReport:
         mine = [report.prompt_share for report in self.inputs if report.matrix == matrix]
         names = dict.fromkeys(name for shares in mine for name in shares)
         return {
-            name: sum(found) / len(found) for name in names if (found := [shares[name] for shares in mine if name in shares])
+            name: sum(found) / len(found)
+            for name in names
+            if (found := [shares[name] for shares in mine if name in shares])
         }
 
     def to_json(self) -> str:

@@ -110,7 +110,9 @@ def plan_thresholds(model: nn.Module, config: PopConfig, adapter: Adapter | None
     )
     shares = dict(zip("xh", threshold_shares(weights, config.budget or 1.0), strict=True))
     backend, reason = ("dense", "a budget of 1") if config.budget == 1 else ("masked", "thresholds; no speed-up")
-    plans = [ThresholdPlan(plan.record, shares, backend, reason) for plan in mine]
+    plans = [
+        ThresholdPlan(plan.record, {which: shares[which] for which in plan.matrices}, backend, reason) for plan in mine
+    ]
     plans += [ThresholdPlan(ffn, {"x": 1.0, "h": 1.0}, "dense", "prune_shared=False") for ffn in whole]
     return sorted(plans, key=lambda plan: (plan.record.layer, not isinstance(plan.record, InputGroup)))
 
@@ -122,8 +124,8 @@ def _check_apart(records: Sequence[FFN | Experts]) -> None:
         for module in ffn.modules:
             if owner.setdefault(module, ffn.name) != ffn.name:
                 raise AdapterError(
-                    f"{owner[module]} and {ffn.name} share a module, so their inputs cannot be told apart. Give each layer a copy "
-                    "of its own."
+                    f"{owner[module]} and {ffn.name} share a module, so their inputs cannot be told apart. Give each layer a "
+                    "copy of its own."
                 )
 
 
@@ -157,7 +159,9 @@ class ThresholdSession(Session):
                 assert isinstance(state, RecordState)
                 for which, inputs in state.inputs.items():
                     if inputs.counts:
-                        found[f"{record.name}.{which}"] = sum(inputs.counts.values(), 0 * next(iter(inputs.counts.values())))
+                        found[f"{record.name}.{which}"] = sum(
+                            inputs.counts.values(), 0 * next(iter(inputs.counts.values()))
+                        )
         return found
 
     def _check_rows(self, forward: Forward) -> None:

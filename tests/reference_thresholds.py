@@ -1,4 +1,4 @@
-"""Thresholds from the prompt as they are defined, written for the tests: loops over tokens and entries, nothing shared with pop_mm.
+"""Thresholds from the prompt as defined, for the tests: loops over tokens and entries, nothing shared with pop_mm.
 
 ``Thresholds(model, rho, kappa)`` hooks every matrix by itself, q, k and v too; ``prefill`` and ``step`` are told what they
 are, so there is nothing to guess. It zeroes entries of inputs, and nothing else.
@@ -9,12 +9,22 @@ import math
 
 import numpy as np
 import torch
+from reference_moe import Weights, experts_of
 from transformers import DynamicCache
 
 from reference import columns, down_projections
-from reference_moe import Weights, experts_of
 
-ATTENTION_IN = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "q_a_proj", "kv_a_proj_with_mqa")
+ATTENTION_IN = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "query_key_value",
+    "c_attn",
+    "Wqkv",
+    "q_a_proj",
+    "kv_a_proj_with_mqa",
+)
 ATTENTION_OUT = ("o_proj", "out_proj", "dense", "c_proj")
 FFN_IN = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "c_fc", "dense_h_to_4h", "fc1", "fc_in", "input_linear")
 FEWEST = 4  # tokens of a prompt
@@ -136,10 +146,16 @@ class Thresholds:
     def _forward(self, phase, ids, mask, inputs):
         self.phase, self.rows, self.length, self.valid = phase, *ids.shape, mask.tolist()
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], 1)
-        own = {"input_ids": ids, "past_key_values": self.cache, "attention_mask": self.mask, "use_cache": True, **inputs}
-        if "position_ids" in inspect.signature(self.model.forward).parameters and "pixel_values" not in inputs:
-            if not getattr(self, "own_positions", False):
-                own["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        own = {
+            "input_ids": ids,
+            "past_key_values": self.cache,
+            "attention_mask": self.mask,
+            "use_cache": True,
+            **inputs,
+        }
+        takes = "position_ids" in inspect.signature(self.model.forward).parameters
+        if takes and "pixel_values" not in inputs and not getattr(self, "own_positions", False):
+            own["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         return self.model(**own).logits
 
     def _hook(self, name, norms):

@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+from reference_thresholds import bin_of, edge, matrices
+from reference_thresholds import quantile as naive_quantile
 
 import pop_mm
 from modes import LENGTH, generate
@@ -13,8 +15,6 @@ from pop_mm import ConfigError, PopConfig, prune
 from pop_mm.methods import METHODS, get_method
 from pop_mm.methods.thresholds import BINS, hidden_share, histogram, magnitudes, quantile, share_above
 from reference import down_projections
-from reference_thresholds import bin_of, edge, matrices
-from reference_thresholds import quantile as naive_quantile
 
 
 def weights(model, scope):
@@ -72,7 +72,9 @@ def test_pop_reads_r_and_c_within_the_budget(model, method, scope, budget):
     attention = sum(n for n, _ in weights(model, scope).values()) - sum(ffn)
     width = session.plans[0].sizes.width
     total = sum(ffn) + attention
-    assert (attention + sum(ffn) * width / 64) / total <= budget + 1e-9 < (attention + sum(ffn) * (width + 4) / 64) / total
+    assert (
+        (attention + sum(ffn) * width / 64) / total <= budget + 1e-9 < (attention + sum(ffn) * (width + 4) / 64) / total
+    )
 
 
 def test_pop_by_a_budget_is_pop_by_its_ratio(model):
@@ -87,7 +89,7 @@ def test_pop_names_its_minimum(model):
     with pytest.raises(ConfigError, match=r"method='pop'.*must be more than 0\.\d+") as error:
         prune(model, budget=0.1, method="pop")
     prune(model, budget=float(str(error.value).split("more than ")[1].rstrip(".")) + 0.01, method="pop")
-    with pytest.raises(ConfigError, match="reads every channel. Give ratio="):
+    with pytest.raises(ConfigError, match=r"reads every channel\. Give ratio="):
         prune(model, budget=0.6, method="full")
 
 
@@ -201,7 +203,9 @@ def test_edges_of_bins_rise():
 
 def test_only_ffns_are_touched_with_their_scope(model):
     seen = []
-    handle = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].all()))
+    handle = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].all())
+    )
     with prune(model, budget=0.5, scope="ffn"):
         generate(model, prompt(1, LENGTH))
     handle.remove()

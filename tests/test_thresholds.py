@@ -5,13 +5,13 @@ from functools import cache
 
 import pytest
 import torch
+from reference_thresholds import FEWEST, Thresholds
+from test_invariants import NAN_IN_FLOAT64
 
 from modes import LENGTH, MODES, STEPS, dense_run, generate, left_padded, simple
 from observe import prompt, same_afterwards
 from pop_mm import NonFiniteError, SessionError, prune
 from pop_mm.methods.thresholds import MIN_PROMPT_TOKENS
-from reference_thresholds import FEWEST, Thresholds
-from test_invariants import NAN_IN_FLOAT64
 from tiny_models import DENSE_MODELS, tiny
 
 BUDGET = 0.6
@@ -61,7 +61,9 @@ def test_greedy_equals_the_reference(any_model, scope):
     own = shares(session)
     with Thresholds(any_model, own["x"], own["h"], attention=scope == "overall") as reference:
         expected = reference.greedy(ids, STEPS)
-    assert not torch.allclose(found[1], dense_run("greedy", any_model)[1]), "nothing was left out: the test sees nothing"
+    assert not torch.allclose(found[1], dense_run("greedy", any_model)[1]), (
+        "nothing was left out: the test sees nothing"
+    )
     same(found, (expected, torch.stack(reference.logits)))
     for row in range(2):
         mine = sorted({inputs.thresholds[row] for inputs in report.inputs})
@@ -193,10 +195,13 @@ def test_a_split_forward_equals_prefill_and_steps(layout):
         with session.split(torch.tensor([LENGTH, LENGTH - 2])):
             uneven = layout(ids, use_cache=False).logits
         out = layout(ids[:, :LENGTH], use_cache=True)
-        steps = [layout(ids[:, i : i + 1], past_key_values=out.past_key_values).logits for i in range(LENGTH, LENGTH + 4)]
+        steps = [
+            layout(ids[:, i : i + 1], past_key_values=out.past_key_values).logits for i in range(LENGTH, LENGTH + 4)
+        ]
         short = layout(ids[1:, : LENGTH - 2], use_cache=True)
         last = [
-            layout(ids[1:, i : i + 1], past_key_values=short.past_key_values).logits for i in range(LENGTH - 2, LENGTH + 4)
+            layout(ids[1:, i : i + 1], past_key_values=short.past_key_values).logits
+            for i in range(LENGTH - 2, LENGTH + 4)
         ]
     torch.testing.assert_close(whole[:, LENGTH:], torch.cat(steps, 1), rtol=0, atol=1e-5)
     torch.testing.assert_close(uneven[:1], whole[:1], rtol=0, atol=1e-5)

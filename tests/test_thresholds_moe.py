@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from reference_thresholds import Thresholds
+from test_thresholds import same, shares, thresholds
 
 from modes import (
     EXPERT_LAYOUTS,
@@ -17,8 +19,6 @@ from modes import (
 )
 from observe import prompt, same_afterwards
 from pop_mm import prune
-from reference_thresholds import Thresholds
-from test_thresholds import same, shares, thresholds
 from tiny_models import MOE_MODELS
 
 # the reference leaves the routers' own arithmetic alone, so it must be that of the model

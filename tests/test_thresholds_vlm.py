@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from reference_thresholds import FEWEST, Thresholds
+from test_thresholds import shares
 
 from observe import differences, fingerprint
 from pop_mm import prune
-from reference_thresholds import FEWEST, Thresholds
-from test_thresholds import shares
 from tiny_vlms import VLM_MODELS, image_inputs, tiny_vlm
 
 
@@ -18,7 +18,12 @@ def kinds(model, ids):
 
 def generate(model, inputs, steps=3):
     out = model.generate(
-        **inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, return_dict_in_generate=True, output_logits=True
+        **inputs,
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
     return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack([logits.double() for logits in out.logits])
 
@@ -40,7 +45,9 @@ def test_the_thresholds_are_those_of_the_text(model_type):
         reference.valid, reference.kinds = torch.ones_like(ids).tolist(), modality.tolist()
         reference.tokens = modality.tolist()
         model(**inputs)
-        found = {name: reference._threshold(name, 0, own["h" if "down" in name else "x"]) for name, _ in reference.entries}
+        found = {
+            name: reference._threshold(name, 0, own["h" if "down" in name else "x"]) for name, _ in reference.entries
+        }
     assert sorted({inputs.thresholds[0] for inputs in report.inputs}) == sorted(set(found.values()))
     assert {"text", "image"} == set(report.inputs[0].prompt_share)
     for inputs in report.inputs:
@@ -59,7 +66,9 @@ def test_all_tokens_set_them_where_there_is_too_little_text():
     with prune(model, budget=0.6) as session:
         generate(model, inputs)
     for found in session.report.inputs:
-        share = (found.prompt_share["text"] * (FEWEST - 1) + found.prompt_share["image"] * int(image.sum())) / int(keep.sum())
+        share = (found.prompt_share["text"] * (FEWEST - 1) + found.prompt_share["image"] * int(image.sum())) / int(
+            keep.sum()
+        )
         assert abs(share - found.share) < 2e-3
 
 

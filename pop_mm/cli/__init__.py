@@ -45,12 +45,15 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto: a GPU if there 
 Methods = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME", help="dense|static|pop|full|thresholds|wanda_sp|magnitude|griffin|random; repeat it.", show_default=False
+        metavar="NAME",
+        help="dense|static|pop|full|thresholds|wanda_sp|magnitude|griffin|random; repeat it.",
+        show_default=False,
     ),
 ]
 Ratios = Annotated[list[float], typer.Option(metavar="SHARE", help="To leave out, in [0, 1); repeat it for more.")]
 Budgets = Annotated[
-    list[float] | None, typer.Option(metavar="SHARE", help="To read, in (0, 1]; repeat it for more.", show_default=False)
+    list[float] | None,
+    typer.Option(metavar="SHARE", help="To read, in (0, 1]; repeat it for more.", show_default=False),
 ]
 Gammas = Annotated[list[float], typer.Option(metavar="SHARE", help="Of pop: candidates, in [0, 1]; repeat it.")]
 Prefills = Annotated[list[str], typer.Option(metavar="dense|partition", help="Repeat it for both.")]

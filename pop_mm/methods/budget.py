@@ -41,7 +41,7 @@ class Weights:
 
 
 def threshold_shares(weights: Weights, budget: float) -> tuple[float, float]:
-    """rho and kappa, the shares of x and h to keep, so that a token reads ``budget`` of the weights.
+    """Rho and kappa, the shares of x and h to keep, so that a token reads ``budget`` of the weights.
 
     Raises
     ------
