@@ -72,6 +72,11 @@ class Experts:
         return int(self.down.shape[0])
 
     @property
+    def experts(self) -> int | None:
+        """E, as :attr:`count`: what tells experts from a dense FFN."""
+        return self.count
+
+    @property
     def size(self) -> int:
         """D, the intermediate size of one expert."""
         return int(self.down.shape[1 if self._transposed else 2])

@@ -254,6 +254,11 @@ class FFN:
         return tuple(p.module for p in self.projections)
 
     @property
+    def experts(self) -> int | None:
+        """None: there is one of it in a layer."""
+        return None
+
+    @property
     def channel_shape(self) -> tuple[int, ...]:
         """``(D,)``: the shape of anything that is known by channel."""
         return (self.size,)

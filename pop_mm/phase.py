@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .errors import PhaseError
-from .modality import ByModality, Positions, positions_of
+from .modality import Positions, positions_of
+
+if TYPE_CHECKING:
+    from .step import Step
 
 
 class Phase(Enum):
@@ -59,8 +62,8 @@ class Forward:
         Set by the backend: FFNs complete the prompt on R and C only, as soon as they have ranked their channels.
     probes : Tensor or None
         Set by the backend: and they do so from gate and up on. ``[n]``, numbers of the positions that rank the channels.
-    by_modality : dict of device to list of ByModality
-        Filled in by the engine.
+    steps : dict of device to Step
+        The forward's tokens as the algorithm takes them; filled in by the engine.
     """
 
     phase: Phase
@@ -76,7 +79,7 @@ class Forward:
     few: bool = False
     partial: bool = False
     probes: Tensor | None = None
-    by_modality: dict[torch.device, list[ByModality]] = field(default_factory=dict)
+    steps: dict[torch.device, Step] = field(default_factory=dict)
 
 
 class Handler(Protocol):

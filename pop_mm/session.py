@@ -26,7 +26,7 @@ from .backends.masked import MaskedBackend
 from .backends.norms import FewTokensNorms
 from .compiled import CompiledSteps
 from .config import PopConfig, as_config
-from .engine import Engine, PromptState
+from .engine import Engine
 from .errors import AdapterError, ConfigError, NonFiniteError, SessionError
 from .experts import Experts
 from .interrupts import uninterrupted
@@ -37,7 +37,7 @@ from .partition import Sizes, partition_sizes
 from .phase import Forward, Phase, PhaseTracker, set_instance_attribute
 from .ratio import ffn_ratios
 from .report import Alone, FFNPlan, Report, Timings, build_report
-from .routed import ExpertsState
+from .state import PromptState
 
 PART_NAMES = {"dense": "FFN", "expert": "routed experts", "shared_expert": "shared experts"}  # by role, for tables
 _PRUNED_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -321,7 +321,7 @@ class Session:
             for ffn, state in zip(self._engine.ffns, self._last.ffns, strict=True):
                 energy = state.energy({})
                 if energy is not None:
-                    found[ffn.name] = energy
+                    found[ffn.name] = energy if self._engine.per_sequence or ffn.experts else energy[0]
         return found
 
     def _alone(self, state: PromptState) -> list[Alone]:
@@ -333,9 +333,12 @@ class Session:
         found: list[Alone] = []
         for index, ffn in enumerate(state.ffns):
             parts = {name: self._engine.rank(index, state, weights[name]) for name in present}
+            if ffn.experts is None and not self._engine.per_sequence:
+                parts = {name: part[0] for name, part in parts.items()}
             reached = {}
-            if isinstance(ffn, ExpertsState):
-                reached = {name: ffn.energy(weights[name]).sum(-1) > 0 for name in present}
+            if ffn.experts is not None:
+                energies = {name: ffn.energy(weights[name]) for name in present}
+                reached = {name: energy.sum(-1) > 0 for name, energy in energies.items() if energy is not None}
             elif self._engine.per_sequence:  # a row without such tokens
                 device = parts[present[0]].pruned.device
                 reached = {name: state.tokens_of[MODALITIES.index(name)].to(device) > 0 for name in present}

@@ -23,9 +23,9 @@ from ..experts import Experts, ExpertViews
 from ..interrupts import uninterrupted
 from ..kernels import Matvec
 from ..layout import linear
-from ..partition import dropped_candidates
+from ..ops.select import choose
 from ..phase import Forward, PhaseTracker, set_instance_attribute
-from ..routed import ExpertsState, Slots
+from ..state import FFNState
 from .base import current_forward
 from .order import ChannelOrder
 from .static import StaticSteps, fixed
@@ -139,19 +139,17 @@ class MaskedExperts:
         between: Callable[[Tensor], Tensor] | None = getattr(self._local, "between", None)
         return h if between is None else between(h)
 
-    def _state(self, forward: Forward) -> ExpertsState:
-        state = forward.state.ffns[self._index]
-        assert isinstance(state, ExpertsState)
+    def _state(self, forward: Forward) -> FFNState:
+        state: FFNState = forward.state.ffns[self._index]
         return state
 
     def _reference(self, forward: Forward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The implementation that was selected before, with the engine's say on the down projections' inputs."""
         before = _SELECTED[id(self._module.config)].before
-        routed = self._engine.routed(self._index)
 
         def between(order: Tensor | None, h: Tensor) -> Tensor:
-            slots = Slots.of(forward, ids, weights, order, self._record.count)
-            return routed.apply(forward, self._state(forward), h, slots, self._positions)
+            step = self._engine.step(forward, h.device).routed(ids, weights, order, self._record.count)
+            return self._engine.apply(self._index, forward, step, h, self._positions)
 
         if before in (None, "eager"):
             size = self._record.size
@@ -226,12 +224,12 @@ class InplaceExperts(MaskedExperts):
                 return self._narrow(forward, state, hidden, ids, weights)
         return self._reference(forward, hidden, ids, weights)
 
-    def _ready(self, state: ExpertsState, ids: Tensor) -> bool:
+    def _ready(self, state: FFNState, ids: Tensor) -> bool:
         assert state.ready is not None
         flat = ids.reshape(-1)
         return bool(state.ready[flat[flat < self._record.count]].all())
 
-    def _narrow(self, forward: Forward, state: ExpertsState, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _narrow(self, forward: Forward, state: FFNState, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """A decode step on R and C of the experts that it needs."""
         sizes = self._engine.sizes[self._index]
         address = self._record.addresses
@@ -257,7 +255,7 @@ class InplaceExperts(MaskedExperts):
         alone = len(ids) == 1 and not self._module._is_expert_parallel
         matvec = self._matvec if alone and forward.few else None
         result = run_experts(self._record, hidden, ids, weights, views, between, alone, matvec)
-        state.count(ids if forward.valid is None else ids[forward.valid.reshape(-1)], state.decode_tokens)
+        state.count_tokens(ids if forward.valid is None else ids[forward.valid.reshape(-1)], state.decode_tokens)
         return result
 
     def prepare_traced(self, forward: Forward) -> bool:
@@ -278,7 +276,7 @@ class InplaceExperts(MaskedExperts):
         if sizes.candidates:
             assert self._weight is not None
             candidates = h[:, sizes.retained :]
-            dropped = dropped_candidates(candidates.abs() * self._weight[experts], sizes)
+            dropped = choose(candidates, self._weight[experts], sizes.candidates_dropped)
             h = torch.cat([h[:, : sizes.retained], candidates.scatter(1, dropped, 0)], 1)
         self._static.count(self._index, experts)
         out = chosen_product(h, *views.down, experts)
@@ -292,14 +290,13 @@ class InplaceExperts(MaskedExperts):
         """``[N, n]``: which of the candidates (``[N, |C|]``, as they stand in the weights) each slot leaves out."""
         assert self._weight is not None
         if order is None:  # one token: nothing to share, and the router's weight changes no ranking
-            scores = candidates.detach().abs() * self._weight[ids[0]]
-            return dropped_candidates(scores, self._engine.sizes[self._index])
-        slots = Slots.of(forward, ids, weights, order, self._record.count)
-        routed = self._engine.routed(self._index)
-        return routed.choose(forward, candidates, self._weight[slots.expert], slots, slots.column)
+            return choose(candidates, self._weight[ids[0]], self._engine.sizes[self._index].candidates_dropped)
+        step = self._engine.step(forward, candidates.device).routed(ids, weights, order, self._record.count)
+        assert step.expert is not None
+        return self._engine.choose(self._index, forward, step, candidates, self._weight[step.expert])
 
     @uninterrupted()
-    def _place(self, state: ExpertsState, expert: int) -> None:
+    def _place(self, state: FFNState, expert: int) -> None:
         """Bring R and C of an expert to the front."""
         started = time.perf_counter()
         assert state.partition is not None and state.candidate_weight is not None

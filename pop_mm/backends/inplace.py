@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine import Engine, PromptState
+from ..engine import Engine
 from ..experts import Experts
 from ..interrupts import uninterrupted
 from ..kernels import MOST_TOKENS, Matvec, View, traced
@@ -24,7 +24,8 @@ from ..kernels.ffn import Scratch
 from ..layout import FFN, Projection, linear
 from ..partition import Partition
 from ..phase import Forward, PhaseTracker
-from .base import current_forward, voices
+from ..state import PromptState
+from .base import apply, current_forward, dense_ffn, voices
 from .experts import InplaceExperts
 from .fused import compiled_forward, triton_forward
 from .order import ChannelOrder
@@ -257,7 +258,7 @@ class InplaceBackend:
         parts = {index: self._engine.partition(index, state) for index in self._orders}
         missing = {index: part for index, part in parts.items() if not self._is_placed(index, part)}
         if missing:
-            zones = [part.zones() for part in missing.values()]
+            zones = [part.zones()[0] for part in missing.values()]
             # one transfer to the host for all FFNs: how many channels move is not known before
             on_host = torch.cat([z.to(zones[0].device) for z in zones]).cpu().split([len(z) for z in zones])
             for (index, part), zone in zip(missing.items(), on_host, strict=True):
@@ -265,7 +266,7 @@ class InplaceBackend:
         for index in parts:
             ranks, weight = self._placed[index].ranks, state.ffns[index].candidate_weight
             assert weight is not None
-            weight = weight[ranks]
+            weight = weight[0, ranks]
             leave_out = self._engine.chooser(index, state, weight, ranks)
             slot = self._engine.step_slot(index, state, ranks)
             self._candidates[index] = ResidentCandidates(ranks, weight, leave_out, slot)
@@ -275,7 +276,7 @@ class InplaceBackend:
         """Rank the channels of one FFN, and move them, within a prefill."""
         part = self._engine.partition(index, state)
         with self._moving():
-            self._move(index, part, part.zones().cpu())
+            self._move(index, part, part.zones()[0].cpu())
 
     def _is_placed(self, index: int, part: Partition) -> bool:
         return index in self._placed and self._placed[index].partition is part
@@ -305,7 +306,7 @@ class InplaceBackend:
         return forward
 
     def _down_forward(self, index: int) -> Callable[[Tensor], Tensor]:
-        ffn, sizes = self._engine.ffn(index), self._engine.sizes[index]
+        ffn, sizes = dense_ffn(self._engine, index), self._engine.sizes[index]
         tracker, module = self._tracker, ffn.down.module
         own_forward = type(module).forward
         narrow, down = ffn.down.narrow(sizes.width), self._downs[index]
@@ -324,7 +325,7 @@ class InplaceBackend:
             if not current.fast:
                 if sizes.dense:
                     return own_forward(module, h)
-                return own_forward(module, engine.apply(index, current, h, order.position_of if order.moved else None))
+                return own_forward(module, apply(engine, index, current, h, positions_of(order)))
             if has_candidates:
                 if h.requires_grad:
                     h = h.clone()
@@ -337,21 +338,19 @@ class InplaceBackend:
     def _front_of_prompt(self, index: int, forward: Forward, h: Tensor) -> Tensor:
         """Rank and move an FFN's channels within a prefill: of ``[..., D]`` activations those of R and C, ``[..., K]``."""
         order, width = self._orders[index], self._engine.sizes[index].width
-        before, moved = order.position_of, order.moved
-        tokens = h.view(forward.rows, forward.length, -1)
-        self._engine.observe(index, forward, tokens, before if moved else None)
+        before, rows = order.position_of, h.flatten(0, -2)
+        self._engine.observe(index, forward, self._engine.step(forward, h.device), rows, positions_of(order))
         self._place_prompt(index, forward.state)
         places = before[order.front(width)]
-        rows = h.flatten(0, -2)
         return rows.gather(1, places.expand(len(rows), -1)).view(*h.shape[:-1], width)
 
     def _probed_prompt(self, index: int, forward: Forward, x: Tensor) -> Tensor:
         """The whole FFN in a prefill: the probe tokens on all channels, to rank them, then every token on R and C."""
-        ffn, order, sizes = self._engine.ffn(index), self._orders[index], self._engine.sizes[index]
+        ffn, order, sizes = dense_ffn(self._engine, index), self._orders[index], self._engine.sizes[index]
         assert forward.probes is not None
         rows, probes = x.reshape(-1, x.shape[-1]), forward.probes.to(x.device)
         h = down_input(ffn, rows[probes], sizes.channels)
-        self._engine.observe(index, forward, h, order.position_of if order.moved else None, probes)
+        self._engine.observe(index, forward, self._engine.step(forward, x.device), h, positions_of(order), probes)
         self._place_prompt(index, forward.state)
         h = down_input(ffn, rows, sizes.width)
         return linear(h, *ffn.down.narrow_views(sizes.width)[0]).view(x.shape)
@@ -366,9 +365,9 @@ class InplaceBackend:
             if current.length == 1:  # the common step
                 here.leave_out(h if h.dim() == 2 else h.view(current.rows, -1), voices(current))
                 return
-            candidates = h.view(current.rows, current.length, -1)[..., retained:]
-            dropped = engine.select(index, current, candidates, here.weight, here.ranks)
-            candidates.scatter_(-1, dropped.expand(current.rows, -1, -1), 0)
+            candidates = h.view(-1, h.shape[-1])[:, retained:]
+            step = engine.step(current, h.device)
+            candidates.scatter_(1, engine.choose(index, current, step, candidates, here.weight, here.ranks), 0)
 
         return zero_dropped
 
@@ -377,7 +376,7 @@ class InplaceBackend:
     ) -> Callable[[Tensor, Forward | None], Tensor]:
         """The FFN on narrow views of its weights as they are now, by the kernels of this session."""
         sizes, down = self._engine.sizes[index], self._downs[index].view()
-        stock = direct_forward(self._engine.ffn(index), sizes.width, zero_dropped, down)
+        stock = direct_forward(dense_ffn(self._engine, index), sizes.width, zero_dropped, down)
         if self._triton:
             return triton_forward(self._engine, index, self._candidates, stock)
         if self._matvec is not None:
@@ -390,7 +389,7 @@ class InplaceBackend:
         Calling three modules costs as much as a fifth of a small FFN: their Python objects have left the cache since
         the layer before. Hooks on the projections are respected: then the module's own forward runs.
         """
-        ffn, sizes, tracker = self._engine.ffn(index), self._engine.sizes[index], self._tracker
+        ffn, sizes, tracker = dense_ffn(self._engine, index), self._engine.sizes[index], self._tracker
         holder = ffn.holder
         assert holder is not None
         own_forward = type(holder).forward
@@ -418,6 +417,11 @@ class InplaceBackend:
             return compute(x, current)
 
         return forward
+
+
+def positions_of(order: ChannelOrder) -> Tensor | None:
+    """``[1, D]``: the position of each original channel of an FFN; None if all are in their own places."""
+    return order.position_of.unsqueeze(0) if order.moved else None
 
 
 def down_input(ffn: FFN, rows: Tensor, width: int) -> Tensor:

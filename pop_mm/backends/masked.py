@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..engine import Engine
 from ..experts import Experts
 from ..phase import PhaseTracker
-from .base import current_forward
+from .base import apply, current_forward, dense_ffn
 from .experts import MaskedExperts
 
 
@@ -38,13 +38,12 @@ class MaskedBackend:
             self._undo.append(experts.detach)
             experts.attach()
             return
-        ffn = self._engine.ffn(index)
+        ffn = dense_ffn(self._engine, index)
 
         @torch.compiler.disable
         def before_down(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             forward = current_forward(self._tracker, ffn)
-            h: Tensor = self._engine.apply(index, forward, args[0], None)
-            return (h, *args[1:]), kwargs
+            return (apply(self._engine, index, forward, args[0], None), *args[1:]), kwargs
 
         self._undo.append(ffn.down.module.register_forward_pre_hook(before_down, with_kwargs=True).remove)
 
