@@ -1,7 +1,7 @@
 """POP for one model: statistics in prefill, the partition, the choice at each decode step. Knows no architecture.
 
-State belongs to a prompt (:class:`~pop_mm.state.PromptState`), always in original channel numbers. Where an executor has reordered
-channels it passes ``positions``: the position of each original channel.
+State belongs to a prompt (:class:`~pop_mm.state.PromptState`), always in original channel numbers. Where an executor has
+reordered channels it passes ``positions``: the position of each original channel.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from . import kernels
 from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
+from .events import Events, tells
 from .experts import Experts
 from .layout import FFN
 from .modality import MODALITIES, added, weighted_sum
@@ -41,6 +42,11 @@ class Engine:
     config : PopConfig
     modalities : int
         How many the model can have: 1 is text alone.
+
+    Attributes
+    ----------
+    events : Events
+        Of the session.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class Engine:
         self._weights: list[Tensor] | None = None  # of each FFN [E, D]
         self._stand_ins: dict[int, Tensor | None] = {}
         self._modalities = modalities
+        self.events = Events()
 
     @property
     def per_sequence(self) -> bool:
@@ -102,6 +109,7 @@ class Engine:
 
     # prefill --------------------------------------------------------------------------------------------------------
 
+    @tells("statistics")
     def count_tokens(self, forward: Forward) -> None:
         """Add this forward's prompt tokens to the state's count."""
         state: PromptState = forward.state
@@ -110,8 +118,15 @@ class Engine:
             tokens = torch.full((forward.rows,), forward.length) if mask is None else mask.view(shape).sum(-1)
             state.tokens_of = added(state.tokens_of, modality, tokens)
 
+    @tells("statistics")
     def observe(
-        self, index: int, forward: Forward, step: Step, h: Tensor, positions: Tensor | None, probes: Tensor | None = None
+        self,
+        index: int,
+        forward: Forward,
+        step: Step,
+        h: Tensor,
+        positions: Tensor | None,
+        probes: Tensor | None = None,
     ) -> None:
         """Add the squared activations of the prompt's tokens (of its probe tokens, if there are any); padding never counts.
 
@@ -144,9 +159,7 @@ class Engine:
         seen = torch.zeros(units, dtype=torch.int64, device=h.device) + counts
         ffn.add(sums if positions is None else sums[..., positions[0]], seen, seen)
 
-    def _observe_routed(
-        self, ffn: FFNState, step: Step, h: Tensor, positions: Tensor | None, in_prompt: bool
-    ) -> None:
+    def _observe_routed(self, ffn: FFNState, step: Step, h: Tensor, positions: Tensor | None, in_prompt: bool) -> None:
         assert step.weight is not None and ffn.experts is not None
         units = ffn.experts * (step.rows if self.per_sequence else 1)
         valid = step.counted if in_prompt else step.valid
@@ -201,6 +214,7 @@ class Engine:
         """``[n]``: the probe tokens of this forward as numbers of its positions, row by row."""
         return self._probes(forward, self.step(forward, _where(forward))).flatten().nonzero().squeeze(1)
 
+    @tells("partition")
     def partition(self, index: int, state: PromptState) -> Partition:
         """Make (or return) the partitions of one FFN's units from the statistics so far, ``[U, ...]``."""
         ffn = state.ffns[index]
@@ -241,6 +255,7 @@ class Engine:
         assert enough is not None
         return scores.where(enough.unsqueeze(1), self._per_unit(stand_in, state).to(scores.device))
 
+    @tells("partition")
     def partition_all(self, state: PromptState) -> None:
         """Make every partition that is missing; before the first decode step. FFNs that are alike are ranked together."""
         self.check_prompt(state)
@@ -271,6 +286,7 @@ class Engine:
                 which = f"Row {int(short.nonzero()[0])} of the prompt" if self.per_sequence else "The prompt"
                 raise PhaseError(f"{which} {complaint}")
 
+    @tells("statistics")
     def check_finite(self, state: PromptState) -> None:
         """Raise :class:`NonFiniteError` if the prompt's statistics are not finite; one look for all FFNs."""
         totals = [(i, ffn.energies.sum()) for i, ffn in enumerate(state.ffns) if ffn.energies is not None]
@@ -348,6 +364,7 @@ class Engine:
             ffn.count(step, waiting)
         return active if waiting is None else active | waiting.unsqueeze(1)
 
+    @tells("selection")
     def choose(
         self,
         index: int,
@@ -402,9 +419,10 @@ class Engine:
             torchs()(h, valid, log.slot(ranks, device))
 
         library = kernels.library() if weight.is_cpu and weight.dtype is torch.float32 else None
-        if library is None:
-            return by_torch
-        return library.chooser(weight.contiguous(), sizes, self.step_slot(index, state, ranks), by_torch)
+        leave_out = by_torch
+        if library is not None:
+            leave_out = library.chooser(weight.contiguous(), sizes, self.step_slot(index, state, ranks), by_torch)
+        return self.events.told_briefly("selection", leave_out)
 
     def step_slot(self, index: int, state: PromptState, ranks: Tensor) -> Callable[[], int]:
         """For C that chooses by itself, for one token of each sequence: the address to note at what it leaves out, ``[1, n]``."""

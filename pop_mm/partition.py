@@ -14,7 +14,6 @@ from torch import Tensor
 from .errors import ConfigError
 
 
-
 @dataclass(frozen=True)
 class Sizes:
     """How many channels of one FFN are in each part.

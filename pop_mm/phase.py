@@ -150,6 +150,11 @@ class PhaseTracker:
         """The forward that runs in this thread now."""
         return getattr(self._local, "current", None)
 
+    @property
+    def live(self) -> int:
+        """How many caches are known."""
+        return len(self._states)
+
     def install(self) -> None:
         """Wrap and hook the model."""
         for name, wrap in (

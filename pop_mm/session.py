@@ -28,6 +28,7 @@ from .compiled import CompiledSteps
 from .config import PopConfig, as_config
 from .engine import Engine
 from .errors import AdapterError, ConfigError, NonFiniteError, SessionError
+from .events import Events
 from .experts import Experts
 from .interrupts import uninterrupted
 from .kernels import gpu
@@ -278,6 +279,31 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    @property
+    def events(self) -> Events:
+        """Tells a listener when statistics, partitions, choices and moves of channels begin and end."""
+        return self._engine.events
+
+    @property
+    def live_prompts(self) -> int:
+        """Prompts whose caches are alive."""
+        return self._tracker.live
+
+    @property
+    def moving_seconds(self) -> float:
+        """Time spent moving channels."""
+        return self._inplace.seconds
+
+    @property
+    def moved_channels(self) -> int:
+        """Channels moved so far."""
+        return self._inplace.moved_channels
+
+    @property
+    def choosing_seconds(self) -> float:
+        """Time that compiled kernels have spent choosing among candidates, within an FFN's call."""
+        return self._inplace.choosing_seconds
+
     # use ------------------------------------------------------------------------------------------------------------
 
     def split(self, context_length: int | Tensor) -> AbstractContextManager[None]:
@@ -303,12 +329,11 @@ class Session:
         state = self._last
         if state is not None and state.tokens is not None and not state.partitioned:
             self._engine.partition_all(state)
-        self.timings.moving = self._inplace.seconds
+        self.timings.moving = self.moving_seconds
         read = sum(weights_per_token(self.model, self._adapter, self.plans).values())
         name = "triton" if self.config.kernels == "triton" else "stock" if self._matvec is None else "compiled"
         alone = self._alone(state) if state is not None else []
-        moved = self._inplace.moved_channels
-        return build_report(self.config, self.plans, state, self.timings, moved, read, name, alone)
+        return build_report(self.config, self.plans, state, self.timings, self.moved_channels, read, name, alone)
 
     def statistics(self) -> dict[str, Tensor]:
         """What the latest prompt's tokens did: name of an FFN -> sum of squared activations of each channel.

@@ -98,7 +98,7 @@ class FFNState:
         return self._all_ready
 
     def keep(self, part: Partition, weight: Tensor, ready: Tensor | None) -> None:
-        """The partition of every unit, weights of its candidates ``[U, |C|]``, and which units it means something for (None: all)."""
+        """The partition of every unit, its candidates' weights ``[U, |C|]``, and the units that it holds for (None: all)."""
         self.partition, self.candidate_weight = part, weight
         self.ready = torch.ones(len(weight), dtype=torch.bool, device=weight.device) if ready is None else ready
         self.late = torch.zeros_like(self.ready)
@@ -107,7 +107,9 @@ class FFNState:
     def keep_late(self, units: Tensor, part: Partition, weight: Tensor) -> None:
         """The partitions of some units (``[n]``), made while decoding."""
         old = self.partition
-        assert old is not None and self.candidate_weight is not None and self.ready is not None and self.late is not None
+        assert (
+            old is not None and self.candidate_weight is not None and self.ready is not None and self.late is not None
+        )
         self.partition = Partition(
             old.retained.index_copy(0, units, part.retained),
             old.candidates.index_copy(0, units, part.candidates),

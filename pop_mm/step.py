@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .phase import Forward, Phase
+
+_BY_TOKEN = frozenset(("unit", "number", "valid", "modality", "expert", "weight"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +91,8 @@ class Step:
 
     def __getitem__(self, index: Tensor) -> Step:
         """Some of the tokens."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Step(**{name: v[index] if isinstance(v, Tensor) else v for name, v in values.items()})
+        by_token = {name: value[index] for name, value in vars(self).items() if name in _BY_TOKEN and value is not None}
+        return replace(self, **by_token)
 
     def __len__(self) -> int:
         return len(self.unit)
@@ -108,8 +110,8 @@ class Step:
         """A modality and which of the counted tokens are of it, ``[N]``; None if all tokens are."""
         if self.modality is None:
             return [(0, self.counted)]
-        masks = [(m, self.modality == m) for m in self.present]
-        return masks if self.counted is None else [(m, mask & self.counted) for m, mask in masks]
+        masks = ((m, self.modality == m) for m in self.present)
+        return [(m, mask if self.counted is None else mask & self.counted) for m, mask in masks]
 
     def choices(self, per_sequence: bool) -> tuple[Tensor | None, int]:
         """Which tokens share a choice (``[N]``; None if each has its own), and how many choices there are.

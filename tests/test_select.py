@@ -41,7 +41,8 @@ def test_tokens_of_a_group_leave_out_what_is_weakest_over_all_of_them(tokens, ca
     for number in range(3):
         mine = [t for t in range(tokens) if group[t] == number]
         scores = [
-            float(weight[c]) * math.sqrt(sum(float(values[t, c]) ** 2 for t in mine if valid[t])) for c in range(candidates)
+            float(weight[c]) * math.sqrt(sum(float(values[t, c]) ** 2 for t in mine if valid[t]))
+            for c in range(candidates)
         ]
         expected = sorted(scores)[:count]
         assert sorted(scores[c] for c in found[number]) == pytest.approx(expected)

@@ -26,7 +26,9 @@ def current_forward(tracker: PhaseTracker, ffn: FFN | Experts) -> Forward:
 
 def apply(engine: Engine, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
     """:meth:`Engine.apply` for the input of a dense FFN's down projection, ``[B, q, D]`` or ``[B * q, D]``."""
-    return engine.apply(index, forward, engine.step(forward, h.device), h.reshape(-1, h.shape[-1]), positions).view(h.shape)
+    return engine.apply(index, forward, engine.step(forward, h.device), h.reshape(-1, h.shape[-1]), positions).view(
+        h.shape
+    )
 
 
 def dense_ffn(engine: Engine, index: int) -> FFN:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..engine import Engine
 from ..errors import SessionError
+from ..events import tells
 from ..experts import Experts, ExpertViews
 from ..interrupts import uninterrupted
 from ..kernels import Matvec
@@ -96,6 +97,7 @@ class MaskedExperts:
         record = engine.ffns[index]
         assert isinstance(record, Experts)
         self._engine = engine
+        self.events = engine.events
         self._index = index
         self._record = record
         self._module: Any = record.module
@@ -284,6 +286,7 @@ class InplaceExperts(MaskedExperts):
             out = self._module.post_expert_norm(out)
         return (out * weights[0].unsqueeze(1)).sum(0, keepdim=True).to(hidden.dtype)
 
+    @tells("selection")
     def _choose(
         self, forward: Forward, candidates: Tensor, ids: Tensor, weights: Tensor, order: Tensor | None
     ) -> Tensor:
@@ -295,6 +298,7 @@ class InplaceExperts(MaskedExperts):
         assert step.expert is not None
         return self._engine.choose(self._index, forward, step, candidates, self._weight[step.expert])
 
+    @tells("reordering")
     @uninterrupted()
     def _place(self, state: FFNState, expert: int) -> None:
         """Bring R and C of an expert to the front."""

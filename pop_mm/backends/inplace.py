@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine
+from ..events import tells
 from ..experts import Experts
 from ..interrupts import uninterrupted
 from ..kernels import MOST_TOKENS, Matvec, View, traced
@@ -82,6 +83,7 @@ class InplaceBackend:
         self, engine: Engine, tracker: PhaseTracker, matvec: Matvec | None = None, triton: bool = False
     ) -> None:
         self._engine = engine
+        self.events = engine.events
         self._tracker = tracker
         self._matvec = matvec
         self._triton = triton
@@ -205,6 +207,7 @@ class InplaceBackend:
             self._static_loaded = True
         return all(experts.prepare_traced(forward) for experts in self._experts.values())
 
+    @tells("reordering")
     def place(self, state: PromptState) -> bool:
         """Bring a prompt's R and C to the front, if it may be the resident one.
 
@@ -237,6 +240,7 @@ class InplaceBackend:
         yield
         self._seconds += time.perf_counter() - started
 
+    @tells("reordering")
     def _pack(self) -> None:
         with self._moving():
             for down in self._downs.values():
@@ -244,6 +248,7 @@ class InplaceBackend:
                     self._packed = True
                     down.pack()
 
+    @tells("reordering")
     def unpack(self) -> None:
         """Before anything but a step of the resident prompt reads or moves weights."""
         self._steps = 0

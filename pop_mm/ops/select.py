@@ -1,7 +1,7 @@
 """The choice among candidates at a decode step (paper, section 3.3): the only code that ranks them.
 
-Every token scores its candidates; tokens of one group share a choice. The compiled library (:meth:`pop_mm.kernels.Matvec.chooser`)
-and the Triton kernels choose alike; ``tests/test_select.py`` holds all of them to :func:`choose`.
+Every token scores its candidates; tokens of one group share a choice. The compiled library
+(:meth:`pop_mm.kernels.Matvec.chooser`) and the Triton kernels choose alike.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def choose(
     count : int
         How many are left out.
     group : Tensor, optional
-        ``[N]``, from 0 to ``groups - 1``: tokens that share a choice, by the norm of their activations. None: each token has its own.
+        ``[N]``, from 0 to ``groups - 1``: tokens that share a choice, by the norm of their activations. None: each has its own.
     groups : int
     valid : Tensor, optional
         ``[N]``, boolean: tokens that have a say in a choice that they share.
