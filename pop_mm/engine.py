@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from . import kernels
 from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
 from .experts import Experts
+from .history import Chunk, History
 from .layout import FFN
 from .modality import MODALITIES, TEXT, ByModality, added, weighted_sum
 from .partition import Choose, Partition, Sizes, dropped_candidates, partition, shared_scores, step_chooser
@@ -61,6 +63,11 @@ class FFNState:
         twin.steps = self.steps.copy()
         return twin
 
+    def restore(self, before: FFNState) -> None:
+        """Know what was known before a prefill that was cropped off. The log of steps goes on."""
+        self.energies, self.partition = before.energies, before.partition
+        self.candidate_weight = before.candidate_weight
+
     def invalidate(self) -> None:
         """The partition so far no longer holds."""
         self.partition = None
@@ -75,6 +82,14 @@ class FFNState:
         self.steps.select_rows(rows)
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What was known about a prompt at one time; never changed."""
+
+    tokens_of: Mapping[int, Tensor]
+    ffns: Sequence[FFNState | ExpertsState]
+
+
 class PromptState:
     """What is known about one prompt, for every FFN; it lives as long as the prompt's cache.
 
@@ -84,6 +99,9 @@ class PromptState:
         Modality -> ``[B]``: prompt tokens counted so far.
     moved : bool
         Whether a backend has seen the current partition.
+    history : History
+        What was known before each prefill forward but the first. Dense FFNs share its tensors with what is known now; for
+        routed experts each of the four snapshots is a copy of their statistics (``[M, U, D]`` floats a layer).
     """
 
     def __init__(self, ffns: Sequence[FFNState | ExpertsState], rows: int, cache: Any) -> None:
@@ -91,6 +109,7 @@ class PromptState:
         self.rows = rows
         self.tokens_of: Mapping[int, Tensor] = {}
         self.moved = False
+        self.history: History[Snapshot] = History()
         self._cache: Any = None
         if cache is not None:
             self.bind(cache)
@@ -113,8 +132,39 @@ class PromptState:
         """The same knowledge for a copy of the cache."""
         twin = copy.copy(self)
         twin.ffns = [ffn.copy() for ffn in self.ffns]
+        twin.history = self.history.copy()
         twin.bind(cache)
         return twin
+
+    def begin_chunk(self, forward: Forward) -> None:
+        """Before a forward that holds prompt: remember what is known without it."""
+        if forward.past is not None and forward.prompt_length:
+            self.history.begin(forward.past, forward.prompt_length, self._snapshot, forward.next_chunk)
+
+    def end_chunk(self, forward: Forward) -> None:
+        """After such a forward: a cache may hold fewer tokens than it was given."""
+        columns = forward.prompt_length
+        if forward.past is not None and forward.cache is not None and columns:
+            self.history.end(int(forward.cache.get_seq_length()) - (forward.length - columns))
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.tokens_of, [ffn.copy() for ffn in self.ffns])
+
+    def before(self, chunk: Chunk[Snapshot]) -> PromptState:
+        """What was known before a prefill forward, for the rows of now."""
+        assert chunk.before is not None
+        state = PromptState([ffn.copy() for ffn in chunk.before.ffns], self.rows, None)
+        state.tokens_of = chunk.before.tokens_of
+        if chunk.rows is not None:
+            state.select_rows(chunk.rows)
+        return state
+
+    def restore(self, chunk: Chunk[Snapshot], before: PromptState) -> None:
+        """Know what was known before a prefill forward that was cropped off the cache; ``before`` is given away."""
+        self.tokens_of, self.moved = before.tokens_of, False
+        for mine, known in zip(self.ffns, before.ffns, strict=True):
+            mine.restore(known)  # type: ignore[arg-type]  # of one kind
+        self.history.forget(chunk)
 
     def invalidate(self) -> None:
         """More of the prompt comes: the partitions so far no longer hold."""
@@ -131,6 +181,7 @@ class PromptState:
         """Row b of the batch is row ``rows[b]`` of before (beam search reorders them); for ``batch="per_sequence"``."""
         self.rows = len(rows)
         self.tokens_of = {modality: tokens[rows.to(tokens.device)] for modality, tokens in self.tokens_of.items()}
+        self.history.select_rows(rows)
         for ffn in self.ffns:
             ffn.select_rows(rows)
 
@@ -185,11 +236,33 @@ class Engine:
         self.channel_weights()
         return self._routed[index]
 
-    def settle(self, state: PromptState, cache_length: Callable[[], int]) -> None:
-        """Before a forward: the cache says which steps of the one before it were accepted."""
-        for index, ffn in enumerate(state.ffns):
-            if isinstance(ffn, ExpertsState) and ffn.undecided is not None:
-                self.routed(index).settle(ffn, cache_length())
+    def settle(self, forward: Forward) -> None:
+        """Before a forward: forget what the tokens taught that were cropped off the cache since the one before it.
+
+        Raises
+        ------
+        PhaseError
+            What is left of the prompt cannot be told from what was cropped off. Nothing has changed then.
+        """
+        state: PromptState = forward.state
+        length = forward.past
+        if length is None:
+            return
+        chunk = None if forward.draft else state.history.cropped(length)
+        before = state if chunk is None else state.before(chunk)
+        cropped = []
+        for index, ffn in enumerate(before.ffns):
+            if isinstance(ffn, ExpertsState) and ffn.taught_until > length:
+                cropped.append(index)
+                if not forward.draft:
+                    ffn.check_crop(length)
+        if chunk is not None:
+            state.restore(chunk, before)
+        for index in cropped:
+            ffn = state.ffns[index]
+            assert isinstance(ffn, ExpertsState)
+            if self.routed(index).settle(ffn, length):
+                state.moved = False
 
     def channel_weights(self) -> list[Tensor]:
         """The scorer's weight of each channel of each FFN, ``[D]`` (``[E, D]`` for experts); computed once."""

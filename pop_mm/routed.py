@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .config import PopConfig
+from .errors import PhaseError
 from .experts import Experts
 from .modality import MODALITIES, weighted_sum
 from .partition import Partition, Sizes, dropped_candidates, partition
@@ -23,6 +24,7 @@ from .phase import Forward, Phase
 from .scoring import Scorer
 
 _BLOCK = 1 << 22  # activations that are squared at once
+_LESSONS = 32  # that are learned again at most, to unlearn others
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class ExpertsState:
         ``[U]``, boolean: units that have their partition, and those that got it while decoding.
     decode_tokens, dense_tokens : list of int
         By expert: tokens that it saw while decoding, and those that it ran dense for.
+    lessons : list of Lesson
+        The latest decode steps that units without a partition have learned from, in order.
     """
 
     @torch.inference_mode(False)  # buffers that may be written in and out of inference mode
@@ -112,7 +116,8 @@ class ExpertsState:
         self.late: Tensor | None = None
         self.decode_tokens = [0] * count
         self.dense_tokens = [0] * count
-        self.undecided: _Undecided | None = None
+        self.lessons: list[Lesson] = []
+        self._lost = 0  # tokens of the cache up to which lessons are no longer kept
         self._all_ready = False
 
     def energy(self, weights: Mapping[str, float]) -> Tensor:
@@ -128,7 +133,53 @@ class ExpertsState:
         for name in ("energies", "seen", "prompt_tokens"):
             setattr(twin, name, getattr(self, name).clone())
         twin.decode_tokens, twin.dense_tokens = list(self.decode_tokens), list(self.dense_tokens)
+        twin.lessons = list(self.lessons)
         return twin
+
+    def restore(self, before: ExpertsState) -> None:
+        """Know what was known before a prefill that was cropped off; ``before`` is given away. Counts of steps go on."""
+        self.unlearn(before)
+        self.prompt_tokens, self.lessons, self._lost = before.prompt_tokens, before.lessons, before._lost
+
+    def unlearn(self, before: ExpertsState) -> None:
+        """Know of the units what was known before some decode steps; ``before`` is given away."""
+        for name in ("energies", "seen", "partition", "candidate_weight", "ready", "late"):
+            setattr(self, name, getattr(before, name))
+        self._all_ready = False
+
+    def remember(self, forward: Forward, h: Tensor, slots: Slots, step: Tensor) -> None:
+        """Before units without a partition learn from decode steps: keep what it takes to unlearn them.
+
+        Lessons are unlearned by going back to what was known before one, and learning again what is still in the cache. So
+        every 32nd lesson of single steps, and every forward of several, comes with what was known before; the latest two of
+        these are kept, and the lessons since.
+        """
+        if forward.past is None:
+            return
+        known = [number for number, lesson in enumerate(self.lessons) if lesson.before is not None]
+        before = None
+        if not known or forward.length > 1 or len(self.lessons) - known[-1] >= _LESSONS:
+            before = self.copy()
+            before.lessons = []
+            if len(known) > 1:
+                self._lost = self.lessons[known[1] - 1].end
+                del self.lessons[: known[1]]
+        place = forward.past + slots.column
+        self.lessons.append(Lesson(before, h, slots, step, place, forward.past + forward.length))
+
+    @property
+    def taught_until(self) -> int:
+        """Tokens that the cache held after the latest lesson; 0 before the first."""
+        return self.lessons[-1].end if self.lessons else self._lost
+
+    def check_crop(self, length: int) -> None:
+        """Raise :class:`PhaseError` if a cache of ``length`` tokens has lost lessons that are no longer kept."""
+        if length < self._lost:
+            raise PhaseError(
+                f"The cache was cropped to {length} tokens, but what experts without a partition learned from its decode steps "
+                f"can only be forgotten from token {self._lost} on. Copy the cache before these steps and call "
+                "session.adopt(copy, original), or start a new cache."
+            )
 
     def count(self, experts: Tensor, tokens: list[int]) -> None:
         """Add one token for each of ``experts``; numbers past the last one are another device's."""
@@ -141,6 +192,7 @@ class ExpertsState:
         self.partition = None
         self.ready = None
         self._all_ready = False
+        self.lessons, self._lost = [], 0
 
     @torch.inference_mode(False)
     def select_rows(self, rows: Tensor) -> None:
@@ -157,7 +209,7 @@ class ExpertsState:
             self.candidate_weight = moved(self.candidate_weight)
         if self.ready is not None and self.late is not None:
             self.ready, self.late = moved(self.ready), moved(self.late)
-        self.undecided = None
+        self.lessons, self._lost = [], self.taught_until
 
     @property
     def all_ready(self) -> bool:
@@ -168,17 +220,37 @@ class ExpertsState:
 
 
 @dataclass(frozen=True)
-class _Undecided:
-    """What a forward of several decode steps taught about experts without a partition, until it is known which of the
-    steps were accepted: assisted decoding crops the cache.
+class Lesson:
+    """What one forward of decode steps taught about units without a partition, in case its tokens are cropped off the cache.
+
+    Attributes
+    ----------
+    before : ExpertsState or None
+        What was known before it; None if the lessons before it tell.
+    h : Tensor
+        ``[N, D]``, activations in original channel order.
+    slots : Slots
+        Theirs.
+    step : Tensor
+        ``[N]``: number of the step within the forward.
+    place : Tensor
+        ``[N]``: number of the token in the cache.
+    end : int
+        Tokens in the cache after the forward.
     """
 
-    before: ExpertsState
+    before: ExpertsState | None
     h: Tensor
     slots: Slots
     step: Tensor
-    steps: int
-    cache_length: int
+    place: Tensor
+    end: int
+
+    def up_to(self, length: int) -> Lesson:
+        """The same from the tokens that a cache of ``length`` still holds."""
+        kept = (self.place < length).nonzero().squeeze(1)
+        h, slots, step, place = (each[kept] for each in (self.h, self.slots, self.step, self.place))
+        return Lesson(self.before, h, slots, step, place, min(self.end, length))
 
 
 class RoutedExperts:
@@ -385,9 +457,7 @@ class RoutedExperts:
         if not len(new):
             return None
         taught, mine = _in_original_order(h[new], slots.expert[new], positions), slots[new]
-        if forward.length > 1 and forward.cache is not None:
-            length = int(forward.cache.get_seq_length())
-            state.undecided = _Undecided(state.copy(), taught, mine, step[new], int(step.max()) + 1, length)
+        state.remember(forward, taught, mine, step[new])
         waiting = torch.zeros_like(slots.valid)
         waiting[new] = self._teach(state, taught, mine, step[new])
         return waiting
@@ -417,18 +487,29 @@ class RoutedExperts:
                 state.ready, state.late = state.ready.index_fill(0, done, True), state.late.index_fill(0, done, True)
         return waited
 
-    def settle(self, state: ExpertsState, cache_length: int) -> None:
-        """Before the next forward: unlearn the steps that were cropped off the cache again."""
-        undecided, state.undecided = state.undecided, None
-        if undecided is None or cache_length >= undecided.cache_length:
-            return
-        accepted = undecided.step < undecided.steps - (undecided.cache_length - cache_length)
-        before = undecided.before.copy()  # a copy of the cache may have to unlearn the same steps
-        for name in ("energies", "seen", "partition", "candidate_weight", "ready", "late"):
-            setattr(state, name, getattr(before, name))
-        state._all_ready = False
-        kept = accepted.nonzero().squeeze(1)
-        self._teach(state, undecided.h[kept], undecided.slots[kept], undecided.step[kept])
+    def settle(self, state: ExpertsState, length: int) -> bool:
+        """Before the next forward: unlearn the steps that a cache of ``length`` tokens no longer holds.
+
+        Returns
+        -------
+        bool
+            Whether a unit has lost its partition.
+        """
+        lessons, ready = state.lessons, state.ready
+        if not lessons or length >= lessons[-1].end:
+            return False
+        first = next(number for number, lesson in enumerate(lessons) if lesson.end > length)
+        first = max(number for number, lesson in enumerate(lessons[: first + 1]) if lesson.before is not None)
+        again = [lesson.up_to(length) for lesson in lessons[first:]]
+        assert again[0].before is not None and ready is not None
+        state.unlearn(again[0].before.copy())  # a copy of the cache may have to unlearn the same steps
+        state.lessons = lessons[:first]
+        for lesson in again:
+            if len(lesson.h):
+                state.lessons.append(lesson)
+                self._teach(state, lesson.h, lesson.slots, lesson.step)
+        assert state.ready is not None
+        return bool((ready & ~state.ready).any())
 
 
 def _without(left_out: Tensor, channels: int, slots: Slots, positions: Tensor | None) -> Tensor:
