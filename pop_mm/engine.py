@@ -102,6 +102,8 @@ class PromptState:
     history : History
         What was known before each prefill forward but the first. Dense FFNs share its tensors with what is known now; for
         routed experts each of the four snapshots is a copy of their statistics (``[M, U, D]`` floats a layer).
+    countable : bool
+        Whether the cache counts its tokens. Where it does not (some with linear attention), it cannot be cropped either.
     """
 
     def __init__(self, ffns: Sequence[FFNState | ExpertsState], rows: int, cache: Any) -> None:
@@ -110,6 +112,7 @@ class PromptState:
         self.tokens_of: Mapping[int, Tensor] = {}
         self.moved = False
         self.history: History[Snapshot] = History()
+        self.countable = True
         self._cache: Any = None
         if cache is not None:
             self.bind(cache)
@@ -145,7 +148,9 @@ class PromptState:
         """After such a forward: a cache may hold fewer tokens than it was given."""
         columns = forward.prompt_length
         if forward.past is not None and forward.cache is not None and columns:
-            self.history.end(int(forward.cache.get_seq_length()) - (forward.length - columns))
+            length = int(forward.cache.get_seq_length())
+            self.countable = length > 0
+            self.history.end(length - (forward.length - columns))
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(self.tokens_of, [ffn.copy() for ffn in self.ffns])
@@ -245,7 +250,7 @@ class Engine:
             What is left of the prompt cannot be told from what was cropped off. Nothing has changed then.
         """
         state: PromptState = forward.state
-        length = forward.past
+        length = forward.past = forward.past if state.countable else None
         if length is None:
             return
         chunk = None if forward.draft else state.history.cropped(length)

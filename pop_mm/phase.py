@@ -467,10 +467,8 @@ class PhaseTracker:
         generation = None if prepared is None else prepared.generation
         forward.draft = generation is not None and generation.draft
         if prepared is not None and not prepared.first and state is not None:
-            forward.past = _known_length(forward.cache)
-            if forward.past != 0:
-                forward.state, forward.phase = state, Phase.DECODE
-                return
+            forward.state, forward.phase, forward.past = state, Phase.DECODE, _known_length(forward.cache)
+            return
         forward.past = past = int(forward.cache.get_seq_length())
         forward.state = self._state(forward, past)
         if past and (prepared is None or not prepared.first) and forward.length == 1:
