@@ -24,7 +24,7 @@ from .ops.select import Choose, choose, step_chooser
 from .partition import Partition, Sizes, partition
 from .phase import Forward, Phase
 from .scoring import channel_energy, get_scorer
-from .state import FFNState, PromptState, Undecided
+from .state import FFNState, PromptState
 from .step import Step
 
 _BLOCK = 1 << 22  # activations that are squared at once
@@ -76,6 +76,30 @@ class Engine:
         if device not in forward.steps:
             forward.steps[device] = Step.of(forward, device, self.per_sequence)
         return forward.steps[device]
+
+    def settle(self, forward: Forward) -> None:
+        """Before a forward: forget what the tokens taught that were cropped off the cache since the one before it.
+
+        Raises
+        ------
+        PhaseError
+            What is left of the prompt cannot be told from what was cropped off. Nothing has changed then.
+        """
+        state: PromptState = forward.state
+        length = forward.past = forward.past if state.countable else None
+        if length is None:
+            return
+        chunk = None if forward.draft else state.history.cropped(length)
+        before = state if chunk is None else state.before(chunk)
+        cropped = [index for index, ffn in enumerate(before.ffns) if ffn.lessons.taught_until > length]
+        if not forward.draft:
+            for index in cropped:
+                before.ffns[index].lessons.check_crop(length)
+        if chunk is not None:
+            state.restore(chunk, before)
+        for index in cropped:
+            if self._unlearn(index, state, length):
+                state.moved = False
 
     # weights --------------------------------------------------------------------------------------------------------
 
@@ -445,12 +469,25 @@ class Engine:
             return None
         mine = step[new]
         taught = _in_original_order(h[new].detach(), mine.expert, positions)
-        if forward.length > 1 and forward.cache is not None:
-            length = int(forward.cache.get_seq_length())
-            ffn.undecided = Undecided(ffn.copy(), taught, mine, int(step.number.max()) + 1, length)
+        if forward.past is not None:
+            ffn.lessons.remember(ffn.snapshot, taught, mine, forward.past)
         waiting = torch.zeros(len(step), dtype=torch.bool, device=h.device)
         waiting[new] = self._teach(index, forward.state, taught, mine)
         return waiting
+
+    def _unlearn(self, index: int, state: PromptState, length: int) -> bool:
+        """Unlearn the steps that a cache of ``length`` tokens no longer holds; whether a unit has lost its partition."""
+        ffn = state.ffns[index]
+        ready, found = ffn.ready, ffn.lessons.cropped(length)
+        if found is None:
+            return False
+        before, again = found
+        ffn.unlearn(before)
+        for lesson in again:
+            ffn.lessons.keep(lesson)
+            self._teach(index, state, lesson.h, lesson.step)
+        assert ready is not None and ffn.ready is not None
+        return bool((ready & ~ffn.ready).any())
 
     def _teach(self, index: int, state: PromptState, h: Tensor, step: Step) -> Tensor:
         """Add tokens to the statistics, step by step; ``h`` is in original order. Which had no partition, ``[N]``."""
@@ -471,17 +508,6 @@ class Engine:
                 fresh = partition(weight * energy[done].sqrt(), self.sizes[index])
                 ffn.keep_late(done, fresh, weight.gather(1, fresh.candidates))
         return waited
-
-    def settle(self, state: PromptState, cache_length: Callable[[], int]) -> None:
-        """Before the next forward: unlearn the steps that were cropped off the cache again."""
-        for index, ffn in enumerate(state.ffns):
-            undecided, ffn.undecided = ffn.undecided, None
-            if undecided is None or (length := cache_length()) >= undecided.cache_length:
-                continue
-            accepted = undecided.step.number < undecided.steps - (undecided.cache_length - length)
-            ffn.take_back(undecided.before.copy())  # a copy of the cache may have to unlearn the same steps
-            kept = accepted.nonzero().squeeze(1)
-            self._teach(index, state, undecided.h[kept], undecided.step[kept])
 
 
 def _where(forward: Forward) -> torch.device:

@@ -396,14 +396,14 @@ class Session:
 
     def _begin(self, forward: Forward) -> None:
         state: PromptState = forward.state
-        if forward.cache is not None:
-            self._engine.settle(state, lambda: int(forward.cache.get_seq_length()))
+        self._engine.settle(forward)
         if forward.next_chunk and self.config.prefill == "partition":
             raise ConfigError(
                 "prefill='partition' needs the whole prompt in one forward, since the whole prompt chooses the channels on "
                 "which it is completed. Leave prefill_chunk_size out, or use prefill='dense'."
             )
         if forward.phase is not Phase.DECODE:
+            state.begin_chunk(forward)
             self._inplace.unpack()
             before = state.tokens
             self._engine.count_tokens(forward)
@@ -437,6 +437,8 @@ class Session:
                 self._tracker.forget(forward)
                 self._last = None
                 raise
+            state: PromptState = forward.state
+            state.end_chunk(forward)
 
     def _check_rows(self, forward: Forward) -> None:
         state: PromptState = forward.state

@@ -10,13 +10,17 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .history import Chunk, History
+from .lessons import Lessons
 from .modality import weighted_sum
 from .partition import Partition, Sizes
+from .phase import Forward
 from .step import Step
 from .steplog import StepLog
 
@@ -43,8 +47,8 @@ class FFNState:
         Of a dense FFN.
     decode_tokens, dense_tokens : list of int
         By expert: tokens that it saw while decoding, and those that it ran dense for.
-    undecided : Undecided or None
-        What has been learnt from steps that may be taken back.
+    lessons : Lessons
+        What units without a partition have learned from decode steps.
     """
 
     def __init__(self, sizes: Sizes, experts: int | None = None) -> None:
@@ -60,7 +64,7 @@ class FFNState:
         self.steps = StepLog(sizes)
         self.decode_tokens = [0] * (experts or 0)
         self.dense_tokens = [0] * (experts or 0)
-        self.undecided: Undecided | None = None
+        self.lessons = Lessons()
         self._all_ready = False
 
     def add(self, energies: Tensor, seen: Tensor, prompt_tokens: Tensor | None) -> None:
@@ -119,22 +123,34 @@ class FFNState:
         self.candidate_weight = self.candidate_weight.index_copy(0, units, weight)
         self.ready, self.late = self.ready.index_fill(0, units, True), self.late.index_fill(0, units, True)
 
-    def take_back(self, before: FFNState) -> None:
-        """Be what an earlier copy was, but for the log."""
+    def unlearn(self, before: FFNState) -> None:
+        """Know of the units what was known before some decode steps. Counts of steps go on."""
         for name in ("energies", "seen", "partition", "candidate_weight", "ready", "late"):
             setattr(self, name, getattr(before, name))
         self._all_ready = False
+
+    def restore(self, before: FFNState) -> None:
+        """Know what was known before a prefill that was cropped off. Counts of steps go on."""
+        self.unlearn(before)
+        self.prompt_tokens, self.lessons = before.prompt_tokens, before.lessons.copy()
 
     def invalidate(self) -> None:
         """The partitions so far no longer hold."""
         self.partition = self.ready = None
         self._all_ready = False
+        self.lessons = Lessons()
+
+    def snapshot(self) -> FFNState:
+        """What is known now, without the log of steps."""
+        twin = copy.copy(self)
+        twin.steps, twin.lessons = StepLog(self.sizes), self.lessons.copy()
+        twin.decode_tokens, twin.dense_tokens = list(self.decode_tokens), list(self.dense_tokens)
+        return twin
 
     def copy(self) -> FFNState:
         """An independent copy."""
-        twin = copy.copy(self)
+        twin = self.snapshot()
         twin.steps = self.steps.copy()
-        twin.decode_tokens, twin.dense_tokens = list(self.decode_tokens), list(self.dense_tokens)
         return twin
 
     @torch.inference_mode(False)
@@ -153,28 +169,16 @@ class FFNState:
         for name in ("seen", "prompt_tokens", "candidate_weight", "ready", "late"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, moved(tensor))
-        self.undecided = None
+        self.lessons = self.lessons.none()
         self.steps.select_rows(rows)
 
 
-class Undecided:
-    """What a forward of several decode steps taught about units without a partition, until it is known which of the steps
-    were accepted: assisted decoding crops the cache.
+@dataclass(frozen=True)
+class Snapshot:
+    """What was known about a prompt at one time. Tensors are never changed in place, so it shares them."""
 
-    Attributes
-    ----------
-    before : FFNState
-        A copy from before the forward.
-    h : Tensor
-        ``[N, D]``, in original order.
-    step : Step
-        Of those tokens.
-    steps, cache_length : int
-        Of the forward.
-    """
-
-    def __init__(self, before: FFNState, h: Tensor, step: Step, steps: int, cache_length: int) -> None:
-        self.before, self.h, self.step, self.steps, self.cache_length = before, h, step, steps, cache_length
+    tokens_of: Mapping[int, Tensor]
+    ffns: Sequence[FFNState]
 
 
 class PromptState:
@@ -186,6 +190,10 @@ class PromptState:
         Modality -> ``[B]``: prompt tokens counted so far.
     moved : bool
         Whether an executor has seen the current partition.
+    history : History
+        What was known before each prefill forward but the first.
+    countable : bool
+        Whether the cache counts its tokens. Where it does not (some with linear attention), it cannot be cropped either.
     """
 
     def __init__(self, ffns: Sequence[FFNState], rows: int, cache: Any) -> None:
@@ -193,6 +201,8 @@ class PromptState:
         self.rows = rows
         self.tokens_of: Mapping[int, Tensor] = {}
         self.moved = False
+        self.history: History[Snapshot] = History()
+        self.countable = True
         self._cache: Any = None
         if cache is not None:
             self.bind(cache)
@@ -215,8 +225,41 @@ class PromptState:
         """The same knowledge for a copy of the cache."""
         twin = copy.copy(self)
         twin.ffns = [ffn.copy() for ffn in self.ffns]
+        twin.history = self.history.copy()
         twin.bind(cache)
         return twin
+
+    def begin_chunk(self, forward: Forward) -> None:
+        """Before a forward that holds prompt: remember what is known without it."""
+        if forward.past is not None and forward.prompt_length:
+            self.history.begin(forward.past, forward.prompt_length, self._snapshot, forward.next_chunk)
+
+    def end_chunk(self, forward: Forward) -> None:
+        """After such a forward: a cache may hold fewer tokens than it was given."""
+        columns = forward.prompt_length
+        if forward.past is not None and forward.cache is not None and columns:
+            length = int(forward.cache.get_seq_length())
+            self.countable = length > 0
+            self.history.end(length - (forward.length - columns))
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.tokens_of, [ffn.snapshot() for ffn in self.ffns])
+
+    def before(self, chunk: Chunk[Snapshot]) -> PromptState:
+        """What was known before a prefill forward, for the rows of now."""
+        assert chunk.before is not None
+        state = PromptState([ffn.snapshot() for ffn in chunk.before.ffns], self.rows, None)
+        state.tokens_of = chunk.before.tokens_of
+        if chunk.rows is not None:
+            state.select_rows(chunk.rows)
+        return state
+
+    def restore(self, chunk: Chunk[Snapshot], before: PromptState) -> None:
+        """Know what was known before a prefill forward that was cropped off the cache."""
+        self.tokens_of, self.moved = before.tokens_of, False
+        for mine, known in zip(self.ffns, before.ffns, strict=True):
+            mine.restore(known)
+        self.history.forget(chunk)
 
     def invalidate(self) -> None:
         """More of the prompt comes: the partitions so far no longer hold."""
@@ -233,8 +276,9 @@ class PromptState:
         """Row b of the batch is row ``rows[b]`` of before (beam search reorders them); for ``batch="per_sequence"``."""
         self.rows = len(rows)
         self.tokens_of = {modality: tokens[rows.to(tokens.device)] for modality, tokens in self.tokens_of.items()}
+        self.history.select_rows(rows)
         for ffn in self.ffns:
             ffn.select_rows(rows)
 
 
-__all__ = ["FFNState", "PromptState", "Undecided"]
+__all__ = ["FFNState", "PromptState"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .phase import Forward, Phase
 
-_BY_TOKEN = frozenset(("unit", "number", "valid", "modality", "expert", "weight"))
+_BY_TOKEN = frozenset(("unit", "column", "number", "valid", "modality", "expert", "weight"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +25,8 @@ class Step:
     unit : Tensor
         ``[N]``: row of the statistics and of the plan that the token belongs to. With ``batch="per_sequence"`` its sequence's, of
         routed experts its expert's.
-    number : Tensor
-        ``[N]``: number of the token's decode step; below 0 in the prompt.
+    column, number : Tensor
+        ``[N]``: the token's column, and the number of its decode step, below 0 in the prompt.
     valid : Tensor or None
         ``[N]``, boolean: false for padding, rows that have finished, and experts that another device holds. None: all count.
     modality : Tensor or None
@@ -41,6 +41,7 @@ class Step:
     rows: int
     length: int
     unit: Tensor
+    column: Tensor
     number: Tensor
     valid: Tensor | None = None
     modality: Tensor | None = None
@@ -53,18 +54,18 @@ class Step:
         """The tokens of a forward as a dense FFN gets them."""
         rows, length = forward.rows, forward.length
         row = torch.arange(rows, device=device).repeat_interleave(length)
-        number = torch.arange(length, device=device).repeat(rows)
+        column = number = torch.arange(length, device=device).repeat(rows)
         if forward.phase is Phase.PREFILL:
-            number -= length
+            number = column - length
         elif forward.phase is Phase.MIXED:
             start = forward.decode_from
-            number -= start if isinstance(start, int) else start.to(device)[row]
+            number = column - (start if isinstance(start, int) else start.to(device)[row])
         valid = None if forward.valid is None else forward.valid.to(device).reshape(-1)
         unit = row if per_sequence else torch.zeros_like(row)
         if forward.positions is None:
-            return cls(forward.phase, rows, length, unit, number, valid)
+            return cls(forward.phase, rows, length, unit, column, number, valid)
         modality = forward.positions.modality.to(device).reshape(-1).long()
-        return cls(forward.phase, rows, length, unit, number, valid, modality, forward.positions.present)
+        return cls(forward.phase, rows, length, unit, column, number, valid, modality, forward.positions.present)
 
     def routed(self, ids: Tensor, weights: Tensor, order: Tensor | None, experts: int) -> Step:
         """The pairs of token and expert of one call of a layer's experts.
