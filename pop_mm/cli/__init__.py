@@ -5,14 +5,21 @@ Heavy modules are imported inside the commands, so that ``pop-mm --help`` is fas
 
 from __future__ import annotations
 
+import errno
+import io
+import logging
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, cast
 
 import typer
 
 from .. import __version__
-from ..errors import PopError
+from ..errors import PopError, one_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models_app = typer.Typer(no_args_is_help=True, help="Sample models that need no model hub.")
@@ -20,6 +27,7 @@ app.add_typer(models_app, name="models")
 
 # click's base class of such errors, of whichever click (an own one, lately) typer uses
 _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)  # of stdout
 
 Model = Annotated[str, typer.Option(help="A sample's name (smollm2-135m), a folder, or a hub id.", show_default=False)]
 Ratio = Annotated[float, typer.Option(help="Share to leave out while decoding, in [0, 1).")]
@@ -324,26 +332,64 @@ def models_upcycle(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``pop-mm``. A user's mistake ends with code 2 and a plain sentence, Ctrl-C with 130 and nothing.
+    """Run ``pop-mm``.
+
+    A user's mistake ends with a plain sentence and code 2, any other failure with one and code 1, Ctrl-C with code 130 and
+    nothing. ``POP_MM_TRACEBACK=1`` prints the traceback of such other failures. What the encoding of stdout does not have is
+    replaced by ``?``.
 
     Parameters
     ----------
     arguments : sequence of str, optional
         Instead of the process's own.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="replace")
+    with _without_logs():
+        code = _run(arguments)
+    sys.exit(code)
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Keep out of the output what packages log and warn of; those that transformers imports do so for what they miss."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """The exit code."""
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="pop-mm", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        return 130
     except PopError as error:
-        code = _say(str(error))
+        return _say(str(error), 2)
     except _USAGE_ERROR as error:
-        code = _say(error.format_message()) if str(error) else 2
-    except OSError as error:  # of stdout; what a command reads and writes has errors of its own
-        code = _say(f"The output cannot be written: {error.strerror or error}.")
-    sys.exit(code if isinstance(code, int) else 0)
+        return _say(error.format_message(), 2) if str(error) else 2
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT_ERRORS:
+            return _say(f"The output cannot be written: {error.strerror}.", 2)
+        return _say(_unexpected(error), 1)
+    return code if isinstance(code, int) else 0
 
 
-def _say(message: str) -> int:
+def _unexpected(error: Exception) -> str:
+    shown = os.environ.get("POP_MM_TRACEBACK", "") not in ("", "0")
+    if shown:
+        traceback.print_exception(error)
+    hint = "" if shown else " (set POP_MM_TRACEBACK=1 to see where)"
+    return f"{type(error).__name__}: {one_line(error)}{hint}." if str(error) else f"{type(error).__name__}{hint}."
+
+
+def _say(message: str, code: int) -> int:
     print("Error:", " ".join(message.split()), file=sys.stderr)
-    return 2
+    return code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,42 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def save_then(saves: Sequence[Callable[[], object]], show: Callable[[], object]) -> None:
+    """Save all results and only then show them. What cannot be saved keeps nothing else from being saved or shown.
+
+    Parameters
+    ----------
+    saves : sequence of callable
+    show : callable
+        Prints; the first error of ``saves`` is raised after it.
+    """
+    errors = []
+    for save in saves:
+        try:
+            save()
+        except Exception as error:
+            errors.append(error)
+    show()
+    if errors:
+        raise errors[0]
+
+
+def warn(message: str) -> None:
+    """A sentence on stderr about something that goes on all the same."""
+    Console(stderr=True).print(f"Warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_text(text: str, path: str | os.PathLike[str]) -> None:
+    """Write a UTF-8 file; half characters, which names of files in other encodings have, are escaped as in JSON."""
+    try:
+        Path(path).expanduser().write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise CommandError(f"The file {path} cannot be written: {error.strerror or error}.") from error
+
+
 def write_json(value: object, path: str) -> None:
     """Write JSON to a file, or to stdout if the path is ``-`` (in ASCII, whatever the terminal's encoding)."""
     if path == "-":
-        print(json.dumps(value, indent=2))
-        return
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    try:
-        Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"The file {path} cannot be written: {error.strerror or error}.") from error
+        print(json.dumps(value, indent=2), flush=True)
+    else:
+        write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
