@@ -217,6 +217,32 @@ def test_a_folder_that_is_gone_at_the_end(commands, call, monkeypatch, tmp_path)
     assert "tokens/s" in out and (tmp_path / "a.png").exists()
 
 
+@pytest.mark.parametrize("path", ["a\0b.png", "x" * 300 + ".png", "~nobodyhere/x.png", "/proc/x.png", ""])
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_path_that_no_file_can_have_is_found_before_the_model_is_loaded(call, option, path):
+    code, out, err = call("generate", "--model", "no/such", "--prompt", PROMPT, option, path)
+    assert (code, out) == (2, "")
+    assert is_a_sentence(err, "cannot be" if path or option == "--json" else "needs one of the suffixes")
+    if option == "--json":
+        code, _, err = call("eval", "--model", "no/such", "--output", path or " /proc/x".strip())
+        assert code == 2 and is_a_sentence(err, "cannot be")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("generate", "--prompt", "w5", "--max-new-tokens", 10**30),
+        ("generate", "--prompt", "w5", "--prefill", "partition", "--probe-tokens", 10**30),
+        ("eval", "--continuation", 10**30),
+        ("bench", "--batch", 10**30),
+    ],
+)
+def test_a_number_that_nothing_can_be_counted_to(call, options):
+    code, _, err = call(options[0], "--model", "no/such", *options[1:])
+    assert code == 2
+    assert is_a_sentence(err, f"Invalid value for '{options[-2]}'", "2147483647")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_process_with_a_full_disk_has_saved(folder, tmp_path):
     command = [sys.executable, "-m", "pop_mm", "generate", "--model", folder, "--prompt", PROMPT]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pop_mm.evaluation.texts import TextError, pieces, read_dataset, windows
+from pop_mm.evaluation.texts import TextError, pieces, read_dataset, read_files, windows
 from tiny_folder import save
 
 TEMPLATE = (
@@ -151,6 +151,12 @@ def test_files_that_cannot_be_read(tmp_path, write):
             read_dataset(str(tmp_path / name), "test", "text")
     with pytest.raises(TextError, match=r"unknown kind: give \.jsonl"):
         read_dataset(write("x", "a.xyz"), "test", "text")
+    for name in ("", " ", "~nobodyhere/a.jsonl", "x" * 300, "a\0b"):
+        with pytest.raises(TextError, match=r"empty|neither a file nor|cannot be loaded"):
+            read_dataset(name, "test", "text")
+    for name in ("~nobodyhere/a.txt", "a\0b", "x" * 300):
+        with pytest.raises(TextError, match=r"The text .* cannot be read: [^:]*\.$"):
+            read_files([name])
     pytest.importorskip("datasets")
     with pytest.raises(TextError, match=r"cannot be loaded: .*EOF inside string"):
         read_dataset(write('text,n\n"a', "a.csv"), "test", "text")

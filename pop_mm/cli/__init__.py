@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ app.add_typer(models_app, name="models")
 _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 _OUTPUT_ERRORS = (errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)  # of stdout
 
+_MOST = 2**31 - 1  # of anything that is counted
 Model = Annotated[str, typer.Option(help="A sample's name (smollm2-135m), a folder, or a hub id.", show_default=False)]
 Ratio = Annotated[float, typer.Option(help="Share to leave out while decoding, in [0, 1).")]
 Scope = Annotated[str, typer.Option(metavar="overall|ffn", help="What the ratio is a share of.")]
@@ -37,9 +39,12 @@ Backend = Annotated[str, typer.Option(metavar="auto|masked|inplace", help="inpla
 Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16", help="auto: the checkpoint's own.")]
 Prefill = Annotated[str, typer.Option(metavar="dense|partition", help="partition: as in the paper.")]
 ProbeTokens = Annotated[
-    int, typer.Option(metavar="N", help="With --prefill partition: tokens that choose the channels; 0: all of them.")
+    int,
+    typer.Option(
+        max=_MOST, metavar="N", help="With --prefill partition: tokens that choose the channels; 0: all of them."
+    ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=_MOST, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, max=100, help="0 is greedy; above 0 the answer is sampled.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For sampling.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto: a GPU if there is one.")]
@@ -49,7 +54,7 @@ Methods = Annotated[
 Ratios = Annotated[list[float], typer.Option(metavar="SHARE", help="To leave out, in [0, 1); repeat it for more.")]
 Gammas = Annotated[list[float], typer.Option(metavar="SHARE", help="Of pop: candidates, in [0, 1]; repeat it.")]
 Prefills = Annotated[list[str], typer.Option(metavar="dense|partition", help="Repeat it for both.")]
-Counts = Annotated[list[int], typer.Option(min=1, metavar="N", help="Repeat it for more.")]
+Counts = Annotated[list[int], typer.Option(min=1, max=_MOST, metavar="N", help="Repeat it for more.")]
 _METHODS, _RATIOS, _GAMMAS, _PREFILLS = ["static", "pop", "full"], [0.2, 0.4], [0.1], ["dense"]  # of `eval`
 _BATCHES, _PROMPTS, _BENCH_METHODS, _CACHES = [1], [128], ["pop"], ["dynamic"]  # of `bench`
 JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Save as JSON; - is stdout.")]
@@ -149,17 +154,17 @@ def evaluate(
     subset: Annotated[str | None, typer.Option(metavar="NAME", help="The data set's configuration.")] = None,
     split: Annotated[str, typer.Option(help="The data set's split.")] = "test",
     column: Annotated[str, typer.Option(help="The data set's column of text.")] = "text",
-    limit: Annotated[int | None, typer.Option(min=1, help="Most pieces of text to score.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Most pieces of text to score.")] = None,
     calibration: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Calibration text of wanda_sp.")] = None,
-    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens of each piece.")] = 256,
-    continuation: Annotated[int, typer.Option(min=1, help="Decode steps scored.")] = 128,
+    prompt: Annotated[int, typer.Option(min=1, max=_MOST, help="Prompt tokens of each piece.")] = 256,
+    continuation: Annotated[int, typer.Option(min=1, max=_MOST, help="Decode steps scored.")] = 128,
     generate_tokens: Annotated[
-        int, typer.Option("--generate", min=0, help="Greedy tokens that are compared; 0: none.")
+        int, typer.Option("--generate", min=0, max=_MOST, help="Greedy tokens that are compared; 0: none.")
     ] = 16,
     batch: Annotated[str, typer.Option(metavar="per_sequence|shared", help="shared: a batch has one partition.")] = (
         "per_sequence"
     ),
-    batch_size: Annotated[int, typer.Option(min=1, help="Pieces of text at once.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, max=_MOST, help="Pieces of text at once.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of random and the bootstrap.")] = 0,
     output: Annotated[
         str | None, typer.Option(metavar="DIR", help="Keep results here; an interrupted run goes on from it.")
@@ -215,10 +220,10 @@ def bench(
         str | None, typer.Option(metavar="NAME", help="Published dimensions instead: llama3.2-1b, mixtral-8x7b, ...")
     ] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Of --config; built on the device.")] = False,
-    layers: Annotated[int | None, typer.Option(min=1, help="Of --config: build fewer layers.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Of --config: build fewer layers.")] = None,
     batch: Counts = _BATCHES,
     prompt: Counts = _PROMPTS,
-    new_tokens: Annotated[int, typer.Option(min=4, help="Decoded tokens, exactly.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=4, max=_MOST, help="Decoded tokens, exactly.")] = 128,
     ratio: Ratios = _RATIOS,
     method: Annotated[list[str], typer.Option(metavar="pop|static", help="Repeat it for both.")] = _BENCH_METHODS,
     gamma: Gamma = 0.1,
@@ -235,7 +240,7 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile, dense and pruned; needs --cache static.")
     ] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one to warm up.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, max=_MOST, help="Rounds that count, after one to warm up.")] = 7,
     memory: Annotated[
         bool, typer.Option("--memory", help="Peak memory on a CPU too, each in a fresh process.")
     ] = False,
@@ -386,8 +391,9 @@ def _unexpected(error: Exception) -> str:
     shown = os.environ.get("POP_MM_TRACEBACK", "") not in ("", "0")
     if shown:
         traceback.print_exception(error)
+    said = textwrap.shorten(one_line(error), 400, placeholder=" ...")
     hint = "" if shown else " (set POP_MM_TRACEBACK=1 to see where)"
-    return f"{type(error).__name__}: {one_line(error)}{hint}." if str(error) else f"{type(error).__name__}{hint}."
+    return f"{type(error).__name__}: {said}{hint}." if str(error) else f"{type(error).__name__}{hint}."
 
 
 def _say(message: str, code: int) -> int:

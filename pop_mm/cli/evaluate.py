@@ -18,7 +18,7 @@ from ..evaluation.texts import Window
 from ..passages import load_passages
 from ..session import plan_ffns
 from .generate import check_context, find_device, load_model
-from .terminal import CommandError, check_writable, quiet, save_then, write_json, write_text
+from .terminal import CommandError, check_writable, path_errors, quiet, save_then, write_json, write_text
 
 _FEW = 2000  # calibration tokens
 
@@ -61,28 +61,19 @@ def run(
     """The command; all of it is checked before the model is loaded."""
     if output == "":
         raise CommandError("--output is empty: name a folder.")
-    if source.files and source.dataset:
+    if source.files and source.dataset is not None:
         raise CommandError("Give --text or --dataset, not both.")
     points = grid(methods, ratios, gammas, prefills)
     for ratio in ratios:
         for gamma in gammas:
             for prefill in prefills:
                 PopConfig(ratio, setup.scope, gamma, prefill=prefill, batch=setup.batch)  # type: ignore[arg-type]
-    folder = None if output is None else Path(output).expanduser()
-    if folder is not None:
-        if folder.exists() and not folder.is_dir():
-            raise CommandError(f"--output must be a folder; {folder} is a file.")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CommandError(f"The folder {folder} cannot be made: {error.strerror or error}.") from error
-        for name in (UNITS, "results.json", "results.md", "quality.png"):
-            check_writable(folder / name)
+    folder = None if output is None else _make_folder(output)
     if json_file not in (None, "-"):
         check_writable(json_file)
     where = find_device(device)
     named = texts.read_files(source.files)
-    if source.dataset:
+    if source.dataset is not None:
         named = texts.read_dataset(source.dataset, source.split, source.column, source.subset)
     extra = texts.read_files(source.calibration)
     if "wanda_sp" in methods and named and not extra:
@@ -133,3 +124,18 @@ def run(
         console.print(
             f"Saved in {folder}: results.json, results.md, quality.png", highlight=False, markup=False, soft_wrap=True
         )
+
+
+def _make_folder(output: str) -> Path:
+    """The folder for the results, in which all of them can be written."""
+    with path_errors(output):
+        folder = Path(output).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise CommandError(f"--output must be a folder; {folder} is a file.")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(f"The folder {folder} cannot be made: {error.strerror or error}.") from error
+        for name in (UNITS, "results.json", "results.md", "quality.png"):
+            check_writable(folder / name)
+    return folder

@@ -21,7 +21,7 @@ from ..report import Report
 from ..samples import load, resolve
 from ..session import prune
 from ..tables import answers_table, report_summary
-from .terminal import CommandError, check_writable, quiet, save_then, spinner, warn, write_json
+from .terminal import CommandError, check_writable, path_errors, quiet, save_then, spinner, warn, write_json
 
 _WARM_UP = 4  # tokens of the prompt and of the answer in a warm-up
 _COLDEST = 0.001  # logits divided by less overflow
@@ -168,7 +168,8 @@ def check_outputs(json_file: str | None, plot: str | None) -> None:
     if plot is not None:
         from ..plotting import check_path
 
-        check_writable(check_path(plot))
+        with path_errors(plot):
+            check_writable(check_path(plot))
     if json_file is not None and json_file != "-":
         check_writable(json_file)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import PopError
+from ..errors import PopError, one_line
 
 
 class CommandError(PopError):
@@ -45,23 +45,37 @@ def spinner(text: str) -> AbstractContextManager[Any]:
     return Console(stderr=True).status(text)
 
 
+@contextmanager
+def path_errors(path: object) -> Iterator[None]:
+    """Turn whatever a path raises that no system takes (too long, a null byte, an unknown ``~user``) into a sentence."""
+    try:
+        yield
+    except PopError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CommandError(
+            f"The path {str(path)!r} cannot be used: {getattr(error, 'strerror', None) or one_line(error)}."
+        ) from error
+
+
 def check_writable(path: str | os.PathLike[str]) -> Path:
     """The path with ``~`` expanded, if a file can be written there.
 
     Raises
     ------
     CommandError
-        It is a folder, its folder does not exist, or the system refuses.
+        It is a folder, its folder does not exist, the system refuses, or it is no path at all.
     """
-    target = Path(path).expanduser()
-    existed = target.exists()
-    try:
-        with target.open("ab"):
-            pass
-    except OSError as error:
-        raise CommandError(f"The file {target} cannot be written: {error.strerror or error}.") from error
-    if not existed:
-        target.unlink()
+    with path_errors(path):
+        target = Path(path).expanduser()
+        existed = target.exists()
+        try:
+            with target.open("ab"):
+                pass
+        except OSError as error:
+            raise CommandError(f"The file {target} cannot be written: {error.strerror or error}.") from error
+        if not existed:
+            target.unlink()
     return target
 
 

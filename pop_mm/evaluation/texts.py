@@ -43,18 +43,24 @@ def read_files(paths: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     seen = set()
     for path in paths:
-        file = Path(path).expanduser()
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TextError(f"The text {path} cannot be read: {_unreadable(error)}.") from error
+        text = _read(f"The text {path}", path)
         if not text.strip():
             raise TextError(f"The text {path} is empty.")
+        file = Path(path).expanduser()
         if file.resolve() not in seen:
             seen.add(file.resolve())
             names = (file.name if number == 1 else f"{file.name} ({number})" for number in count(1))
             found[next(name for name in names if name not in found)] = text.strip()
     return found
+
+
+def _read(what: str, path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{what} cannot be read: it is no UTF-8 text.") from error
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, an unknown ~user
+        raise TextError(f"{what} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}.") from error
 
 
 @dataclass(frozen=True)
@@ -135,12 +141,21 @@ def read_dataset(name: str, split: str, column: str, subset: str | None = None) 
     TextError
         It cannot be read (of JSON, the line is named), or the column is missing or holds neither text nor chats.
     """
-    if name.lower().endswith((".jsonl", ".json")) and Path(name).expanduser().is_file():
+    try:
+        path = Path(name).expanduser()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, an unknown ~user
+        raise TextError(
+            f"The data set {name!r} is neither a file nor the name of a data set: {one_line(error)}."
+        ) from error
+    if not name.strip():
+        raise TextError("The data set's name is empty: give a file, a folder or a name (--dataset).")
+    if is_file and path.suffix.lower() in (".jsonl", ".json"):
         objects = _read_json(name)
         columns = list(dict.fromkeys(key for row in objects for key in row))
         rows = [row.get(column) for row in objects]
     else:
-        columns, rows = _load_dataset(name, split, column, subset)
+        columns, rows = _load_dataset(name, path, split, column, subset)
     if column not in columns:
         raise TextError(
             f"The data set {name!r} has no column {column!r}; it has {', '.join(columns) or 'none'}. Choose with --column."
@@ -156,9 +171,8 @@ def read_dataset(name: str, split: str, column: str, subset: str | None = None) 
     raise TextError(f"{what} holds no text{found}; its columns are {', '.join(columns)}. Choose another with --column.")
 
 
-def _load_dataset(name: str, split: str, column: str, subset: str | None) -> tuple[list[str], list[Any]]:
+def _load_dataset(name: str, path: Path, split: str, column: str, subset: str | None) -> tuple[list[str], list[Any]]:
     """Column names, and the column's rows (none if there is no such column)."""
-    path = Path(name).expanduser()
     kind = {".csv": "csv", ".parquet": "parquet", ".txt": "text", ".jsonl": "json", ".json": "json"}.get(
         path.suffix.lower()
     )
@@ -188,10 +202,7 @@ def _load_dataset(name: str, split: str, column: str, subset: str | None) -> tup
 
 def _read_json(name: str) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; one that ends in .json may hold one list or object over several lines."""
-    try:
-        text = Path(name).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"The data set {name!r} cannot be read: {_unreadable(error)}.") from error
+    text = _read(f"The data set {name!r}", name)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise TextError(f"The data set {name!r} is empty.")
@@ -224,10 +235,6 @@ def _is_json(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _unreadable(error: Exception) -> str:
-    return getattr(error, "strerror", None) or "it is no UTF-8 text"
 
 
 def check_tokens(model: Any, windows: Sequence[Window], tokenizer: Any = None) -> None:
