@@ -84,7 +84,9 @@ def unknown_token(model: Any, ids: Tensor, tokenizer: Any = None) -> str | None:
         Names the token in the message.
     """
     rows = _embedding_rows(model)
-    wrong = ids[(ids < 0) | (ids >= rows)].tolist() if rows is not None else []
+    if rows is None:
+        return None
+    wrong = ids[(ids < 0) | (ids >= rows)].tolist()
     media = _media_ids(model.config) if wrong else set()
     first = next((token for token in wrong if token not in media), None)
     if first is None:

@@ -82,6 +82,7 @@ def test_a_start_token_is_not_written_twice(write, tokenizer):
             "Row 2 of the column 'messages' .* no chat: .* role and content; found from, value",
         ),
         ([{"role": "user", "content": [{"type": "image"}]}], "Row 2 .* has a part of type 'image'"),
+        ([{"role": "user", "content": 3}], "Row 2 .* has a part of type 'int'"),
         ([{"role": "user", "content": "w5"}, "w6"], "Row 2 .* no chat: .* found str"),
         ([{"role": "tool", "content": "w5"}], "Row 2 .* does not fit the tokenizer's chat template: no tools"),
     ],

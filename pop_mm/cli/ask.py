@@ -35,8 +35,8 @@ def run(
             model, processor = load_vision(name, dtype=kind, device=where)
         inputs = prepare(processor, pictures, question, model=model)
         length = inputs["input_ids"].shape[1]
-        asked = f"The prompt has {length} tokens (images included) and {sampling.asks_for}"
-        check_context(model, length + sampling.max_new_tokens, asked, "for fewer tokens, or give a smaller image")
+        needs = f"The prompt has {length} tokens (images included) and {sampling.asks_for}"
+        check_context(model, length + sampling.max_new_tokens, needs, "for fewer tokens, or give a smaller image")
         both = compare(model, processor.tokenizer, inputs, inputs, config, sampling)
 
     def draw() -> Path:

@@ -72,7 +72,7 @@ def run(
     if json_file not in (None, "-"):
         check_writable(json_file)
     where = find_device(device)
-    named = texts.read_files(source.files)
+    named: dict[str, str | texts.Chats] = dict(texts.read_files(source.files))
     if source.dataset is not None:
         named = texts.read_dataset(source.dataset, source.split, source.column, source.subset)
     extra = texts.read_files(source.calibration)

@@ -110,13 +110,15 @@ def _message(where: str, message: Any) -> dict[str, Any]:
         found = ", ".join(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
         raise TextError(f"{where} is no chat: a message has a role and content; found {found}. Rename or convert them.")
     content = message["content"]
-    parts = [content] if isinstance(content, str | Mapping) else content or []
-    texts = [part if isinstance(part, str) else part.get("text") for part in parts]
-    for part, text in zip(parts, texts, strict=True):
+    texts: list[str] = []
+    for part in content if isinstance(content, list) else [] if content is None else [content]:
+        text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise TextError(
-                f"{where} has a part of type {part.get('type')!r} in a message, and text alone is scored. Leave such rows out."
+                f"{where} has a part of type {kind!r} in a message, and text alone is scored. Leave such rows out."
             )
+        texts.append(text)
     return {**{key: value for key, value in message.items() if value is not None}, "content": "\n".join(texts)}
 
 

@@ -213,7 +213,8 @@ def _keyed(name: str, image: Image.Image, data: bytes | None) -> Image.Image:
     Pillow makes 8 bits of pixels of 2 and 4 bits, and of 16-bit colours, but leaves the transparent value in the file's scale.
     """
     key = image.info.get("transparency")
-    raw = image.tile[0][3] if image.format == "PNG" and getattr(image, "tile", None) else None
+    tiles = getattr(image, "tile", None) if image.format == "PNG" else None  # empty once the image is loaded
+    raw = tiles[0][3] if tiles else None
     image.load()
     if isinstance(key, int) and raw in ("L;2", "L;4"):
         image = image.copy()
