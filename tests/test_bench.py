@@ -299,7 +299,7 @@ def test_prompts_repeat_passages_and_avoid_special_ids():
         (["--config", "llama2-7B", "--random-weights"], "Did you mean llama2-7b?"),
         (["--config", "llama2-7b"], "Add --random-weights"),
         (["--config", "llama2-7b", "--random-weights", "--layers", 33], "has 32 layers; --layers asks for 33"),
-        (["--config", "llama2-7b", "--random-weights", "--prompt", 4096], "4096 tokens and 128 new ones are 4224"),
+        (["--model", "LEARNED", "--prompt", 126, "--new-tokens", 4], "126 tokens and 4 new ones are 130"),
         (["--config", "llama2-7b", "--random-weights", "--ratio", 0.7], "must stay below 0.668"),
         (["--config", "llama2-7b", "--model", "x"], "Give --model, or --config"),
         ([], "Give --model, or --config"),
@@ -316,7 +316,9 @@ def test_prompts_repeat_passages_and_avoid_special_ids():
         (["--model", "x", "--plot", "a.gif"], "needs one of the suffixes"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_built(call, monkeypatch, options, message):
+def test_bad_input_is_refused_before_anything_is_built(call, monkeypatch, tmp_path, options, message):
+    if "LEARNED" in options:
+        options = [save(tmp_path / "learned", "gpt2") if option == "LEARNED" else option for option in options]
     monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("it was built"))
     code, _, err = call("bench", *options)
     assert code == 2

@@ -298,7 +298,7 @@ MISTAKES = {
     "dtype": (["inspect", "--model", "FOLDER", "--dtype", "int3"], "dtype must be one of"),
     "device": (["generate", "--model", "FOLDER", "--prompt", "w5", "--device", "abacus"], "device 'abacus'"),
     "no tokens": (["generate", "--model", "FOLDER", "--prompt", "w5", "--max-new-tokens", "0"], "--max-new-tokens"),
-    "context": (["generate", "--model", "FOLDER", "--prompt", "w5", "--max-new-tokens", "500"], "context is 128"),
+    "context": (["generate", "--model", "LEARNED", "--prompt", "w5", "--max-new-tokens", "500"], "context is 128"),
     "temperature": (["generate", "--model", "FOLDER", "--prompt", "w5", "--temperature", "-1"], "--temperature"),
     "temperature too low": (
         ["generate", "--model", "NONE", "--prompt", "w5", "--temperature", "1e-45"],
@@ -335,7 +335,10 @@ def test_mistake_ends_with_a_sentence_and_code_2(call, folder, tmp_path, mistake
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "impossible").mkdir()
     (tmp_path / "impossible" / "config.json").write_text('{"model_type": "llama", "intermediate_size": -4}')
+    if "LEARNED" in arguments:
+        save(tmp_path / "learned", "gpt2")
     places = {
+        "LEARNED": str(tmp_path / "learned"),
         "IMPOSSIBLE": str(tmp_path / "impossible"),
         "FOLDER": folder,
         "NONE": "no/such",

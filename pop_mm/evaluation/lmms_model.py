@@ -15,7 +15,7 @@ from lmms_eval.api.model import lmms
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..config import PopConfig
+from ..config import PopConfig, unique_keys
 from ..errors import ConfigError
 from ..samples import load_vision
 from ..session import Session
@@ -210,9 +210,9 @@ def _read_mappings(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("modality_weights", "layer_ratios"):
         if isinstance(value := read.get(name), str):
             try:
-                read[name] = json.loads(value)
-            except json.JSONDecodeError:
-                raise ConfigError(f'{name} must be JSON such as {{"image": 0.5}}; got {value!r}.') from None
+                read[name] = json.loads(value, object_pairs_hook=unique_keys)
+            except ValueError as error:
+                raise ConfigError(f'{name} must be JSON such as {{"image": 0.5}}; got {value!r} ({error}).') from None
     return read
 
 
