@@ -215,6 +215,7 @@ class Engine:
         self._weights: list[Tensor] | None = None
         self._routed: dict[int, RoutedExperts] = {}
         self._modalities = modalities
+        self._experts = [index for index, ffn in enumerate(ffns) if isinstance(ffn, Experts)]
 
     @property
     def per_sequence(self) -> bool:
@@ -256,17 +257,16 @@ class Engine:
         chunk = None if forward.draft else state.history.cropped(length)
         before = state if chunk is None else state.before(chunk)
         cropped = []
-        for index, ffn in enumerate(before.ffns):
-            if isinstance(ffn, ExpertsState) and ffn.taught_until > length:
+        for index in self._experts:
+            ffn = _experts_state(before, index)
+            if ffn.taught_until > length:
                 cropped.append(index)
                 if not forward.draft:
                     ffn.check_crop(length)
         if chunk is not None:
             state.restore(chunk, before)
         for index in cropped:
-            ffn = state.ffns[index]
-            assert isinstance(ffn, ExpertsState)
-            if self.routed(index).settle(ffn, length):
+            if self.routed(index).settle(_experts_state(state, index), length):
                 state.moved = False
 
     def channel_weights(self) -> list[Tensor]:
@@ -626,6 +626,12 @@ def _where(forward: Forward) -> torch.device:
 def _ffn_state(state: PromptState, index: int) -> FFNState:
     ffn = state.ffns[index]
     assert isinstance(ffn, FFNState)
+    return ffn
+
+
+def _experts_state(state: PromptState, index: int) -> ExpertsState:
+    ffn = state.ffns[index]
+    assert isinstance(ffn, ExpertsState)
     return ffn
 
 

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from test_modality import session_of, vlm
 from transformers import DynamicCache, StaticCache
 
 from modes import LENGTH, STEPS, alone, backends, generate, pruned, with_experts
 from observe import partitions, prompt
 from pop_mm import PhaseError
 from pop_mm.adapters import adapter_for
-from test_modality import session_of, vlm
 from tiny_models import tiny
 from tiny_vlms import image_inputs
 
