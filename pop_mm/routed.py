@@ -249,8 +249,8 @@ class Lesson:
     def up_to(self, length: int) -> Lesson:
         """The same from the tokens that a cache of ``length`` still holds."""
         kept = (self.place < length).nonzero().squeeze(1)
-        h, slots, step, place = (each[kept] for each in (self.h, self.slots, self.step, self.place))
-        return Lesson(self.before, h, slots, step, place, min(self.end, length))
+        place, end = self.place[kept], min(self.end, length)
+        return Lesson(self.before, self.h[kept], self.slots[kept], self.step[kept], place, end)
 
 
 class RoutedExperts:
