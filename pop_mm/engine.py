@@ -59,6 +59,7 @@ class Engine:
         self._weights: list[Tensor] | None = None  # of each FFN [E, D]
         self._stand_ins: dict[int, Tensor | None] = {}
         self._modalities = modalities
+        self._waiting = [index for index, ffn in enumerate(ffns) if ffn.experts is not None]  # those that decode steps teach
         self.events = Events()
 
     @property
@@ -91,7 +92,7 @@ class Engine:
             return
         chunk = None if forward.draft else state.history.cropped(length)
         before = state if chunk is None else state.before(chunk)
-        cropped = [index for index, ffn in enumerate(before.ffns) if ffn.lessons.taught_until > length]
+        cropped = [index for index in self._waiting if before.ffns[index].lessons.taught_until > length]
         if not forward.draft:
             for index in cropped:
                 before.ffns[index].lessons.check_crop(length)

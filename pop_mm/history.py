@@ -92,7 +92,7 @@ class History(Generic[Snapshot]):
 
     def select_rows(self, rows: Tensor) -> None:
         """Row b of the batch is row ``rows[b]`` of before. Snapshots are only moved when they are needed."""
-        self._chunks = [
-            replace(chunk, rows=rows if chunk.rows is None else chunk.rows[rows.to(chunk.rows.device)])
-            for chunk in self._chunks
-        ]
+        for number, chunk in enumerate(self._chunks):
+            if chunk.before is not None:
+                moved = rows if chunk.rows is None else chunk.rows[rows.to(chunk.rows.device)]
+                self._chunks[number] = replace(chunk, rows=moved)

@@ -125,6 +125,10 @@ class _Generation:
         Its final generation config, a copy that lives as long as the call.
     draft : bool
         It is the assistant of another generation.
+    guided : bool
+        It calls the model by itself for the prompt without guidance.
+    ended : Tensor or None
+        ``[B, n]``, boolean: which of the latest columns are of rows that had finished.
     assisted_from : int or None
         Columns of the prompt, if candidate tokens are appended to it (assisted decoding).
     prompt_length : int or None
@@ -139,6 +143,8 @@ class _Generation:
     wrapped: bool = False
     config: weakref.ref[Any] | None = None
     draft: bool = False
+    guided: bool = False
+    ended: Tensor | None = None
     assisted_from: int | None = None
     prompt_length: int | None = None
     prefills: int = 0
@@ -317,7 +323,8 @@ class PhaseTracker:
                 "from its class). Without a cache, guidance_scale then leaves unknown which forwards are of the prompt without "
                 "guidance. Call model.generate(...) inside the session, or use a cache."
             )
-        generation = _Generation(stop_ids, wrapped, weakref.ref(config), bool(getattr(config, "is_assistant", False)))
+        draft = bool(getattr(config, "is_assistant", False))
+        generation = _Generation(stop_ids, wrapped, weakref.ref(config), draft, guided)
         if wrapped:
             running.pop()
         running.append(generation)
@@ -360,6 +367,7 @@ class PhaseTracker:
                     ended = torch.isin(generated, stop).cumsum(-1) > 0
             elif first and generation.assisted_from is not None and inputs.get("inputs_embeds") is None:
                 candidates = ids.shape[1] - generation.assisted_from
+            generation.ended = ended
         return _Prepared(inputs.get("past_key_values"), first, mask, ended, generation, candidates)
 
     # forwards -------------------------------------------------------------------------------------------------------
@@ -420,8 +428,9 @@ class PhaseTracker:
         if prepared is not None and prepared.cache is not cache:
             prepared = None
         valid = _valid_positions(prepared.mask if prepared else inputs.get("attention_mask"), rows, length)
-        if prepared is not None and prepared.ended is not None:
-            valid = _without_ended(valid, prepared.ended, rows, length)
+        ended = self._ended(prepared)
+        if ended is not None and len(ended) == rows:
+            valid = _without_ended(valid, ended, rows, length)
         forward = Forward(Phase.PREFILL, None, rows, length, valid, cache=cache)
         split = getattr(self._local, "split", None)
         if split is not None:
@@ -435,6 +444,13 @@ class PhaseTracker:
         if self._modality_token_ids and forward.phase is not Phase.DECODE:
             forward.positions = positions_of(inputs, self._modality_token_ids, forward.past or 0)
         return forward
+
+    def _ended(self, prepared: _Prepared | None) -> Tensor | None:
+        """Rows of this forward that have finished; without guidance the same ones have as with it."""
+        if prepared is not None:
+            return prepared.ended
+        generation = self._running()
+        return generation.ended if generation is not None and generation.guided else None
 
     def _attribute_split(self, forward: Forward, split: int | Tensor) -> None:
         past = 0 if forward.cache is None else int(forward.cache.get_seq_length())

@@ -119,6 +119,25 @@ def test_finished_rows_do_not_count_when_a_custom_loop_generates_within(model, b
         near(logits_of(model.generate(ids, config)), logits_of(expected))
 
 
+@both_kinds
+@backends
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_finished_row_does_not_count_without_guidance_either(model, backend, use_cache):
+    """What it is fed from then on makes no difference to the other row."""
+    ids, found = prompt(2, LENGTH), []
+    settings = {"max_new_tokens": 8, "guidance_scale": 1.5, "use_cache": use_cache}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    with pruned(model, backend, gamma=0.5):
+        free = model.generate(ids, **settings).sequences[:, LENGTH:]
+        eos = int(next(token for token in free[0, :4] if token not in free[1]))
+        for pad in (0, 5, 60):
+            out = model.generate(ids, eos_token_id=eos, pad_token_id=pad, **settings)
+            found.append(logits_of(out)[:, 1])
+            assert out.sequences[0, -1] == pad
+    for one in found[1:]:
+        near(one, found[0])
+
+
 # without a cache ------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +192,7 @@ def test_guidance_through_a_generate_from_before(model, backend, kept):
         expected = model.generate(ids, **settings)
         assert torch.equal(call(ids, **settings), expected)
         forwards.clear()
-        with pytest.raises(PhaseError, match="guidance_scale.*Call model.generate"):
+        with pytest.raises(PhaseError, match=r"guidance_scale.*Call model.generate"):
             call(ids, use_cache=False, **settings)
         assert not forwards
         assert torch.equal(model.generate(ids, use_cache=False, **settings), expected)
