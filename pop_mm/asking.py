@@ -6,6 +6,7 @@ granted but that it can be called, and that what it computes is linear up to a c
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from .errors import AdapterError, one_line
 
 _ROWS = 256  # unit vectors in one call
+_TOLERANCE, _PACKED_TOLERANCE = 0.005, 0.1  # of a linear module: TF32; activations that are quantised on the way
 _PATIENCE = 3.0  # seconds without a progress bar
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _local = threading.local()
@@ -121,11 +123,13 @@ def columns(name: str, module: nn.Module, size: int, dtype: torch.dtype | None, 
     Raises
     ------
     AdapterError
-        The module takes no unit vectors.
+        The module takes no unit vectors, or is not linear.
     """
-    device = device_of(module)
+    module, device = _decompressed(module), device_of(module)
     own = (p.dtype for p in (*module.parameters(), *module.buffers()) if is_wide_float(p.dtype))
     dtypes = list(dict.fromkeys([*([dtype] if dtype else []), *own, *_FLOATS]))
+    mixed = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device)
+    total: Tensor | None = None
     for start in range(0, size, _ROWS):
         count = min(_ROWS, size - start)
         vectors = torch.zeros(count + 1, size, dtype=torch.float32, device=device)
@@ -134,7 +138,37 @@ def columns(name: str, module: nn.Module, size: int, dtype: torch.dtype | None, 
         if answers.dim() != 2 or len(answers) != count + 1:
             raise AdapterError(f"{name} gave {tuple(answers.shape)} for {count + 1} vectors; it is no linear module.")
         answers = answers.to(wide)
-        yield answers[:count] - answers[count]
+        found = answers[:count] - answers[count]
+        sum_ = mixed[start : start + count].to(found.device, wide) @ found
+        total = sum_ if total is None else total + sum_
+        yield found
+    together = _answers(name, module, torch.stack([mixed, torch.zeros_like(mixed)]), dtypes).to(wide)
+    parameters = list(module.parameters())
+    floats = all(type(p) is nn.Parameter for p in parameters) and all(
+        is_wide_float(tensor.dtype) for tensor in (*parameters, *module.buffers())
+    )
+    floats = floats and bool(parameters)  # else it keeps them where only it knows
+    tolerance = max(_TOLERANCE, 8 * torch.finfo(dtypes[0]).eps) if floats else _PACKED_TOLERANCE
+    if total is not None and not (together[0] - together[1] - total).norm() <= tolerance * total.norm():
+        raise AdapterError(
+            f"{name}, a {type(module).__name__}, computes something that is not linear in its inputs, so its channels have "
+            "no column norms. Remove that adapter, or use scorer='activation', which needs no weights."
+        )
+
+
+def _decompressed(module: nn.Module) -> nn.Module:
+    """The module, or a decompressed copy of one that compressed-tensors decompresses only in the model's first forward."""
+    status = getattr(module, "quantization_status", None)
+    if (
+        not same_class(type(status), "compressed_tensors.quantization:QuantizationStatus")
+        or status.name != "COMPRESSED"
+    ):
+        return module
+    from compressed_tensors.compressors import decompress_module
+
+    twin = copy.deepcopy(module)
+    decompress_module(twin)
+    return twin
 
 
 def _answers(name: str, module: nn.Module, vectors: Tensor, dtypes: list[torch.dtype]) -> Tensor:
