@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/python demos/generate_text.py
 
 test: setup
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --ignore tests/packages
 
 # Weights as other packages pack them; one that pip cannot install is named, and its tests are skipped.
 test-packages: setup

@@ -29,6 +29,7 @@ from tiny_models import tiny
 from wrapped import FEW_WAYS, WAYS, check, check_packed
 
 CHOICES = [*((name,) for name in PROJECTIONS), PROJECTIONS]
+WITHOUT_BIASES = [row for row in ADAPTERS if "biases" not in row.name]  # which the FFNs of the mixture lack
 COMMON = ("LoRA", "rsLoRA", "DoRA", "AdaLoRA", "IA3", "VeRA", "LoHa", "LoKr", "OFT", "BOFT")  # in every combination
 
 
@@ -62,9 +63,7 @@ def test_an_adapter_gives_what_the_merged_model_gives(row, projections):
     check(wrapped.get_base_model(), row.twin(wrapped), every, row.options["tolerance"], ways)
 
 
-@pytest.mark.parametrize(
-    "row", [row for row in ADAPTERS if "biases" not in row.name], ids=lambda row: row.name
-)  # its FFNs have no biases
+@pytest.mark.parametrize("row", WITHOUT_BIASES, ids=lambda row: row.name)
 def test_an_adapter_in_a_mixture_gives_what_the_merged_model_gives(row):
     wrapped = row.make(small("qwen2_moe", row.options["dtype"]))
     ways = WAYS if row.name in COMMON else FEW_WAYS[:1]
