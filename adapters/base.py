@@ -286,6 +286,8 @@ def join(*parts: str) -> str:
 def _weight_count(module: nn.Module, counted: set[nn.Module]) -> int:
     """Weights in a module without biases, norms and embeddings; what stands for a linear module counts as that one.
 
+    Norms go by their name: every architecture has a class of its own, and some hold matrices.
+
     Modules in ``counted``, with all they hold, count nothing; every module that is seen is added to it.
     """
     if module in counted or isinstance(module, nn.Embedding) or "Norm" in type(module).__name__:

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .classes import same_class
 from .errors import AdapterError, one_line
 
 _ROWS = 256  # unit vectors in one call
@@ -35,14 +36,6 @@ def asking() -> bool:
 def is_wide_float(dtype: torch.dtype) -> bool:
     """Whether a dtype can be computed with: a float of 16 bits or more."""
     return dtype.is_floating_point and dtype.itemsize >= 2
-
-
-def same_class(kind: type, known: type | str) -> bool:
-    """Whether a class is this one; ``"module:Class"`` names one that need not have been imported, found by identity."""
-    if isinstance(known, str):
-        module, _, name = known.partition(":")
-        return getattr(sys.modules.get(module), name, None) is kind
-    return kind is known
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .asking import columns, device_of, is_offloaded, is_wide_float, loaded, runs_own_forward, same_class
+from .asking import columns, device_of, is_offloaded, is_wide_float, loaded, runs_own_forward
+from .classes import same_class
 from .errors import AdapterError
 
 Role = Literal["dense", "shared_expert"]

@@ -418,7 +418,20 @@ OTHERS = [
         "masked",
         note="where its kernels run; on a CPU, where the model itself does not run, refused",
     ),
-    Row("`FP8Experts`, mxfp4 experts", "Packed weights", "transformers", "refused", note="load them dequantised"),
+    Row(
+        "GGUF, blocks kept (`GgufLinear`)",
+        "Packed weights",
+        "transformers",
+        "masked",
+        note="where its kernels run; else refused",
+    ),
+    Row(
+        "`FP8Experts`, mxfp4 and GGUF experts",
+        "Packed weights",
+        "transformers",
+        "refused",
+        note="load them dequantised",
+    ),
     Row("`torch.nn.utils.prune` on biases alone", "Packed weights", "torch", "masked"),
     Row(
         "GGUF, dequantised when loaded (the default)", "Packed weights", "transformers", "fast", tests="test_samples.py"

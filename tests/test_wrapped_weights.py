@@ -239,6 +239,27 @@ def test_float8_linears_run_masked_where_their_kernel_runs(monkeypatch):
     check(model, twin, every, 2e-5, FEW_WAYS)
 
 
+def test_gguf_blocks_run_masked_where_their_kernel_runs(monkeypatch):
+    from gguf import GGMLQuantizationType, quants
+    from transformers.integrations.gguf.utils import GgufLinear
+
+    kind = GGMLQuantizationType.Q8_0
+
+    def unpacked(module):
+        return torch.from_numpy(quants.dequantize(module.weight.numpy(), kind))
+
+    monkeypatch.setattr(GgufLinear, "forward", lambda self, x: x @ unpacked(self).T)
+    model, twin = tiny("llama", mlp_bias=False), tiny("llama", mlp_bias=False)
+    for layer, other in zip(model.model.layers, twin.model.layers, strict=True):
+        for name in PROJECTIONS:
+            plain = getattr(other.mlp, name)
+            packed = GgufLinear(plain.in_features, plain.out_features, int(kind)).eval()
+            packed.weight.data = torch.from_numpy(quants.quantize(plain.weight.detach().numpy(), kind))
+            plain.weight.data = unpacked(packed)
+            setattr(layer.mlp, name, packed)
+    check(model, twin, every, 2e-5, FEW_WAYS)
+
+
 def test_float8_experts_are_refused():
     model = small("mixtral", None)
     experts = model.model.layers[0].mlp.experts
