@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from .classes import same_class
 from .errors import AdapterError, one_line
 
 _ROWS = 256  # unit vectors in one call
-_TOLERANCE, _PACKED_TOLERANCE = 0.005, 0.1  # of a linear module: TF32; activations that are quantised on the way
+# relative, of a linear module: float32 on a CPU; TF32 elsewhere; activations that are quantised on the way
+_TOLERANCE, _TF32_TOLERANCE, _PACKED_TOLERANCE = 1e-4, 0.005, 0.1
 _PATIENCE = 3.0  # seconds without a progress bar
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _local = threading.local()
@@ -100,6 +101,54 @@ def activation_dtype(layer: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in sorted(found, key=lambda p: p.dim() != 1)), None)
 
 
+def known_weight(module: nn.Module) -> Tensor | None:
+    """The matrix of LoRA and of torchao's weights, as they would store it, where they tell it; None for everything else.
+
+    It takes a second where asking takes a minute. Only :func:`multiplies_with` says whether it is right.
+    """
+    weight: Any = module._parameters.get("weight")
+    if type(module) is nn.Linear and hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
+        return weight.dequantize() if runs_own_forward(module) else None
+    if not same_class(type(module), "peft.tuners.lora.layer:Linear") or not runs_own_forward(module):
+        return None
+    lora: Any = module
+    base = lora.get_base_layer()
+    weight = base._parameters.get("weight")
+    if not same_class(type(base), nn.Linear) or not runs_own_forward(base) or type(weight) is not nn.Parameter:
+        return None
+    active = [] if lora.disable_adapters or lora.merged else [a for a in lora.active_adapters if a in lora.lora_A]
+    if any(is_offloaded(part) for part in module.modules()) or any(a in lora.lora_variant for a in active):
+        return None
+    return sum((lora.get_delta_weight(adapter).to(weight.dtype) for adapter in active), weight.detach())
+
+
+@torch.no_grad()
+def multiplies_with(name: str, module: nn.Module, weight: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether a module multiplies with a matrix ``[out, in]``, as far as random vectors can tell."""
+    vectors = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+    vectors[2] = 0  # for the constant
+    dtypes = _dtypes(module, dtype)
+    answers = _answers(name, module, vectors, dtypes).to(torch.float64)
+    wanted = vectors[:2].to(torch.float64) @ weight.to(torch.float64).t()
+    return bool((answers[:2] - answers[2] - wanted).norm() <= _tolerance(module, dtypes[0]) * wanted.norm())
+
+
+def _dtypes(module: nn.Module, dtype: torch.dtype | None) -> list[torch.dtype]:
+    """What a module may take, the likeliest first."""
+    own = (p.dtype for p in (*module.parameters(), *module.buffers()) if is_wide_float(p.dtype))
+    return list(dict.fromkeys([*([dtype] if dtype else []), *own, *_FLOATS]))
+
+
+def _tolerance(module: nn.Module, dtype: torch.dtype) -> float:
+    """Relative rounding of a linear module. Packed ones may round activations on the way."""
+    parameters = list(module.parameters())  # without any, it keeps them where only it knows
+    plain = bool(parameters) and all(type(p) is nn.Parameter for p in parameters)
+    if plain and all(is_wide_float(tensor.dtype) for tensor in (*parameters, *module.buffers())):
+        on_cpu = all(parameter.device.type in ("cpu", "meta") for parameter in parameters)
+        return max(_TOLERANCE if on_cpu else _TF32_TOLERANCE, 8 * torch.finfo(dtype).eps)
+    return _PACKED_TOLERANCE
+
+
 @torch.no_grad()
 def columns(name: str, module: nn.Module, size: int, dtype: torch.dtype | None, wide: torch.dtype) -> Iterator[Tensor]:
     """The columns of the matrix that a module multiplies with, ``[n, out]`` in ``wide`` at a time.
@@ -118,9 +167,8 @@ def columns(name: str, module: nn.Module, size: int, dtype: torch.dtype | None, 
     AdapterError
         The module takes no unit vectors, or is not linear.
     """
-    module, device = _decompressed(module), device_of(module)
-    own = (p.dtype for p in (*module.parameters(), *module.buffers()) if is_wide_float(p.dtype))
-    dtypes = list(dict.fromkeys([*([dtype] if dtype else []), *own, *_FLOATS]))
+    module = _decompressed(module)
+    device, dtypes = device_of(module), _dtypes(module, dtype)
     mixed = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device)
     total: Tensor | None = None
     for start in range(0, size, _ROWS):
@@ -136,13 +184,10 @@ def columns(name: str, module: nn.Module, size: int, dtype: torch.dtype | None, 
         total = sum_ if total is None else total + sum_
         yield found
     together = _answers(name, module, torch.stack([mixed, torch.zeros_like(mixed)]), dtypes).to(wide)
-    parameters = list(module.parameters())
-    floats = all(type(p) is nn.Parameter for p in parameters) and all(
-        is_wide_float(tensor.dtype) for tensor in (*parameters, *module.buffers())
-    )
-    floats = floats and bool(parameters)  # else it keeps them where only it knows
-    tolerance = max(_TOLERANCE, 8 * torch.finfo(dtypes[0]).eps) if floats else _PACKED_TOLERANCE
-    if total is not None and not (together[0] - together[1] - total).norm() <= tolerance * total.norm():
+    if (
+        total is not None
+        and not (together[0] - together[1] - total).norm() <= _tolerance(module, dtypes[0]) * total.norm()
+    ):
         raise AdapterError(
             f"{name}, a {type(module).__name__}, computes something that is not linear in its inputs, so its channels have "
             "no column norms. Remove that adapter, or use scorer='activation', which needs no weights."
@@ -151,7 +196,7 @@ def columns(name: str, module: nn.Module, size: int, dtype: torch.dtype | None, 
 
 def _decompressed(module: nn.Module) -> nn.Module:
     """The module, or a decompressed copy of one that compressed-tensors decompresses only in the model's first forward."""
-    status = getattr(module, "quantization_status", None)
+    status: Any = getattr(module, "quantization_status", None)
     if (
         not same_class(type(status), "compressed_tensors.quantization:QuantizationStatus")
         or status.name != "COMPRESSED"

@@ -165,11 +165,12 @@ class Experts:
         """Why the experts cannot even run masked, or None: masking computes with their weights as 3-D floats."""
         for name in (self.input_name, "down_proj"):
             weight = getattr(self.module, name, None)
-            if type(weight) not in (nn.Parameter, Tensor) or not is_wide_float(weight.dtype) or weight.dim() != 3:
-                kind = (
-                    f"{weight.dtype} with shape {tuple(weight.shape)}" if type(weight) in (nn.Parameter, Tensor) else ""
-                )
-                return f"its {name} is {kind or 'a ' + type(weight).__name__}, not a 3-D tensor of floats"
+            if type(weight) not in (nn.Parameter, Tensor):
+                return f"its {name} is a {type(weight).__name__}, not a 3-D tensor of floats"
+            assert isinstance(weight, Tensor)
+            if not is_wide_float(weight.dtype) or weight.dim() != 3:
+                found = f"{weight.dtype} with shape {tuple(weight.shape)}"
+                return f"its {name} is {found}, not a 3-D tensor of floats"
         return None
 
     # one expert -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .asking import columns, device_of, is_offloaded, is_wide_float, loaded, runs_own_forward
+from .asking import (
+    columns,
+    device_of,
+    is_offloaded,
+    is_wide_float,
+    known_weight,
+    loaded,
+    multiplies_with,
+    runs_own_forward,
+)
 from .classes import same_class
 from .errors import AdapterError
 
@@ -125,7 +134,7 @@ class Projection:
     def effective_norms(self, dtype: torch.dtype | None, wide: torch.dtype) -> Tensor:
         """Norm of each channel's weights in what the module computes: ``[D]``, ``[2 * D]`` if gate and up are fused.
 
-        Where the weight is not a plain tensor the module is asked (see :func:`pop_mm.asking.columns`).
+        Where the weight is not a plain tensor the module is asked (see :func:`pop_mm.asking.columns`), unless it can tell.
 
         Parameters
         ----------
@@ -137,6 +146,11 @@ class Projection:
         if self.why_not_readable() is None:
             with loaded(self.module):
                 return weight_norms(self.linear_weight(), 0 if self.side == "in" else 1, wide)
+        known = known_weight(self.module)
+        if known is not None:
+            matrix = known.t() if self.transposed else known
+            if multiplies_with(self.name, self.module, matrix, dtype):
+                return weight_norms(matrix, 0 if self.side == "in" else 1, wide)
         blocks = columns(self.name, self.module, self.features("in"), dtype, wide)
         if self.side == "in":
             return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])

@@ -29,7 +29,9 @@ from tiny_models import tiny
 from wrapped import FEW_WAYS, WAYS, check, check_packed
 
 CHOICES = [*((name,) for name in PROJECTIONS), PROJECTIONS]
-WITHOUT_BIASES = [row for row in ADAPTERS if "biases" not in row.name]  # which the FFNs of the mixture lack
+WITHOUT_BIASES = [
+    row for row in ADAPTERS if row.name not in ("LoRA with biases", "BEFT")
+]  # which the FFNs of the mixture lack
 COMMON = ("LoRA", "rsLoRA", "DoRA", "AdaLoRA", "IA3", "VeRA", "LoHa", "LoKr", "OFT", "BOFT")  # in every combination
 
 
@@ -100,6 +102,25 @@ def test_an_adapter_that_was_added_in_training_mode_is_asked_without_dropout_and
     module = model.model.layers[0].mlp.down_proj
     expected = module.base_layer.weight + module.get_delta_weight("default")
     torch.testing.assert_close(norms, expected.norm(dim=0), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "int8"])
+def test_what_a_module_tells_is_what_it_answers_and_is_not_believed_if_not(kind, monkeypatch):
+    if kind == "LoRA":
+        model = peft_model("LoraConfig", r=4)(fresh()).get_base_model()
+        from peft.tuners.lora.layer import Linear as Told
+    else:
+        model = TORCHAO[0].make(tiny("llama", hidden_size=64, intermediate_size=128, head_dim=16))
+        Told = type(model.model.layers[0].mlp.down_proj.weight)
+    ffn = prune(model, ratio=0.4, scope="ffn").plans[0].ffn
+    with monkeypatch.context() as patch:
+        patch.setattr("pop_mm.layout.columns", None)  # it is not asked
+        told = [ffn.down_column_norms(), ffn.input_norms()]
+    name = "get_delta_weight" if kind == "LoRA" else "dequantize"
+    right = getattr(Told, name)
+    monkeypatch.setattr(Told, name, lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
+    for norms, asked in zip(told, [ffn.down_column_norms(), ffn.input_norms()], strict=True):
+        torch.testing.assert_close(norms, asked, rtol=1e-5, atol=0)
 
 
 def test_gate_and_up_norms_are_those_of_what_the_modules_compute():
