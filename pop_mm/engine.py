@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .asking import with_progress
 from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
 from .events import Events, tells
@@ -107,7 +108,8 @@ class Engine:
     def channel_weights(self) -> list[Tensor]:
         """The scorer's weight of each channel of each FFN, ``[E, D]`` (one expert in a dense FFN); computed once."""
         if self._weights is None:
-            self._weights = [self._read(index) for index in range(len(self.ffns))]
+            indices = with_progress(range(len(self.ffns)), len(self.ffns), "Reading column norms")
+            self._weights = [self._read(index) for index in indices]
         return self._weights
 
     def weights_loaded(self, index: int) -> None:

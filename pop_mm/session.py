@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .adapters import Adapter, adapter_for
+from .asking import has_unloaded_weights
 from .backends.attention import SingleTokenAttention
 from .backends.experts import IMPLEMENTATION
 from .backends.few import FewTokens
@@ -32,7 +33,7 @@ from .events import Events
 from .experts import Experts
 from .interrupts import uninterrupted
 from .kernels import gpu
-from .layout import FFN
+from .layout import FFN, linear_weight_count
 from .modality import MODALITIES
 from .partition import Sizes, partition_sizes
 from .phase import Forward, Phase, PhaseTracker, set_instance_attribute
@@ -95,7 +96,7 @@ def weights_per_token(model: nn.Module, adapter: Adapter, plans: Sequence[FFNPla
     return {
         **{name: count for name, count in parts.items() if count},
         "attention": sum(weights.attention for weights in adapter.layer_weights(model, records).values()),
-        "lm_head": head.weight.numel() if head is not None else 0,
+        "lm_head": linear_weight_count(head) if head is not None else 0,
     }
 
 
@@ -131,7 +132,10 @@ def _why_masked(ffn: FFN | Experts, config: PopConfig, shared: Counter[int]) -> 
 
 
 def _storage(tensor: Tensor) -> int:
-    return 0 if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
+    """Address of a tensor's storage; 0 where it has none (meta, and tensor subclasses that pack their weights)."""
+    if tensor.device.type == "meta" or type(tensor) not in (Tensor, nn.Parameter):
+        return 0
+    return tensor.untyped_storage().data_ptr()
 
 
 def _shared_storages(model: nn.Module) -> Counter[int]:
@@ -212,7 +216,7 @@ class Session:
         downs = [plan.ffn.modules[-1] for plan in self.plans]
         if any(module in _PRUNED_MODULES for module in downs):
             raise SessionError("The model is being pruned by another session; leave that one first.")
-        if any(p.device.type == "meta" for p in self.model.parameters()) and not hasattr(self.model, "hf_device_map"):
+        if has_unloaded_weights(self.model):
             raise SessionError("The model is on the meta device, without weights; load it first.")
         for module in downs:
             _PRUNED_MODULES.add(module)

@@ -159,6 +159,9 @@ def _rows(matrix):
 
 
 def _bits(tensor):
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
+        names, rest = tensor.__tensor_flatten__()  # a subclass that packs its numbers
+        return [(name, _bits(getattr(tensor, name))) for name in names], str(rest)
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -203,6 +206,8 @@ def fingerprint(model):
                     found[name, key, own] = None if tensor is None else (tensor, tensor.detach().clone())
             elif isinstance(value, dict):
                 found[name, key] = list(value.items())
+            elif isinstance(value, torch.Tensor):  # computed from parameters before each forward
+                found[name, key] = _bits(value.detach())
             elif key not in TRANSFORMERS_OWN:
                 found[name, key] = value if isinstance(value, bool | int | float | str | None) else id(value)
     return found

@@ -201,8 +201,7 @@ def attention_modules(model: Any, adapter: Adapter, records: Sequence[FFN | Expe
         child
         for layer in adapter.layers(model)[1]
         for child in layer.children()
-        if "Norm" not in type(child).__name__
-        and any(True for _ in child.parameters())
+        if any(parameter.dim() >= 2 for parameter in child.parameters())
         and not any(module in ffn for module in child.modules())
     ]
 

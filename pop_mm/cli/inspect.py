@@ -19,26 +19,29 @@ from ..samples import SampleError, load_config, resolve, takes_images
 from ..session import PART_NAMES, plan_ffns, weights_per_token
 from ..tables import footprint_table, plan_table
 from .generate import load_model, torch_dtype
+from .stored import StoredBytes, bits_of, stored_tensors
 from .terminal import quiet, spinner
 
 
 def run(name: str, config: PopConfig, dtype: str, as_json: bool) -> None:
     """The command."""
     with quiet():
-        model, packed = skeleton(name, dtype)
+        model, quantisation = skeleton(name, dtype)
         adapter = adapter_for(model)
         plans = plan_ffns(model, config, adapter)
-    if packed is not None:
-        plans = [_packed(plan, packed) for plan in plans]
+    stored = None
+    if quantisation is not None:
+        plans = [_packed(plan, str(quantisation.get("quant_method", "quantised"))) for plan in plans]
+        bits = bits_of(quantisation, model.dtype.itemsize)
+        stored = StoredBytes(model, stored_tensors(resolve(name)), bits)
     if as_json:
-        size = model.dtype.itemsize
-        print(json.dumps([_row(plan, size) for plan in plans], indent=2))
+        print(json.dumps([_row(plan, _ffn_bytes(plan, model, stored)) for plan in plans], indent=2))
         return
     layers = adapter.layer_weights(model, [plan.ffn for plan in plans]).values()
     largest = floor(1000 * sum(w.ffn for w in layers) / sum(w.ffn + w.attention for w in layers)) / 1000
     console = Console()
     console.print(plan_table(plans))
-    console.print(footprint_table(footprint(model, adapter, plans)))
+    console.print(footprint_table(footprint(model, adapter, plans, stored)))
     layouts = " / ".join(dict.fromkeys(plan.ffn.layout for plan in plans))
     console.print(
         f"{type(model).__name__}: {len(plans)} FFNs of {layouts}, found by {type(adapter).__name__}.\n"
@@ -50,8 +53,8 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool) -> None:
         console.print(f"Masked, without speed-up: {reason}.", style="yellow", highlight=False, markup=False)
 
 
-def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, str | None]:
-    """The model without weights, from its config alone, and how its checkpoint is quantised (None if it is not).
+def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any] | None]:
+    """The model without weights, from its config alone, and its ``quantization_config`` (None if it is not quantised).
 
     A model type without a registered adapter is loaded, since its structure has to be probed.
     """
@@ -74,34 +77,46 @@ def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, str | None]:
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is None:
         return model, None
-    values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
-    return model, str(values.get("quant_method", "quantised"))
+    return model, quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
 
 
-def footprint(model: PreTrainedModel, adapter: Adapter, plans: Sequence[FFNPlan]) -> dict[str, tuple[int, int]]:
+def footprint(
+    model: PreTrainedModel, adapter: Adapter, plans: Sequence[FFNPlan], stored: StoredBytes | None = None
+) -> dict[str, tuple[int, int]]:
     """Bytes of weight matrices that one decoded token reads, dense and pruned; no biases, norms or KV cache.
 
     An FFN in place is read on its K = |R| + |C| channels, a masked one whole. Of routed experts, those count that a
-    token uses.
+    token uses. Packed weights count as the checkpoint stores them.
     """
     size = model.dtype.itemsize
-    parts = {name: (size * count, size * count) for name, count in weights_per_token(model, adapter, plans).items()}
+    counts = weights_per_token(model, adapter, plans)
+    parts = {name: (size * count, size * count) for name, count in counts.items()}
     for role, name in PART_NAMES.items():
         if name in parts:
-            read = sum(plan.ffn.weight_count * _share_read(plan) for plan in plans if plan.ffn.role == role)
-            parts[name] = parts[name][0], round(size * read)
+            mine = [(_ffn_bytes(plan, model, stored), _share_read(plan)) for plan in plans if plan.ffn.role == role]
+            parts[name] = round(sum(whole for whole, _ in mine)), round(sum(whole * share for whole, share in mine))
+    if stored is not None:
+        attention = round(stored.of_attention(model, adapter, counts["attention"]))
+        head = model.get_output_embeddings()
+        lm_head = 0 if head is None else round(stored.of_head(head, counts["lm_head"], size))
+        parts |= {"attention": (attention, attention), "lm_head": (lm_head, lm_head)}
     return parts
+
+
+def _ffn_bytes(plan: FFNPlan, model: PreTrainedModel, stored: StoredBytes | None) -> float:
+    if stored is None:
+        return model.dtype.itemsize * plan.ffn.weight_count
+    return stored.of_ffn(plan.ffn)
 
 
 def _share_read(plan: FFNPlan) -> float:
     return plan.sizes.width / plan.sizes.channels if plan.backend == "inplace" else 1.0
 
 
-def _row(plan: FFNPlan, size: int) -> dict[str, Any]:
-    whole = size * plan.ffn.weight_count
+def _row(plan: FFNPlan, whole: float) -> dict[str, Any]:
     return {
         **plan.to_dict(),
-        "bytes_per_token_dense": whole,
+        "bytes_per_token_dense": round(whole),
         "bytes_per_token_pruned": round(whole * _share_read(plan)),
     }
 

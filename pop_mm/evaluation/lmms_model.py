@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..samples import load_vision
 from ..session import Session
 from ..vision import decode, prepare_chats
+from ..vision.qwen import is_qwen
 from .harness_tally import Counting
 from .lmms_requests import Until, chat_of, cut, document_of, extended, generate_settings, settings_of
 
@@ -219,7 +220,7 @@ def _read_mappings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _limit_pixels(image_processor: Any, fewest: int | None, most: int | None) -> None:
     limits = {"shortest_edge": fewest, "longest_edge": most}
     limits = {name: pixels for name, pixels in limits.items() if pixels is not None}
-    if limits and "Qwen" not in type(image_processor).__name__:
+    if limits and not is_qwen(image_processor):
         raise ConfigError(f"min_pixels and max_pixels are for Qwen-VL; this is a {type(image_processor).__name__}.")
     if limits:
         image_processor.size = {
