@@ -60,7 +60,9 @@ class Engine:
         self._weights: list[Tensor] | None = None  # of each FFN [E, D]
         self._stand_ins: dict[int, Tensor | None] = {}
         self._modalities = modalities
-        self._waiting = [index for index, ffn in enumerate(ffns) if ffn.experts is not None]  # those that decode steps teach
+        self._waiting = [
+            index for index, ffn in enumerate(ffns) if ffn.experts is not None
+        ]  # those that decode steps teach
         self.events = Events()
 
     @property
