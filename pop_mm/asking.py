@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .classes import same_class
+from .classes import is_a, same_class
 from .errors import AdapterError, one_line
 
 _ROWS = 256  # unit vectors in one call
@@ -167,6 +167,9 @@ def columns(name: str, module: nn.Module, size: int, dtype: torch.dtype | None, 
     AdapterError
         The module takes no unit vectors, or is not linear.
     """
+    replaced = getattr(module.__dict__.get("forward"), "__self__", None)
+    if is_a(type(replaced), "peft.tuners.xlora.layer:XLoraLayer"):  # scales its adapters anew for each token
+        raise _not_linear(name, module)
     module = _decompressed(module)
     device, dtypes = device_of(module), _dtypes(module, dtype)
     mixed = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -188,10 +191,14 @@ def columns(name: str, module: nn.Module, size: int, dtype: torch.dtype | None, 
         total is not None
         and not (together[0] - together[1] - total).norm() <= _tolerance(module, dtypes[0]) * total.norm()
     ):
-        raise AdapterError(
-            f"{name}, a {type(module).__name__}, computes something that is not linear in its inputs, so its channels have "
-            "no column norms. Remove that adapter, or use scorer='activation', which needs no weights."
-        )
+        raise _not_linear(name, module)
+
+
+def _not_linear(name: str, module: nn.Module) -> AdapterError:
+    return AdapterError(
+        f"{name}, a {type(module).__name__}, computes something that is not linear in its inputs, so its channels have "
+        "no column norms. Remove that adapter, or use scorer='activation', which needs no weights."
+    )
 
 
 def _decompressed(module: nn.Module) -> nn.Module:

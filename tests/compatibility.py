@@ -152,6 +152,13 @@ REFUSED_ADAPTERS = [
         options={"match": "not linear"},
     ),
     Row(
+        "X-LoRA on a down projection",
+        "Adapters",
+        "peft",
+        "refused",
+        note="not linear in its inputs; `scorer='activation'` prunes it, masked",
+    ),
+    Row(
         "LoRA on `target_parameters` of routed experts",
         "Adapters",
         "peft",
