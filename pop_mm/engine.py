@@ -197,10 +197,6 @@ class Engine:
             self._weights = [self._read(index) for index in range(len(self.ffns))]
         return self._weights
 
-    def weights_loaded(self, index: int) -> None:
-        """FFN number ``index`` has new weights, in the original channel order."""
-        self.channel_weights()[index] = self._read(index)
-
     def _read(self, index: int) -> Tensor:
         """What the weights of an FFN say about its channels; they must be in the original order."""
         ffn = self.ffns[index]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..engine import Engine
 from ..experts import Experts
 from ..phase import PhaseTracker
-from .base import current_forward
+from .base import Turns, current_forward
 from .experts import MaskedExperts
 
 
@@ -29,6 +29,7 @@ class MaskedBackend:
     def __init__(self, engine: Engine, tracker: PhaseTracker) -> None:
         self._engine = engine
         self._tracker = tracker
+        self._turns: dict[nn.Module, Turns[int]] = {}
         self._undo: list[Callable[[], object]] = []
 
     def attach(self, index: int) -> None:
@@ -39,16 +40,22 @@ class MaskedBackend:
             experts.attach()
             return
         ffn = self._engine.ffn(index)
+        module = ffn.down.module
+        if module in self._turns:
+            self._turns[module].add(index)
+            return
+        turns = self._turns[module] = Turns(index)
 
         @torch.compiler.disable
         def before_down(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             forward = current_forward(self._tracker, ffn)
-            h: Tensor = self._engine.apply(index, forward, args[0], None)
+            h: Tensor = self._engine.apply(turns.next(forward), forward, args[0], None)
             return (h, *args[1:]), kwargs
 
-        self._undo.append(ffn.down.module.register_forward_pre_hook(before_down, with_kwargs=True).remove)
+        self._undo.append(module.register_forward_pre_hook(before_down, with_kwargs=True).remove)
 
     def detach(self) -> None:
         """Remove the hooks."""
         while self._undo:
             self._undo.pop()()
+        self._turns.clear()
