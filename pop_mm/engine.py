@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .asking import with_progress
 from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
 from .experts import Experts
@@ -194,7 +195,8 @@ class Engine:
     def channel_weights(self) -> list[Tensor]:
         """The scorer's weight of each channel of each FFN, ``[D]`` (``[E, D]`` for experts); computed once."""
         if self._weights is None:
-            self._weights = [self._read(index) for index in range(len(self.ffns))]
+            indices = with_progress(range(len(self.ffns)), len(self.ffns), "Reading column norms")
+            self._weights = [self._read(index) for index in indices]
         return self._weights
 
     def _read(self, index: int) -> Tensor:

@@ -7,7 +7,6 @@ layout is, the module says itself: ``has_gate``, ``has_bias``, ``is_transposed``
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -15,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .asking import device_of, is_offloaded, is_wide_float, loaded, runs_own_forward
 from .kernels import Rows, View, rows_of
 from .layout import ChannelTensor, Matrix, swap_channels, weight_norms
 
@@ -102,12 +102,12 @@ class Experts:
     @property
     def float_dtype(self) -> torch.dtype:
         """Dtype of the weights if it is a float, else float32."""
-        return self.down.dtype if self.down.is_floating_point() else torch.float32
+        return self.down.dtype if is_wide_float(self.down.dtype) else torch.float32
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.down.device
+        """Where the experts compute."""
+        return device_of(self.module)
 
     @property
     def down(self) -> Tensor:
@@ -141,21 +141,33 @@ class Experts:
 
     def why_not_plain(self) -> str | None:
         """Why the weights cannot be reordered in place, or None if they can."""
-        for name in (self.input_name, "down_proj"):
+        if hasattr(self.module, "parametrizations"):
+            return f"{self.name} is parametrised"
+        names = (self.input_name, "down_proj")
+        for name in (*names, *(f"{name}_bias" for name in names if self.module.has_bias)):
             weight = getattr(self.module, name, None)
             where = f"{name} of {self.name}"
             if type(weight) is not nn.Parameter:
                 return f"{where} is a {type(weight).__name__}"
-            if weight.device.type == "meta" and hasattr(self.module, "_hf_hook"):
+            if is_offloaded(self.module):
                 return f"{where} is offloaded"
-            if not weight.is_floating_point() or weight.dim() != 3:
+            if not is_wide_float(weight.dtype) or weight.dim() != (3 if name in names else 2):
                 return f"{where} is {weight.dtype} with shape {tuple(weight.shape)}"
             if not weight.is_contiguous():
                 return f"{where} is not contiguous"
             if weight.is_inference():
                 return f"{where} was made in inference mode"
-        if hasattr(self.module, "parametrizations"):
-            return f"{self.name} is parametrised"
+        if not runs_own_forward(self.module):
+            return f"the forward of {self.name} is replaced"
+        return None
+
+    def why_unknown(self) -> str | None:
+        """Why the experts cannot even run masked, or None: masking computes with their weights as 3-D floats."""
+        for name in (self.input_name, "down_proj"):
+            weight = getattr(self.module, name, None)
+            if type(weight) not in (nn.Parameter, Tensor) or not is_wide_float(weight.dtype) or weight.dim() != 3:
+                kind = f"{weight.dtype} with shape {tuple(weight.shape)}" if type(weight) in (nn.Parameter, Tensor) else ""
+                return f"its {name} is {kind or 'a ' + type(weight).__name__}, not a 3-D tensor of floats"
         return None
 
     # one expert -----------------------------------------------------------------------------------------------------
@@ -234,7 +246,7 @@ class Experts:
     def down_column_norms(self) -> Tensor:
         """``||W_down[e, :, i]||_2``, ``[E, D]``, in float32 (float64 for float64 weights)."""
         dtype = torch.promote_types(self.float_dtype, torch.float32)
-        with self._loaded():
+        with loaded(self.module):
             return torch.stack([weight_norms(down, int(self._transposed), dtype) for down in self.down])
 
     @torch.no_grad()
@@ -242,18 +254,10 @@ class Experts:
         """Norm of each channel's weights in gate and up together, ``[E, D]``."""
         dtype = torch.promote_types(self.float_dtype, torch.float32)
         shape, axis = self._blocks
-        with self._loaded():
+        with loaded(self.module):
             weights = self._parameter(self.input_name)
             norms = torch.stack([weight_norms(weight, int(not self._transposed), dtype) for weight in weights])
         return torch.linalg.vector_norm(norms.unflatten(1, shape), dim=1 + axis)
-
-    def _loaded(self) -> AbstractContextManager[object]:
-        """Within: offloaded weights are where they are computed with."""
-        if not hasattr(self.module, "_hf_hook"):
-            return nullcontext()
-        from accelerate.utils import align_module_device
-
-        return align_module_device(self.module)
 
 
 def layout_of(module: nn.Module) -> str:

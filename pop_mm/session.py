@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .adapters import Adapter, adapter_for
+from .asking import has_unloaded_weights
 from .backends.attention import SingleTokenAttention
 from .backends.experts import IMPLEMENTATION
 from .backends.few import FewTokens
@@ -34,7 +35,7 @@ from .errors import AdapterError, ConfigError, NonFiniteError, PopError, Session
 from .experts import Experts
 from .interrupts import uninterrupted
 from .kernels import gpu
-from .layout import FFN
+from .layout import FFN, linear_weight_count
 from .modality import MODALITIES
 from .partition import Sizes, partition_sizes
 from .phase import Forward, Phase, PhaseTracker, set_instance_attribute
@@ -117,7 +118,7 @@ def weights_per_token(model: nn.Module, adapter: Adapter, plans: Sequence[FFNPla
     return {
         **{name: count for name, count in parts.items() if count},
         "attention": sum(weights.attention for weights in adapter.layer_weights(model, records).values()),
-        "lm_head": head.weight.numel() if head is not None else 0,
+        "lm_head": linear_weight_count(head) if head is not None else 0,
     }
 
 
@@ -157,7 +158,10 @@ def _why_masked(ffn: FFN | Experts, config: PopConfig, shared: Counter[int]) -> 
 
 
 def _storage(tensor: Tensor) -> int:
-    return 0 if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
+    """Address of a tensor's storage; 0 where it has none (meta, and tensor subclasses that pack their weights)."""
+    if tensor.device.type == "meta" or type(tensor) not in (Tensor, nn.Parameter):
+        return 0
+    return tensor.untyped_storage().data_ptr()
 
 
 def _shared_storages(model: nn.Module) -> Counter[int]:
@@ -271,12 +275,10 @@ class Session:
         if self.model.training:
             raise SessionError("The model is in training mode; pruning is for inference. Call model.eval() first.")
         self._require_free()
-        if any(p.device.type == "meta" for p in self.model.parameters()) and not hasattr(self.model, "hf_device_map"):
+        if has_unloaded_weights(self.model):
             raise SessionError("The model is on the meta device, without weights; load it first.")
         compiled = CompiledParts(self.model, self._adapter.projections(self.model))
-        with compiled:
-            plans = self._plan()
-        self._build(plans)
+        self._build(self._plan())
         self._require_free()
         compiled.warn()
         compiled.suspend()
