@@ -88,8 +88,8 @@ def without_wrappers(record: FFN | Experts) -> FFN | Experts:
         record,
         inputs=tuple(replace(p, module=_inner(p.module)) for p in record.inputs),
         down=replace(record.down, module=_inner(record.down.module)),
-        holder=record.holder and _inner(record.holder),
-        activation=record.activation and _inner(record.activation),
+        holder=None if record.holder is None else _inner(record.holder),
+        activation=None if record.activation is None else _inner(record.activation),
     )
 
 
