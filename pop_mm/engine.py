@@ -43,15 +43,17 @@ class Engine:
     config : PopConfig
     modalities : int
         How many the model can have: 1 is text alone.
-
-    Attributes
-    ----------
-    events : Events
+    events : Events, optional
         Of the session.
     """
 
     def __init__(
-        self, ffns: Sequence[FFN | Experts], sizes: Sequence[Sizes], config: PopConfig, modalities: int = 1
+        self,
+        ffns: Sequence[FFN | Experts],
+        sizes: Sequence[Sizes],
+        config: PopConfig,
+        modalities: int = 1,
+        events: Events | None = None,
     ) -> None:
         self.ffns = ffns
         self.sizes = sizes
@@ -63,7 +65,7 @@ class Engine:
         self._waiting = [
             index for index, ffn in enumerate(ffns) if ffn.experts is not None
         ]  # those that decode steps teach
-        self.events = Events()
+        self.events = Events() if events is None else events
 
     @property
     def per_sequence(self) -> bool:
@@ -113,10 +115,6 @@ class Engine:
             indices = with_progress(range(len(self.ffns)), len(self.ffns), "Reading column norms")
             self._weights = [self._read(index) for index in indices]
         return self._weights
-
-    def weights_loaded(self, index: int) -> None:
-        """FFN number ``index`` has new weights, in the original channel order."""
-        self.channel_weights()[index] = self._read(index)
 
     def _read(self, index: int) -> Tensor:
         """What the weights of an FFN say about its channels; they must be in the original order."""

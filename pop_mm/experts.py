@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .asking import device_of, is_offloaded, is_wide_float, loaded, runs_own_forward
 from .kernels import Rows, View, rows_of
-from .layout import swap_channels, weight_norms
+from .layout import ChannelTensor, Matrix, swap_channels, weight_norms
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -180,22 +180,33 @@ class Experts:
 
     # one expert -----------------------------------------------------------------------------------------------------
 
-    def channel_matrices(self, expert: int) -> Iterator[tuple[Tensor, int]]:
-        """Every matrix of an expert in which a row (axis 0) or a column (axis 1) is a channel: views."""
+    def channel_tensors(self) -> list[ChannelTensor]:
+        """Every tensor that holds something of each channel."""
         shape, axis = self._blocks
         outputs = int(self._transposed)
-        weight = self._parameter(self.input_name)[expert].unflatten(outputs, shape)
-        for block in range(shape[axis]):
-            yield weight.select(outputs + axis, block), outputs
-            if self.module.has_bias:
-                bias = self._parameter(f"{self.input_name}_bias")[expert].unflatten(0, shape)
-                yield bias.select(axis, block).unsqueeze(1), 0
-        yield self.down[expert], int(not self._transposed)
 
-    @torch.no_grad()
+        def of_inputs(tensor: Tensor, expert: int | None) -> Iterator[Matrix]:
+            weight = tensor[expert].unflatten(outputs, shape)
+            for block in range(shape[axis]):
+                yield weight.select(outputs + axis, block), outputs
+
+        def of_biases(tensor: Tensor, expert: int | None) -> Iterator[Matrix]:
+            bias = tensor[expert].unflatten(0, shape)
+            for block in range(shape[axis]):
+                yield bias.select(axis, block).unsqueeze(1), 0
+
+        def of_down(tensor: Tensor, expert: int | None) -> Iterator[Matrix]:
+            yield tensor[expert], int(not self._transposed)
+
+        matrices = {self.input_name: of_inputs, "down_proj": of_down}
+        if self.module.has_bias:
+            matrices[f"{self.input_name}_bias"] = of_biases
+        return [ChannelTensor(f"{self.name}.{name}", self._parameter(name), views) for name, views in matrices.items()]
+
     def swap(self, expert: int, first: Tensor, second: Tensor) -> None:
         """Exchange channels of one expert in place (see :func:`swap_channels`); its function stays the same."""
-        swap_channels(self.channel_matrices(expert), first, second)
+        held = self.channel_tensors()
+        swap_channels((matrix for t in held for matrix in t.matrices(t.tensor, expert)), first, second)
 
     def input_views(self, expert: int, width: int) -> list[tuple[Tensor, Tensor | None]]:
         """Gate and up of an expert's first ``width`` channels, as ``[H, n]`` and a bias: views.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,26 @@ _SWAP_ROWS = 256  # rows moved at once: few calls, and the scratch stays small
 # modules whose forward is just x @ W.T + b: these very classes, no subclass
 PLAIN_TYPES: tuple[type[nn.Module] | str, ...] = (nn.Linear, "transformers.pytorch_utils:Conv1D")
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Matrix = tuple[Tensor, int]  # with the axis along which its channels lie: 0 for rows, 1 for columns
+
+
+class ChannelTensor(NamedTuple):
+    """A weight or bias that holds something of every channel.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name in the model.
+    tensor : Tensor
+    matrices : callable
+        ``matrices(tensor, expert)``: views in which a row or a column is a channel, of this tensor or of one of its shape (its
+        gradient); ``expert`` is None for a dense FFN.
+    """
+
+    name: str
+    tensor: Tensor
+    matrices: Callable[[Tensor, int | None], Iterable[Matrix]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,20 +191,16 @@ class Projection:
             for start in range(0, weight.shape[1], size)
         ]
 
+    @torch.inference_mode(False)  # views for forwards of every kind
+    @torch.enable_grad()
     def narrow(self, width: int) -> Callable[[Tensor], Tensor]:
-        """The module's forward on its first ``width`` channels only, on views of the stored weight.
+        """The module's forward on its first ``width`` channels only, on views of the weight that is stored now.
 
-        The function takes ``[..., in]`` (``[..., width]`` where the channels are the inputs) and follows the module
-        when its weight is moved to another device or dtype.
+        The function takes ``[..., in]`` (``[..., width]`` where the channels are the inputs).
         """
-        weight = self.weight
         views = self.narrow_views(width)
-        address = weight.data_ptr()
 
         def forward(x: Tensor) -> Tensor:
-            nonlocal views, address
-            if self.weight.data_ptr() != address:
-                views, address = self.narrow_views(width), self.weight.data_ptr()
             rows = x.reshape(-1, x.shape[-1])
             parts = [linear(rows, w, b) for w, b in views]
             out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -192,14 +208,17 @@ class Projection:
 
         return forward
 
-    def channel_matrices(self) -> Iterator[tuple[Tensor, int]]:
-        """Every matrix in which a row (axis 0) or a column (axis 1) is a channel: views."""
-        tensors = [(self.weight, self.axis)]
+    def channel_tensors(self) -> Iterator[ChannelTensor]:
+        """The weight, and the bias if it has an entry for every channel."""
+        yield ChannelTensor(f"{self.name}.weight", self.weight, lambda tensor, _: self._blocks_of(tensor, self.axis))
         if self.side == "out" and self.bias is not None:
-            tensors.append((self.bias.unsqueeze(1), 0))
-        for tensor, axis in tensors:
-            for block in tensor.chunk(self.blocks, axis) if self.blocks > 1 else (tensor,):
-                yield block, axis
+            yield ChannelTensor(
+                f"{self.name}.bias", self.bias, lambda tensor, _: self._blocks_of(tensor.unsqueeze(1), 0)
+            )
+
+    def _blocks_of(self, tensor: Tensor, axis: int) -> Iterator[Matrix]:
+        for block in tensor.chunk(self.blocks, axis) if self.blocks > 1 else (tensor,):
+            yield block, axis
 
 
 def linear_weight_count(module: nn.Module) -> int:
@@ -231,13 +250,14 @@ def as_integers(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGER[tensor.element_size()])
 
 
-def swap_channels(matrices: Iterable[tuple[Tensor, int]], first: Tensor, second: Tensor) -> None:
+@torch.inference_mode(False)  # weights may be written in and out of inference mode
+@torch.no_grad()
+def swap_channels(matrices: Iterable[Matrix], first: Tensor, second: Tensor) -> None:
     """Exchange channels ``first[i]`` and ``second[i]`` in place; in all matrices or, where one fails for want of memory, in none.
 
     Parameters
     ----------
-    matrices : iterable of tuple of Tensor and int
-        With the axis of the channels: 0 for rows, 1 for columns.
+    matrices : iterable of Matrix
     first, second : Tensor
         ``[n]``, int64, disjoint and without repeats.
     """
@@ -257,7 +277,7 @@ def exchanges(matrix: Tensor, axis: int, first: Tensor, second: Tensor) -> Itera
     """The steps of an exchange, each of which succeeds or changes nothing, and undoes itself; by the library where it can."""
     library = kernels.library() if matrix.is_cpu else None
     if library is not None:
-        yield partial(library.exchange, matrix, axis, first, second)
+        yield partial(_exchange, library.exchange, matrix, axis, first, second)
     elif axis == 0:
         for a, b in zip(first.split(_SWAP_ROWS), second.split(_SWAP_ROWS), strict=True):
             yield partial(_swap_rows, as_integers(matrix), torch.cat([a, b]), torch.cat([b, a]))
@@ -267,6 +287,12 @@ def exchanges(matrix: Tensor, axis: int, first: Tensor, second: Tensor) -> Itera
         source = torch.cat([second, first]).expand(_SWAP_ROWS, -1)
         for rows in as_integers(matrix).split(_SWAP_ROWS):
             yield partial(_swap_columns, rows, target[: len(rows)], source[: len(rows)])
+
+
+def _exchange(exchange: Callable[..., None], matrix: Tensor, *arguments: Any) -> None:
+    exchange(matrix, *arguments)
+    if not matrix.is_inference():
+        torch.autograd.graph.increment_version(matrix)  # autograd does not see what the library writes
 
 
 def _swap_rows(rows: Tensor, target: Tensor, source: Tensor) -> None:
@@ -362,10 +388,14 @@ class FFN:
         """The first reason why a projection's weights cannot be moved, or None."""
         return next((reason for p in self.projections if (reason := p.why_not_plain())), None)
 
-    @torch.no_grad()
+    def channel_tensors(self) -> list[ChannelTensor]:
+        """Every tensor that holds something of each channel."""
+        return [tensor for p in self.projections for tensor in p.channel_tensors()]
+
     def swap(self, first: Tensor, second: Tensor) -> None:
         """Exchange channels of all projections in place (see :func:`swap_channels`): the function stays the same."""
-        swap_channels((matrix for p in self.projections for matrix in p.channel_matrices()), first, second)
+        held = self.channel_tensors()
+        swap_channels((matrix for t in held for matrix in t.matrices(t.tensor, None)), first, second)
 
     @property
     def _norm_dtype(self) -> torch.dtype:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from math import lcm
 from typing import Any
@@ -24,11 +25,13 @@ from .backends.gathered import GatheredBackend, gathered_fits
 from .backends.inplace import InplaceBackend
 from .backends.linears import FewTokensLinears
 from .backends.masked import MaskedBackend
+from .backends.moved import Versions
 from .backends.norms import FewTokensNorms
 from .compiled import CompiledSteps
 from .config import PopConfig, as_config
+from .eager import CompiledParts, modules_around, without_wrappers
 from .engine import Engine
-from .errors import AdapterError, ConfigError, NonFiniteError, SessionError
+from .errors import AdapterError, ConfigError, NonFiniteError, PopError, SessionError
 from .events import Events
 from .experts import Experts
 from .interrupts import uninterrupted
@@ -39,16 +42,25 @@ from .partition import Sizes, partition_sizes
 from .phase import Forward, Phase, PhaseTracker, set_instance_attribute
 from .ratio import ffn_ratios
 from .report import Alone, FFNPlan, Report, Timings, build_report
+from .sharing import fixed_weights
 from .state import PromptState
+from .watch import Watch
 
 PART_NAMES = {"dense": "FFN", "expert": "routed experts", "shared_expert": "shared experts"}  # by role, for tables
 _PRUNED_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def plan_ffns(model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> list[FFNPlan]:
+def plan_ffns(
+    model: nn.Module, config: PopConfig, adapter: Adapter | None = None, fixed: Mapping[str, str] | None = None
+) -> list[FFNPlan]:
     """What a session would do with every FFN of a model: sizes, backend and the reason for it. Changes nothing.
 
     Works on the meta device too.
+
+    Parameters
+    ----------
+    fixed : mapping of str to str, optional
+        Name of an FFN -> why its channels cannot be moved, from :func:`pop_mm.sharing.fixed_weights`.
 
     Raises
     ------
@@ -60,9 +72,20 @@ def plan_ffns(model: nn.Module, config: PopConfig, adapter: Adapter | None = Non
     adapter = adapter_for(model) if adapter is None else adapter
     if not isinstance(adapter, Adapter):
         raise AdapterError(f"adapter must be an instance of pop_mm.adapters.Adapter; got {adapter!r}.")
-    records = adapter.projections(model)
+    records = [without_wrappers(record) for record in adapter.projections(model)]
     if not records:
         raise AdapterError(f"{type(adapter).__name__} found no prunable FFN in {type(model).__name__}.")
+    with CompiledParts(model, records):  # FFNs run, and are judged, without what was compiled
+        return _plan_records(model, config, adapter, records, fixed or {})
+
+
+def _plan_records(
+    model: nn.Module,
+    config: PopConfig,
+    adapter: Adapter,
+    records: Sequence[FFN | Experts],
+    fixed: Mapping[str, str],
+) -> list[FFNPlan]:
     ratios = ffn_ratios(config.ratio, config.scope, adapter.layer_weights(model, records), config.layer_ratios)
     shared = _shared_storages(model)
     plans = []
@@ -71,7 +94,7 @@ def plan_ffns(model: nn.Module, config: PopConfig, adapter: Adapter | None = Non
         ratio = 0.0 if kept_whole else ratios[ffn.layer]
         round_to = lcm(config.round_to, 16 // ffn.float_dtype.itemsize) if isinstance(ffn, Experts) else config.round_to
         sizes = partition_sizes(ffn.size, ratio, config.gamma, round_to, config.variant)
-        backend, reason = _choose_backend(ffn, sizes, config, shared)
+        backend, reason = _choose_backend(ffn, sizes, config, shared, fixed.get(ffn.name))
         if kept_whole:
             reason = "prune_shared=False"
         plans.append(FFNPlan(ffn, ratio, sizes, backend, reason))
@@ -100,8 +123,12 @@ def weights_per_token(model: nn.Module, adapter: Adapter, plans: Sequence[FFNPla
     }
 
 
-def _choose_backend(ffn: FFN | Experts, sizes: Sizes, config: PopConfig, shared: Counter[int]) -> tuple[str, str]:
+def _choose_backend(
+    ffn: FFN | Experts, sizes: Sizes, config: PopConfig, shared: Counter[int], fixed: str | None
+) -> tuple[str, str]:
     reason = _why_masked(ffn, config, shared)
+    if reason is None and fixed is not None:
+        reason = f"{fixed}, so its channels cannot be reordered; no speed-up"
     if sizes.dense:
         if reason is None and config.kernels == "compiled":
             return "inplace", "its ratio leaves nothing out; kernels='compiled' decodes all of it"
@@ -145,6 +172,20 @@ def _shared_storages(model: nn.Module) -> Counter[int]:
     return uses
 
 
+def _written(name: str) -> str:
+    return (
+        f"{name} was written to inside the session while its channels were reordered, so nobody can tell which channels the new "
+        "values belong to."
+    )
+
+
+def _refuse_copy(*_: Any) -> Any:
+    raise SessionError(
+        "The model was to be copied or pickled inside a session, which would take a part of the session along. Leave the session "
+        "first, or save model.state_dict() or model.save_pretrained(), which give the model's own weights."
+    )
+
+
 class Session:
     """Prunes one model while it decodes. Use it as a context manager, or with :meth:`attach` and :meth:`detach`.
 
@@ -156,6 +197,11 @@ class Session:
     adapter : Adapter, optional
         Instead of the one that the model type names.
 
+    Attributes
+    ----------
+    events : Events
+        Tells a listener when statistics, partitions, choices and moves of channels begin and end.
+
     Raises
     ------
     AdapterError, ConfigError
@@ -166,8 +212,38 @@ class Session:
         self.model = model
         self.config = config
         self._adapter = adapter_for(model) if adapter is None else adapter
-        self.plans = plan_ffns(model, config, self._adapter)
-        pruned = [plan for plan in self.plans if plan.backend != "dense"]
+        tokens = self._adapter.modality_token_ids(model)
+        self._modalities = len(MODALITIES) if tokens else 1
+        self._tracker = PhaseTracker(model, self, config.batch == "per_sequence", tokens)
+        self._undo: list[Callable[[], object]] = []
+        self._engaged = False
+        self._refusals: list[Callable[[], object]] = []
+        self._left_compiled: set[nn.Module] = set()
+        self._steps: CompiledSteps | None = None
+        self._busy = threading.Lock()
+        self._owner: threading.Thread | None = None
+        self._last: PromptState | None = None
+        self._started = threading.local()
+        self.timings = Timings()
+        self.events = Events()
+        self.attached = False
+        self._build(plan_ffns(model, config, self._adapter))
+        if config.modality_weights and not tokens:
+            raise ConfigError(
+                f"modality_weights={dict(config.modality_weights)} was given, but {type(model).__name__} takes text alone, or "
+                "its adapter does not say which tokens stand for images."
+            )
+
+    def _build(self, plans: list[FFNPlan]) -> None:
+        """Make what serves these plans; changes nothing in the model.
+
+        Raises
+        ------
+        ConfigError
+            A setting does not fit what the plans have.
+        """
+        config = self.config
+        pruned = [plan for plan in plans if plan.backend != "dense"]
         if config.kernels == "triton":
             gpu.require(plan.ffn.device for plan in pruned)
         experts = next((plan.ffn.name for plan in pruned if isinstance(plan.ffn, Experts)), None)
@@ -176,19 +252,18 @@ class Session:
                 f"probe_tokens={config.probe_tokens} is not for mixtures of experts: the few tokens would not reach every one of "
                 f"the experts of {experts}. Use prefill='partition' without probe_tokens."
             )
-        tokens = self._adapter.modality_token_ids(model)
-        if config.modality_weights and not tokens:
-            raise ConfigError(
-                f"modality_weights={dict(config.modality_weights)} was given, but {type(model).__name__} takes text alone, or "
-                "its adapter does not say which tokens stand for images."
-            )
-        modalities = len(MODALITIES) if tokens else 1
-        self._engine = Engine([p.ffn for p in pruned], [p.sizes for p in pruned], config, modalities)
-        self._tracker = PhaseTracker(model, self, self._engine.per_sequence, tokens)
+        before = getattr(self, "_inplace", None)
+        self.plans = plans
+        self._engine = Engine([p.ffn for p in pruned], [p.sizes for p in pruned], config, self._modalities, self.events)
         self._masked = MaskedBackend(self._engine, self._tracker)
         self._backends = [plan.backend for plan in pruned]
         self._matvec = kernels.load(config.kernels) if "inplace" in self._backends else None
-        self._inplace = InplaceBackend(self._engine, self._tracker, self._matvec, config.kernels == "triton")
+        self._versions = Versions()
+        self._inplace = InplaceBackend(
+            self._engine, self._tracker, self._versions, self._matvec, config.kernels == "triton"
+        )
+        if before is not None:
+            self._inplace.count_on(before)
         self._gathered = GatheredBackend(self._engine, self._tracker)
         self._fast = bool({"inplace", "gathered"} & set(self._backends))
         self._besides: list[FewTokens] = []  # what else a few tokens run by the compiled library
@@ -197,13 +272,6 @@ class Session:
             self._besides = [kind(self._matvec, self._few, self._inplace.static) for kind in kinds]
         modules = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
         self._expert_configs: list[Any] = list({id(module.config): module.config for module in modules}.values())
-        self._undo: list[Callable[[], object]] = []
-        self._busy = threading.Lock()
-        self._owner: threading.Thread | None = None
-        self._last: PromptState | None = None
-        self._started = threading.local()
-        self.timings = Timings()
-        self.attached = False
 
     # life -----------------------------------------------------------------------------------------------------------
 
@@ -213,34 +281,84 @@ class Session:
             raise SessionError("This session is attached already.")
         if self.model.training:
             raise SessionError("The model is in training mode; pruning is for inference. Call model.eval() first.")
-        downs = [plan.ffn.modules[-1] for plan in self.plans]
-        if any(module in _PRUNED_MODULES for module in downs):
-            raise SessionError("The model is being pruned by another session; leave that one first.")
+        self._require_free()
         if has_unloaded_weights(self.model):
             raise SessionError("The model is on the meta device, without weights; load it first.")
-        for module in downs:
-            _PRUNED_MODULES.add(module)
+        compiled = CompiledParts(self.model, self._adapter.projections(self.model))
+        self._build(self._plan())
+        self._require_free()
+        compiled.warn()
+        compiled.suspend()
+        self._undo.append(compiled.resume)
+        self._left_compiled = compiled.left
+        self._last = None
         self.attached = True
         try:
-            self._engine.channel_weights()
             self._tracker.install()
-            for index, backend in enumerate(self._backends):
-                self._backend(backend).attach(index)
-            if self._besides:
-                modules = self._adapter.besides_ffns(self.model, [plan.ffn for plan in self.plans])
-                for besides in self._besides:
-                    besides.attach(modules)
+            self._engage()
             if hasattr(self.model, "get_compiled_call"):
-                traceable = all(plan.backend in ("inplace", "dense") for plan in self.plans)
-                steps = CompiledSteps(self.model, self._tracker, self._inplace if traceable else None)
-                self._undo.append(set_instance_attribute(self.model, "get_compiled_call", steps.get_compiled_call))
-            for index, ffn in enumerate(self._engine.ffns):
-                hook = ffn.modules[-1].register_load_state_dict_post_hook(self._reload(index))
-                self._undo.append(hook.remove)
+                self._undo.append(set_instance_attribute(self.model, "get_compiled_call", self._compiled_call))
         except BaseException:
             self.detach()
             raise
         return self
+
+    def _plan(self) -> list[FFNPlan]:
+        """Plan for the model as it is now."""
+        records = [without_wrappers(record) for record in self._adapter.projections(self.model)]
+        fixed = {} if self.config.backend == "masked" else fixed_weights(self.model, records)
+        return plan_ffns(self.model, self.config, self._adapter, fixed)
+
+    def _require_free(self) -> None:
+        if any(plan.ffn.modules[-1] in _PRUNED_MODULES for plan in self.plans):
+            raise SessionError("The model is being pruned by another session; leave that one first.")
+
+    @torch.inference_mode(False)  # what is made here serves forwards in and out of inference mode
+    def _engage(self) -> None:
+        """Take over the FFNs, as they are planned."""
+        self._engaged = True
+        ffns = [plan.ffn for plan in self.plans]
+        _PRUNED_MODULES.update(ffn.modules[-1] for ffn in ffns)
+        self._engine.channel_weights()
+        for index, backend in enumerate(self._backends):
+            self._backend(backend).attach(index)
+        besides: list[nn.Module] = []
+        if self._besides:
+            besides = [m for m in self._adapter.besides_ffns(self.model, ffns) if m not in self._left_compiled]
+        for few in self._besides:
+            few.attach(besides)
+        for module in {*modules_around(self.model, {m for ffn in ffns for m in ffn.modules}), *besides}:
+            for name in ("__deepcopy__", "__reduce_ex__"):
+                self._refusals.append(set_instance_attribute(module, name, _refuse_copy))
+        self._steps = None
+        self._watch = Watch(self.model, self._engine.ffns, self._versions)
+
+    def _release(self) -> None:
+        """Undo :meth:`_engage`: the FFNs are as they were, but for what somebody else has changed."""
+        if not self._engaged:
+            return
+        self._engaged = False
+        moved = self._inplace.moved_weights()
+        for weights in moved.values():
+            weights.look()
+        try:
+            self._inplace.detach()
+        finally:
+            for besides in self._besides:
+                besides.detach()
+            self._gathered.detach()
+            self._masked.detach()
+            while self._refusals:
+                self._refusals.pop()()
+            for plan in self.plans:
+                _PRUNED_MODULES.discard(plan.ffn.modules[-1])
+
+    def _compiled_call(self, compile_config: Any = None) -> Callable[..., Any]:
+        """In the place of the model's ``get_compiled_call``."""
+        if self._steps is None:
+            traceable = all(plan.backend in ("inplace", "dense") for plan in self.plans)
+            self._steps = CompiledSteps(self.model, self._tracker, self._inplace if traceable else None)
+        return self._steps.get_compiled_call(compile_config)
 
     def _backend(self, name: str) -> InplaceBackend | GatheredBackend | MaskedBackend:
         if name == "inplace":
@@ -253,40 +371,28 @@ class Session:
         if not self.attached:
             return
         try:
-            self._inplace.detach()
+            self._release()
         finally:
-            for besides in self._besides:
-                besides.detach()
-            self._gathered.detach()
-            self._masked.detach()
             self._tracker.remove()
             while self._undo:
                 self._undo.pop()()
-            for plan in self.plans:
-                _PRUNED_MODULES.discard(plan.ffn.modules[-1])
             self.attached = False
+        if self._versions.written is not None:
+            warnings.warn(
+                f"{_written(self._versions.written)} It was put back as if each channel had been changed alone.",
+                stacklevel=2,
+            )
 
     def _few(self) -> bool:
         """Whether the forward that runs now is a step of a few tokens that the compiled library may compute."""
         forward = self._tracker.current
         return forward is not None and forward.few
 
-    def _reload(self, index: int) -> Callable[..., None]:
-        def loaded(*_: Any) -> None:
-            self._engine.weights_loaded(index)
-
-        return loaded
-
     def __enter__(self) -> Session:
         return self.attach()
 
     def __exit__(self, *_: object) -> None:
         self.detach()
-
-    @property
-    def events(self) -> Events:
-        """Tells a listener when statistics, partitions, choices and moves of channels begin and end."""
-        return self._engine.events
 
     @property
     def live_prompts(self) -> int:
@@ -392,6 +498,7 @@ class Session:
         self._check_experts()
         self._enter()
         try:
+            self._check_model(forward)
             self._begin(forward)
         except BaseException:
             self._leave()
@@ -443,6 +550,57 @@ class Session:
                 raise
             state: PromptState = forward.state
             state.end_chunk(forward)
+
+    def _check_model(self, forward: Forward) -> None:
+        """Follow what somebody else has changed in the model since the last forward, or say why that cannot be."""
+        watch = self._watch
+        change = watch.change() if self._engaged else "the model was changed"
+        if forward.phase is not Phase.DECODE and change is None:
+            self._inplace.unpack()
+            moved = self._inplace.moved_weights()
+            rewritten = watch.rewritten()
+            if rewritten:
+                change = f"a weight of {rewritten[0].name} was written to"
+                self._versions.written = self._versions.written or next(
+                    (r.name for r in rewritten if r.name in moved), None
+                )
+            elif watch.settings_changed():
+                change = "the settings of an adapter changed"
+        if change is not None:
+            for weights in self._inplace.moved_weights().values():
+                weights.look()
+        if self._versions.written is not None:
+            raise SessionError(
+                f"{_written(self._versions.written)} Leave the session, write the weight again, and start a new session."
+            )
+        if change is not None:
+            self._renew(change)
+
+    def _renew(self, change: str) -> None:
+        """Plan and take over the FFNs anew. Prompts keep what is known about them; new ones are ranked by the weights of now."""
+        self._release()
+        before = self._outline(self.plans)
+        try:
+            plans = self._plan()
+        except PopError as error:
+            raise SessionError(
+                f"Inside the session, {change}. The model as it is now cannot be pruned with this session's settings: {error}"
+            ) from error
+        if self._outline(plans) != before:
+            raise SessionError(
+                f"Inside the session, {change}, so that it has other FFNs. Leave the session and start a new one."
+            )
+        self._build(plans)
+        try:
+            self._engage()
+        except BaseException:
+            self.detach()
+            raise
+
+    @staticmethod
+    def _outline(plans: Sequence[FFNPlan]) -> list[tuple[str, Sizes, bool]]:
+        """What the state of a prompt hangs on."""
+        return [(plan.ffn.name, plan.sizes, plan.backend == "dense") for plan in plans]
 
     def _check_rows(self, forward: Forward) -> None:
         state: PromptState = forward.state

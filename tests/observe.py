@@ -192,6 +192,12 @@ def partitions(session):
     return found
 
 
+def _stored(tensor):
+    """How a tensor lies in memory, and its gradient."""
+    grad = tensor.grad
+    return tensor.stride(), tensor.storage_offset(), None if grad is None else (id(grad), grad.stride(), _bits(grad))
+
+
 def fingerprint(model):
     """Everything of a model that a session could leave behind."""
     found = {"config": str(model.config.to_dict()), "generation": str(model.generation_config.to_dict())}
@@ -203,7 +209,9 @@ def fingerprint(model):
         for key, value in vars(module).items():
             if key in ("_parameters", "_buffers"):
                 for own, tensor in value.items():
-                    found[name, key, own] = None if tensor is None else (tensor, tensor.detach().clone())
+                    found[name, key, own] = (
+                        None if tensor is None else (tensor, tensor.detach().clone(), _stored(tensor))
+                    )
             elif isinstance(value, dict):
                 found[name, key] = list(value.items())
             elif isinstance(value, torch.Tensor):  # computed from parameters before each forward
@@ -220,7 +228,7 @@ def differences(before, after):
         old, new = before[key], after[key]
         if isinstance(old, tuple) and isinstance(old[0], torch.Tensor):
             same = new is not None and old[0] is new[0] and old[1].dtype == new[1].dtype
-            same = same and _bits(old[1]) == _bits(new[1])
+            same = same and _bits(old[1]) == _bits(new[1]) and old[2] == new[2]
         else:
             same = old == new
         if not same:

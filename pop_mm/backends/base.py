@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+import weakref
+from typing import Generic, TypeVar, cast
 
 from torch import Tensor
 
@@ -11,6 +12,33 @@ from ..errors import PhaseError
 from ..experts import Experts
 from ..layout import FFN
 from ..phase import Forward, PhaseTracker
+
+T = TypeVar("T")
+
+
+class Turns(Generic[T]):
+    """Whose turn it is where several layers call one module: in each forward they do so in the order of the layers."""
+
+    def __init__(self, first: T) -> None:
+        self._users = [first]
+        self._calls: weakref.WeakKeyDictionary[Forward, int] = weakref.WeakKeyDictionary()
+
+    @property
+    def first(self) -> T:
+        """Of the first layer."""
+        return self._users[0]
+
+    def add(self, user: T) -> None:
+        """The next layer that calls the module."""
+        self._users.append(user)
+
+    def next(self, forward: Forward) -> T:
+        """Who calls now."""
+        if len(self._users) == 1:
+            return self._users[0]
+        calls = self._calls.get(forward, 0)
+        self._calls[forward] = calls + 1
+        return self._users[calls % len(self._users)]
 
 
 def current_forward(tracker: PhaseTracker, ffn: FFN | Experts) -> Forward:

@@ -27,12 +27,13 @@ from ..layout import linear
 from ..ops.select import choose
 from ..phase import Forward, PhaseTracker, set_instance_attribute
 from ..state import FFNState
-from .base import current_forward
+from .base import Turns, current_forward
+from .moved import MovedWeights
 from .order import ChannelOrder
 from .static import StaticSteps, fixed
 
 IMPLEMENTATION = "pop_mm"
-_HANDLERS: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
+_HANDLERS: weakref.WeakKeyDictionary[nn.Module, Turns[MaskedExperts]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -50,9 +51,9 @@ _SELECTED: dict[int, _Selection] = {}
 
 def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """What transformers calls for every module whose config names :data:`IMPLEMENTATION`."""
-    handler = _HANDLERS.get(module)
-    if handler is not None:
-        return handler(*args, **kwargs)
+    turns = _HANDLERS.get(module)
+    if turns is not None:
+        return turns.next(turns.first.forward)(*args, **kwargs)
     selection = _SELECTED.get(id(module.config))
     if selection is None:
         raise SessionError(
@@ -113,7 +114,10 @@ class MaskedExperts:
         """Take over the module. If that fails, :meth:`detach` undoes what was done."""
         module = self._module
         self._undo.append(_select(module.config))
-        _HANDLERS[module] = self
+        if module in _HANDLERS:
+            _HANDLERS[module].add(self)
+        else:
+            _HANDLERS[module] = Turns(self)
         self._undo.append(partial(_HANDLERS.pop, module, None))
         if module.has_gate:
             self._activate = own_gate = module._apply_gate
@@ -132,10 +136,15 @@ class MaskedExperts:
         while self._undo:
             self._undo.pop()()
 
+    @property
+    def forward(self) -> Forward:
+        """The forward that the experts run in."""
+        return current_forward(self._tracker, self._record)
+
     @torch.compiler.disable
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``: every forward of the experts."""
-        return self._reference(current_forward(self._tracker, self._record), hidden, ids, weights)
+        return self._reference(self.forward, hidden, ids, weights)
 
     def _look(self, h: Tensor) -> Tensor:
         between: Callable[[Tensor], Tensor] | None = getattr(self._local, "between", None)
@@ -171,18 +180,25 @@ class InplaceExperts(MaskedExperts):
     """Reorders the channels of an expert when a decode step first needs it, and decodes on narrow views."""
 
     def __init__(
-        self, engine: Engine, index: int, tracker: PhaseTracker, static: StaticSteps, matvec: Matvec | None = None
+        self,
+        engine: Engine,
+        index: int,
+        tracker: PhaseTracker,
+        static: StaticSteps,
+        moved: MovedWeights,
+        matvec: Matvec | None = None,
     ) -> None:
         super().__init__(engine, index, tracker)
         record = self._record
         self._static = static
         self._matvec = matvec
+        self.moved = moved
         self._orders = [
-            ChannelOrder(record.size, record.device, partial(record.swap, expert)) for expert in range(record.count)
+            ChannelOrder(record.size, record.device, partial(moved.exchange, expert=expert))
+            for expert in range(record.count)
         ]
         self._placed: set[int] = set()
         self._views: dict[int, ExpertViews] = {}
-        self._address: tuple[int, int] | None = None
         self._weight: Tensor | None = None  # [E, |C|], of the candidates as they stand in the weights
         self.seconds = 0.0
         self.moved_channels = 0
@@ -210,6 +226,7 @@ class InplaceExperts(MaskedExperts):
         self.forget_resident()
         for order in self._orders:
             order.restore()
+        self.moved.release()
         self._positions = None
 
     def forget_resident(self) -> None:
@@ -219,12 +236,12 @@ class InplaceExperts(MaskedExperts):
     @torch.compiler.disable
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``: every forward of the experts."""
-        forward = current_forward(self._tracker, self._record)
+        forward = self.forward
         if forward.fast:
             state = self._state(forward)
             if state.all_ready or self._ready(state, ids):
-                return self._narrow(forward, state, hidden, ids, weights)
-        return self._reference(forward, hidden, ids, weights)
+                return self.moved.guarded(self._narrow(forward, state, hidden, ids, weights))
+        return self.moved.guarded(self._reference(forward, hidden, ids, weights))
 
     def _ready(self, state: FFNState, ids: Tensor) -> bool:
         assert state.ready is not None
@@ -234,16 +251,13 @@ class InplaceExperts(MaskedExperts):
     def _narrow(self, forward: Forward, state: FFNState, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """A decode step on R and C of the experts that it needs."""
         sizes = self._engine.sizes[self._index]
-        address = self._record.addresses
-        if address != self._address:
-            self._address = address
-            self._views.clear()
 
         def views(expert: int) -> ExpertViews:
             if expert not in self._placed:
                 self._place(state, expert)
             if expert not in self._views:
-                self._views[expert] = self._record.views(expert, sizes.width)
+                with torch.inference_mode(False), torch.enable_grad():  # views for forwards of every kind
+                    self._views[expert] = self._record.views(expert, sizes.width)
             return self._views[expert]
 
         def between(order: Tensor | None, h: Tensor) -> Tensor:

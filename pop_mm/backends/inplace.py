@@ -24,11 +24,12 @@ from ..kernels import MOST_TOKENS, Matvec, View, traced
 from ..kernels.ffn import Scratch
 from ..layout import FFN, Projection, linear
 from ..partition import Partition
-from ..phase import Forward, PhaseTracker
+from ..phase import Forward, PhaseTracker, set_instance_attribute
 from ..state import PromptState
 from .base import apply, current_forward, dense_ffn, voices
 from .experts import InplaceExperts
 from .fused import compiled_forward, triton_forward
+from .moved import MovedWeights, Versions
 from .order import ChannelOrder
 from .packing import PackedDown
 from .static import StaticSteps
@@ -80,14 +81,21 @@ class InplaceBackend:
     name = "inplace"
 
     def __init__(
-        self, engine: Engine, tracker: PhaseTracker, matvec: Matvec | None = None, triton: bool = False
+        self,
+        engine: Engine,
+        tracker: PhaseTracker,
+        versions: Versions,
+        matvec: Matvec | None = None,
+        triton: bool = False,
     ) -> None:
         self._engine = engine
         self.events = engine.events
+        self._versions = versions
         self._tracker = tracker
         self._matvec = matvec
         self._triton = triton
         self._orders: dict[int, ChannelOrder] = {}
+        self._moved: dict[int, MovedWeights] = {}
         self._experts: dict[int, InplaceExperts] = {}
         self._placed: dict[int, _Placed] = {}
         self._candidates: dict[int, ResidentCandidates] = {}
@@ -117,19 +125,25 @@ class InplaceBackend:
         """Channels moved so far."""
         return self._moved_channels + sum(experts.moved_channels for experts in self._experts.values())
 
+    def count_on(self, before: InplaceBackend) -> None:
+        """Time and channels moved so far are those of another backend."""
+        self._seconds, self._moved_channels = before.seconds, before.moved_channels
+
     def attach(self, index: int) -> None:
         """Take over FFN number ``index`` of the engine."""
         record = self._engine.ffns[index]
         if isinstance(record, Experts):
+            moved = MovedWeights(record, self._versions)
             self._experts[index] = experts = InplaceExperts(
-                self._engine, index, self._tracker, self.static, self._matvec
+                self._engine, index, self._tracker, self.static, moved, self._matvec
             )
             self.static.load_experts(index)
             experts.attach()
             restore = experts.restore
         else:
-            order = self._orders[index] = ChannelOrder(record.size, record.device, record.swap)
-            self._downs[index] = PackedDown(record.down, self._engine.sizes[index].width)
+            moved = self._moved[index] = MovedWeights(record, self._versions)
+            order = self._orders[index] = ChannelOrder(record.size, record.device, moved.exchange)
+            self._downs[index] = PackedDown(record.down, self._engine.sizes[index].width, moved)
             self._replace_forwards(index, record)
             restore = order.restore
 
@@ -138,10 +152,17 @@ class InplaceBackend:
             self._resident = None
             self._placed.pop(index, None)
             restore()
+            moved.release()
 
         for module in record.modules:
             self._undo.append(module.register_state_dict_pre_hook(canonical).remove)
             self._undo.append(module.register_load_state_dict_pre_hook(canonical).remove)
+            self._undo.append(set_instance_attribute(module, "_apply", _after(canonical, module._apply)))
+
+    def moved_weights(self) -> dict[str, MovedWeights]:
+        """Name of an FFN -> its weights, of those with channels that are not in their own places."""
+        every = {**self._moved, **{index: experts.moved for index, experts in self._experts.items()}}
+        return {self._engine.ffns[index].name: moved for index, moved in every.items() if moved.holds}
 
     def _replace_forwards(self, index: int, ffn: FFN) -> None:
         replaced = [(p.module, self._input_forward(index, p)) for p in ffn.inputs]
@@ -157,8 +178,9 @@ class InplaceBackend:
         self.unpack()
         self._resident = None
         self._placed.clear()
-        for order in self._orders.values():
+        for index, order in self._orders.items():
             order.restore()
+            self._moved[index].release()
         for experts in self._experts.values():
             experts.detach()
         while self._undo:
@@ -167,9 +189,9 @@ class InplaceBackend:
     def begin(self, forward: Forward) -> None:
         """Before a decode step: say how the FFNs may compute it."""
         forward.fast = self.place(forward.state)
-        if not forward.fast:
+        if not forward.fast or torch.is_grad_enabled():  # gradients of packed weights would be packed
             self.unpack()
-        else:
+        if forward.fast:
             self._steps += 1
             ours = self._matvec is not None or self._triton or self._static_loaded
             if self._steps == _PACK_AFTER and not ours and not torch.is_grad_enabled():
@@ -317,7 +339,7 @@ class InplaceBackend:
         narrow, down = ffn.down.narrow(sizes.width), self._downs[index]
         engine, order = self._engine, self._orders[index]
         has_candidates = sizes.candidates > 0
-        static, compiled = self.static, self._matvec is not None
+        static, compiled, guarded = self.static, self._matvec is not None, self._moved[index].guarded
 
         def forward(h: Tensor) -> Tensor:
             if static.active:
@@ -328,14 +350,14 @@ class InplaceBackend:
             if current.partial:
                 return narrow(self._front_of_prompt(index, current, h))
             if not current.fast:
-                if sizes.dense:
-                    return own_forward(module, h)
-                return own_forward(module, apply(engine, index, current, h, positions_of(order)))
+                if not sizes.dense:
+                    h = apply(engine, index, current, h, positions_of(order))
+                return guarded(own_forward(module, h))
             if has_candidates:
                 if h.requires_grad:
                     h = h.clone()
                 zero_dropped(h, current)
-            return down(h) if down.packed else narrow(h)
+            return down(h) if down.packed else guarded(narrow(h))
 
         zero_dropped = self._zero_dropped(index)
         return forward
@@ -376,6 +398,8 @@ class InplaceBackend:
 
         return zero_dropped
 
+    @torch.inference_mode(False)  # views for forwards of every kind
+    @torch.enable_grad()
     def _direct_forward(
         self, index: int, zero_dropped: Callable[[Tensor, Forward], None] | None
     ) -> Callable[[Tensor, Forward | None], Tensor]:
@@ -400,14 +424,13 @@ class InplaceBackend:
         own_forward = type(holder).forward
         bypassed = [*(p.module for p in ffn.projections), ffn.activation]
         hooks = [h for m in bypassed if m is not None for h in (m._forward_hooks, m._forward_pre_hooks)]
-        parameters: list[Any] = [p.module._parameters for p in ffn.projections]
         zero_dropped = self._zero_dropped(index) if sizes.candidates else None
         compute = self._direct_forward(index, zero_dropped)
-        static, down = self.static, self._downs[index]
-        where = [down.packed, *(p["weight"].data_ptr() for p in parameters)]
+        static, down, guarded = self.static, self._downs[index], self._moved[index].guarded
+        packed = down.packed
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            nonlocal compute, where
+            nonlocal compute, packed
             if static.active:  # the compiler sees through modules
                 return own_forward(holder, x, *args, **kwargs)
             current = tracker.current
@@ -415,11 +438,10 @@ class InplaceBackend:
                 return self._probed_prompt(index, current, x)
             if current is None or not current.fast or any(hooks):
                 return own_forward(holder, x, *args, **kwargs)
-            now = [down.packed, *(p["weight"].data_ptr() for p in parameters)]
-            if now != where:
-                where = now
+            if down.packed is not packed:
+                packed = down.packed
                 compute = self._direct_forward(index, zero_dropped)
-            return compute(x, current)
+            return guarded(compute(x, current))
 
         return forward
 
@@ -427,6 +449,14 @@ class InplaceBackend:
 def positions_of(order: ChannelOrder) -> Tensor | None:
     """``[1, D]``: the position of each original channel of an FFN; None if all are in their own places."""
     return order.position_of.unsqueeze(0) if order.moved else None
+
+
+def _after(first: Callable[[], None], own: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return own(*args, **kwargs)
+
+    return call
 
 
 def down_input(ffn: FFN, rows: Tensor, width: int) -> Tensor:
