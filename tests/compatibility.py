@@ -472,7 +472,7 @@ def page() -> str:
         "",
         "- **fast**: decode steps run on narrow views of the weights, in place.",
         "- **masked**: right, but every channel is still computed; no speed-up. Column norms are those of what the module "
-        "computes; where its weight does not say it, the module is asked, once a session.",
+        "computes; where its weight does not say it, the module is asked for them, once a session.",
         "- **refused**: an error before anything changes.",
         "",
         "| Group | What | Package | Outcome | Note |",
