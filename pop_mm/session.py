@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .adapters import Adapter, adapter_for
+from .adapters.checking import probe_foreign
 from .backends.attention import SingleTokenAttention
 from .backends.experts import IMPLEMENTATION
 from .backends.few import FewTokens
@@ -38,6 +39,7 @@ from .phase import Forward, Phase, PhaseTracker, set_instance_attribute
 from .ratio import ffn_ratios
 from .report import Alone, FFNPlan, Report, Timings, build_report
 from .routed import ExpertsState
+from .unwrap import unwrap
 
 PART_NAMES = {"dense": "FFN", "expert": "routed experts", "shared_expert": "shared experts"}  # by role, for tables
 _PRUNED_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -158,10 +160,11 @@ class Session:
     """
 
     def __init__(self, model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> None:
-        self.model = model
+        self.model = model = unwrap(model).model
         self.config = config
         self._adapter = adapter_for(model) if adapter is None else adapter
         self.plans = plan_ffns(model, config, self._adapter)
+        self._probed = probe_foreign(model, self._adapter, [plan.ffn for plan in self.plans])
         pruned = [plan for plan in self.plans if plan.backend != "dense"]
         if config.kernels == "triton":
             gpu.require(plan.ffn.device for plan in pruned)
@@ -455,6 +458,7 @@ def prune(
     Parameters
     ----------
     model : PreTrainedModel
+        Or what wraps it: ``peft.PeftModel``, ``torch.compile(model)``. Inside the session both are pruned.
     config : PopConfig or float
         Settings, or just the ratio.
     adapter : Adapter, optional
@@ -477,7 +481,9 @@ def prune(
     ...     output = model.generate(**inputs, max_new_tokens=128)
     >>> print(session.report)  # doctest: +SKIP
     """
-    return Session(model, as_config(config, settings), adapter)
+    from .wrapped import WrappedSession
+
+    return WrappedSession(model, as_config(config, settings), adapter)
 
 
 __all__: Sequence[str] = ["Session", "plan_ffns", "prune"]
