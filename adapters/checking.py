@@ -61,6 +61,11 @@ class Group:
     probed: tuple[str, ...]
     not_probed: str | None
 
+    @property
+    def broken(self) -> bool:
+        """Whether the probe found the contract broken."""
+        return self.status == "refused"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {**vars(self), "names": list(self.names), "probed": list(self.probed)}
@@ -90,7 +95,7 @@ class Check:
     @property
     def ok(self) -> bool:
         """Whether no group breaks the contract."""
-        return all(group.status != "refused" for group in self.groups)
+        return not any(group.broken for group in self.groups)
 
     def __repr__(self) -> str:
         lines = [*_wrapped(f"{self.model}: {self.adapter}, {self.why}.", "")]
@@ -101,7 +106,7 @@ class Check:
             lines += _wrapped(f"{group.status}: {group.reason}", "      ")
             if group.not_probed is not None:
                 lines += _wrapped(f"not probed: {group.not_probed}", "      ")
-            elif group.status != "refused":
+            elif not group.broken:
                 where = _patterns(group.probed)
                 lines += _wrapped(f"probed on {', '.join(where)}: every channel is computed alone", "      ")
         if self.unpruned:
@@ -116,7 +121,12 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {**vars(self), "groups": [g.to_dict() for g in self.groups], "unpruned": list(self.unpruned), "ok": self.ok}
+        return {
+            **vars(self),
+            "groups": [g.to_dict() for g in self.groups],
+            "unpruned": list(self.unpruned),
+            "ok": self.ok,
+        }
 
 
 def check(model: nn.Module, adapter: Adapter | None = None) -> Check:
@@ -296,7 +306,12 @@ def _span(numbers: list[int]) -> str:
 
 def _wrapped(text: str, indent: str) -> list[str]:
     return textwrap.wrap(
-        text, _WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_long_words=True, break_on_hyphens=False
+        text,
+        _WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=True,
+        break_on_hyphens=False,
     )
 
 

@@ -108,7 +108,7 @@ def _kind(record: FFN | Experts, home: nn.Module) -> object:
 
 def _arguments(model: nn.Module, adapter: Adapter, home: nn.Module) -> Arguments:
     """What a forward of the model on a few tokens calls a module with."""
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     avoided = set(adapter.modality_token_ids(model).values())
     ids = [token for token in range(min(64, int(embeddings.weight.shape[0]))) if token not in avoided][-6:]
     found: list[Arguments] = []

@@ -9,7 +9,7 @@ probed alike. Routed experts are run on random tokens, by their own code and fro
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,11 @@ Call = Callable[[], Any]
 
 _TOKENS = 6
 _RANK = 8  # of the stand-in for a down projection: as good as a whole matrix
-_SAME = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}  # how far what is made of equal numbers may differ
+_SAME = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-5,
+    torch.bfloat16: 2e-2,
+}  # how far what is made of equal numbers may differ
 _PRODUCT = {torch.float64: 1e-8, torch.float32: 3e-4, torch.bfloat16: 1e-1}  # and two ways to compute one product
 
 

@@ -76,7 +76,7 @@ def registered_adapters() -> dict[str, type[Adapter]]:
 
 def is_shipped(model_type: object, adapter: Adapter) -> bool:
     """Whether pop_mm itself serves this model type with this adapter."""
-    return SHIPPED.get(model_type) is type(adapter)  # type: ignore[call-overload, no-any-return]
+    return isinstance(model_type, str) and SHIPPED.get(model_type) is type(adapter)
 
 
 def suggestion(model_type: str) -> str:

@@ -184,11 +184,11 @@ def _refuse_peft(model: Any) -> None:
                 "Prune the model under it with prune(model.get_base_model()), without the virtual tokens, or train "
                 "an adapter of the weights, such as LoRA."
             )
-        if kind == "XLORA":
-            raise AdapterError(
-                f"The adapter {name!r} of this {type(model).__name__} is X-LoRA, which runs the model twice for every step, so "
-                "pop_mm cannot tell prompt from decode steps. Use a single LoRA adapter."
-            )
+    if _is(model.base_model, "peft.tuners.xlora.model", "XLoraModel"):
+        raise AdapterError(
+            f"This {type(model).__name__} is X-LoRA, which runs the model twice for every step, so pop_mm cannot tell prompt "
+            "from decode steps. Use a single LoRA adapter."
+        )
 
 
 def _active(model: Any) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from ..adapters import Adapter, adapter_for, registered_adapters
+from ..adapters import Adapter, Check, adapter_for, check, registered_adapters
 from ..config import PopConfig
 from ..report import FFNPlan
 from ..samples import SampleError, load_config, resolve, takes_images
@@ -22,18 +22,20 @@ from .generate import load_model, torch_dtype
 from .terminal import quiet, spinner
 
 
-def run(name: str, config: PopConfig, dtype: str, as_json: bool) -> None:
-    """The command."""
+def run(name: str, config: PopConfig, dtype: str, as_json: bool, contract: bool = False) -> bool:
+    """The command; false if the adapter's contract was asked for (``contract``) and is broken."""
     with quiet():
-        model, packed = skeleton(name, dtype)
+        model, packed = (load_model(name, dtype)[0], None) if contract else skeleton(name, dtype)
         adapter = adapter_for(model)
         plans = plan_ffns(model, config, adapter)
+        checked = check(model) if contract else None
     if packed is not None:
         plans = [_packed(plan, packed) for plan in plans]
     if as_json:
         size = model.dtype.itemsize
-        print(json.dumps([_row(plan, size) for plan in plans], indent=2))
-        return
+        found = {} if checked is None else _contracts(checked)
+        print(json.dumps([{**_row(plan, size), **found.get(plan.ffn.name, {})} for plan in plans], indent=2))
+        return checked is None or checked.ok
     layers = adapter.layer_weights(model, [plan.ffn for plan in plans]).values()
     largest = floor(1000 * sum(w.ffn for w in layers) / sum(w.ffn + w.attention for w in layers)) / 1000
     console = Console()
@@ -48,6 +50,11 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool) -> None:
     )
     for reason in dict.fromkeys(plan.reason for plan in plans if plan.backend == "masked"):
         console.print(f"Masked, without speed-up: {reason}.", style="yellow", highlight=False, markup=False)
+    if checked is not None:
+        console.print(
+            f"\n{checked}", style=None if checked.ok else "yellow", highlight=False, markup=False, soft_wrap=True
+        )
+    return checked is None or checked.ok
 
 
 def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, str | None]:
@@ -103,6 +110,18 @@ def _row(plan: FFNPlan, size: int) -> dict[str, Any]:
         **plan.to_dict(),
         "bytes_per_token_dense": whole,
         "bytes_per_token_pruned": round(whole * _share_read(plan)),
+    }
+
+
+def _contracts(checked: Check) -> dict[str, dict[str, str | None]]:
+    """Name of an FFN -> what the probe of its adapter found."""
+    return {
+        name: {
+            "contract": "broken" if group.broken else "holds" if group.not_probed is None else "not probed",
+            "finding": group.reason if group.broken else group.not_probed,
+        }
+        for group in checked.groups
+        for name in group.names
     }
 
 
