@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -195,6 +196,11 @@ def probe_foreign(model: nn.Module, adapter: Adapter, records: Sequence[FFN | Ex
             raise AdapterError(
                 f"{type(adapter).__name__} does not fit this {type(model).__name__}: {probed.broken} "
                 "pop_mm.adapters.check(model) shows all that it finds; docs/adapters.md says what it must promise."
+            )
+        if probed.skipped is not None:
+            warnings.warn(
+                f"pop_mm relies on {type(adapter).__name__} for {probed.name} without a probe: {probed.skipped}",
+                stacklevel=2,
             )
     return True
 

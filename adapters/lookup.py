@@ -10,7 +10,7 @@ from pop_mm.errors import AdapterError
 from pop_mm.unwrap import unwrap
 
 from .base import Adapter
-from .registry import registered_adapters, suggestion
+from .registry import SHIPPED, registered_adapters, suggestion
 from .structural import StructuralAdapter
 
 
@@ -53,7 +53,7 @@ def adapter_for(model: nn.Module) -> Adapter:
 def _closest(model: nn.Module) -> str:
     """A sentence about the adapter whose table finds most in a model of an unknown type, or nothing."""
     found: dict[type[Adapter], int] = {}
-    for cls in dict.fromkeys(registered_adapters().values()):
+    for cls in dict.fromkeys(SHIPPED.values()):
         try:
             found[cls] = sum(record.weight_count for record in cls().projections(model))
         except Exception:  # a table that does not fit fails wherever it does not

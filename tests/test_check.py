@@ -325,7 +325,24 @@ def test_an_ffn_that_cannot_be_run_is_not_refused():
         layer.mlp.forward = lambda x, mlp=layer.mlp, **_: type(mlp).forward(mlp, x) if x.shape[1] == 9 else x[None, "?"]
     found = check(model, Own())
     assert found.ok and "does not run" in found.groups[0].not_probed and "not probed" in repr(found)
-    prune(model, ratio=0.4, adapter=Own())
+    with pytest.warns(UserWarning, match=r"relies on Own for model\.layers\.0\.mlp without a probe: .*does not run"):
+        prune(model, ratio=0.4, adapter=Own())
+
+
+@pytest.mark.parametrize("what", ["forward", "module"])
+def test_compiled_ffns_are_probed_as_they_are_uncompiled(what):
+    for between, ok in ((after(lambda h: h), True), (BREAKS["norm"], False)):
+        model = broken(between)
+        for layer in model.model.layers:
+            if what == "module":
+                layer.mlp.compile(backend="eager")
+            else:
+                layer.mlp.forward = torch.compile(layer.mlp.forward, backend="eager")
+        with torch.no_grad():
+            dense = model(prompt()).logits
+            with same_afterwards(model):
+                assert check(model, Own()).ok is ok
+            assert torch.equal(model(prompt()).logits, dense)
 
 
 def test_what_is_said_of_a_model():
