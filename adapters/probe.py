@@ -293,7 +293,7 @@ def probe_experts(record: Experts) -> None:
     if without_weights(record.module):
         raise CannotProbe(f"{record.name} cannot be probed: it is on the meta device, without weights. Load the model.")
     _probe_activation(record)
-    if record.device.type != "meta":  # else they are offloaded
+    if not any(parameter.device.type == "meta" for parameter in record.module.parameters()):  # else they are offloaded
         _probe_views(record)
 
 
