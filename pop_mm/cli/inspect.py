@@ -25,10 +25,10 @@ from .terminal import quiet, spinner
 def run(name: str, config: PopConfig, dtype: str, as_json: bool, contract: bool = False) -> bool:
     """The command; false if the adapter's contract was asked for (``contract``) and is broken."""
     with quiet():
-        model, packed = (load_model(name, dtype)[0], None) if contract else skeleton(name, dtype)
+        model, packed = skeleton(name, dtype)
         adapter = adapter_for(model)
         plans = plan_ffns(model, config, adapter)
-        checked = check(model) if contract else None
+        checked = check(load_model(name, dtype)[0]) if contract else None
     if packed is not None:
         plans = [_packed(plan, packed) for plan in plans]
     if as_json:
