@@ -6,7 +6,9 @@ point group ``pop_mm.adapters`` adds one.
 
 from __future__ import annotations
 
+from . import registry as _registry
 from .base import Adapter, ExpertPaths, FFNPaths, RefusedAdapter
+from .checking import Check, Group, check
 from .dense import *  # noqa: F403
 from .dense import __all__ as _dense
 from .lookup import adapter_for, support_table
@@ -18,10 +20,13 @@ from .vlm import __all__ as _vlm
 
 __all__ = [
     "Adapter",
+    "Check",
     "ExpertPaths",
     "FFNPaths",
+    "Group",
     "RefusedAdapter",
     "adapter_for",
+    "check",
     "register_adapter",
     "registered_adapters",
     "support_table",
@@ -30,3 +35,5 @@ __all__ = [
     *_moe,
     *_vlm,
 ]
+
+_registry.SHIPPED.update(_registry._ADAPTERS)

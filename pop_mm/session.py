@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .adapters import Adapter, adapter_for
+from .adapters.checking import probe_foreign
 from .asking import has_unloaded_weights
 from .backends.attention import SingleTokenAttention
 from .backends.experts import IMPLEMENTATION
@@ -44,6 +45,7 @@ from .ratio import ffn_ratios
 from .report import Alone, FFNPlan, Report, Timings, build_report
 from .sharing import fixed_weights
 from .state import PromptState
+from .unwrap import unwrap
 from .watch import Watch
 
 PART_NAMES = {"dense": "FFN", "expert": "routed experts", "shared_expert": "shared experts"}  # by role, for tables
@@ -209,7 +211,8 @@ class Session:
     """
 
     def __init__(self, model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> None:
-        self.model = model
+        self._wrappers = unwrap(model)
+        self.model = model = self._wrappers.model
         self.config = config
         self._adapter = adapter_for(model) if adapter is None else adapter
         tokens = self._adapter.modality_token_ids(model)
@@ -228,6 +231,7 @@ class Session:
         self.events = Events()
         self.attached = False
         self._build(plan_ffns(model, config, self._adapter))
+        self._probed = probe_foreign(model, self._adapter, [plan.ffn for plan in self.plans])
         if config.modality_weights and not tokens:
             raise ConfigError(
                 f"modality_weights={dict(config.modality_weights)} was given, but {type(model).__name__} takes text alone, or "
@@ -284,6 +288,8 @@ class Session:
         self._require_free()
         if has_unloaded_weights(self.model):
             raise SessionError("The model is on the meta device, without weights; load it first.")
+        if not self._probed:  # it had no weights to be probed on
+            self._probed = probe_foreign(self.model, self._adapter, [plan.ffn for plan in self.plans])
         compiled = CompiledParts(self.model, self._adapter.projections(self.model))
         self._build(self._plan())
         self._require_free()
@@ -296,6 +302,7 @@ class Session:
         try:
             self._tracker.install()
             self._engage()
+            self._undo.append(self._wrappers.install())
             if hasattr(self.model, "get_compiled_call"):
                 self._undo.append(set_instance_attribute(self.model, "get_compiled_call", self._compiled_call))
         except BaseException:
@@ -647,6 +654,7 @@ def prune(
     Parameters
     ----------
     model : PreTrainedModel
+        Or what wraps it: ``peft.PeftModel``, ``torch.compile(model)``. Inside the session both are pruned.
     config : PopConfig or float
         Settings, or just the ratio.
     adapter : Adapter, optional

@@ -205,12 +205,16 @@ def inspect(
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one row per FFN.", show_default=False)] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Load the weights and probe the adapter; code 1 if it is broken.")
+    ] = False,
 ) -> None:
-    """Show what would be pruned, and what a decoded token would read. The weights are not loaded."""
+    """Show what would be pruned, and what a decoded token would read. The weights are loaded for --check alone."""
     from ..config import PopConfig
     from .inspect import run
 
-    run(model, PopConfig(ratio, scope, gamma, backend=backend), dtype, as_json)  # type: ignore[arg-type]
+    if not run(model, PopConfig(ratio, scope, gamma, backend=backend), dtype, as_json, check):  # type: ignore[arg-type]
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from ..adapters import Adapter, adapter_for, registered_adapters
+from ..adapters import Adapter, Check, adapter_for, check, registered_adapters
 from ..config import PopConfig
 from ..report import FFNPlan
 from ..samples import SampleError, load_config, resolve, takes_images
@@ -23,20 +23,23 @@ from .stored import StoredBytes, bits_of, stored_tensors
 from .terminal import quiet, spinner
 
 
-def run(name: str, config: PopConfig, dtype: str, as_json: bool) -> None:
-    """The command."""
+def run(name: str, config: PopConfig, dtype: str, as_json: bool, contract: bool = False) -> bool:
+    """The command; false if the adapter's contract was asked for (``contract``) and is broken."""
     with quiet():
         model, quantisation = skeleton(name, dtype)
         adapter = adapter_for(model)
         plans = plan_ffns(model, config, adapter)
+        checked = check(load_model(name, dtype)[0]) if contract else None
     stored = None
     if quantisation is not None:
         plans = [_packed(plan, str(quantisation.get("quant_method", "quantised"))) for plan in plans]
         bits = bits_of(quantisation, model.dtype.itemsize)
         stored = StoredBytes(model, stored_tensors(resolve(name)), bits)
     if as_json:
-        print(json.dumps([_row(plan, _ffn_bytes(plan, model, stored)) for plan in plans], indent=2))
-        return
+        found = {} if checked is None else _contracts(checked)
+        rows = [{**_row(p, _ffn_bytes(p, model, stored)), **found.get(p.ffn.name, {})} for p in plans]
+        print(json.dumps(rows, indent=2))
+        return checked is None or checked.ok
     layers = adapter.layer_weights(model, [plan.ffn for plan in plans]).values()
     largest = floor(1000 * sum(w.ffn for w in layers) / sum(w.ffn + w.attention for w in layers)) / 1000
     console = Console()
@@ -51,6 +54,11 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool) -> None:
     )
     for reason in dict.fromkeys(plan.reason for plan in plans if plan.backend == "masked"):
         console.print(f"Masked, without speed-up: {reason}.", style="yellow", highlight=False, markup=False)
+    if checked is not None:
+        console.print(
+            f"\n{checked}", style=None if checked.ok else "yellow", highlight=False, markup=False, soft_wrap=True
+        )
+    return checked is None or checked.ok
 
 
 def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any] | None]:
@@ -118,6 +126,18 @@ def _row(plan: FFNPlan, whole: float) -> dict[str, Any]:
         **plan.to_dict(),
         "bytes_per_token_dense": round(whole),
         "bytes_per_token_pruned": round(whole * _share_read(plan)),
+    }
+
+
+def _contracts(checked: Check) -> dict[str, dict[str, str | None]]:
+    """Name of an FFN -> what the probe of its adapter found."""
+    return {
+        name: {
+            "contract": "broken" if group.broken else "holds" if group.not_probed is None else "not probed",
+            "finding": group.reason if group.broken else group.not_probed,
+        }
+        for group in checked.groups
+        for name in group.names
     }
 
 
