@@ -166,7 +166,9 @@ class Experts:
         for name in (self.input_name, "down_proj"):
             weight = getattr(self.module, name, None)
             if type(weight) not in (nn.Parameter, Tensor) or not is_wide_float(weight.dtype) or weight.dim() != 3:
-                kind = f"{weight.dtype} with shape {tuple(weight.shape)}" if type(weight) in (nn.Parameter, Tensor) else ""
+                kind = (
+                    f"{weight.dtype} with shape {tuple(weight.shape)}" if type(weight) in (nn.Parameter, Tensor) else ""
+                )
                 return f"its {name} is {kind or 'a ' + type(weight).__name__}, not a 3-D tensor of floats"
         return None
 
