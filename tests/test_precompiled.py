@@ -56,9 +56,6 @@ COMPILERS = {
     "model.forward": forward_compiled,
     "compile(layer)": layers_wrapped,
     "attention.compile()": every_layer(lambda layer: layer.self_attn.compile(backend="eager")),
-    "all modules": lambda model: [
-        m.compile(backend="eager") for m in model.modules() if not isinstance(m, nn.ModuleList)
-    ],
 }
 DENSE = {
     "compile(mlp)": every_layer(children_wrapped("mlp")),
