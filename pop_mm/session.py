@@ -215,11 +215,13 @@ class Session:
         self.model = model = self._wrappers.model
         self.config = config
         self._adapter = adapter_for(model) if adapter is None else adapter
+        plans = plan_ffns(model, config, self._adapter)
         tokens = self._adapter.modality_token_ids(model)
         self._modalities = len(MODALITIES) if tokens else 1
         self._tracker = PhaseTracker(model, self, config.batch == "per_sequence", tokens)
         self._undo: list[Callable[[], object]] = []
         self._engaged = False
+        self._watch: Watch | None = None
         self._refusals: list[Callable[[], object]] = []
         self._left_compiled: set[nn.Module] = set()
         self._steps: CompiledSteps | None = None
@@ -230,7 +232,7 @@ class Session:
         self.timings = Timings()
         self.events = Events()
         self.attached = False
-        self._build(plan_ffns(model, config, self._adapter))
+        self._build(plans)
         self._probed = probe_foreign(model, self._adapter, [plan.ffn for plan in self.plans])
         if config.modality_weights and not tokens:
             raise ConfigError(
@@ -344,9 +346,8 @@ class Session:
         """Undo :meth:`_engage`: the FFNs are as they were, but for what somebody else has changed."""
         if not self._engaged:
             return
-        self._engaged = False
-        moved = self._inplace.moved_weights()
-        for weights in moved.values():
+        self._engaged, self._watch = False, None
+        for weights in self._inplace.moved_weights().values():
             weights.look()
         try:
             self._inplace.detach()
@@ -545,6 +546,8 @@ class Session:
 
     def end(self, forward: Forward, completed: bool) -> None:
         """After a forward, also one that raised (called by the phase tracker)."""
+        if self._watch is not None:
+            self._watch.forward_done()
         self._leave()
         elapsed = time.perf_counter() - self._started.at
         self.timings.add(forward, elapsed, masked=self._fast and not forward.fast)
@@ -561,8 +564,8 @@ class Session:
     def _check_model(self, forward: Forward) -> None:
         """Follow what somebody else has changed in the model since the last forward, or say why that cannot be."""
         watch = self._watch
-        change = watch.change() if self._engaged else "the model was changed"
-        if forward.phase is not Phase.DECODE and change is None:
+        change = "the model was changed" if watch is None else watch.change()
+        if watch is not None and forward.phase is not Phase.DECODE and change is None:
             self._inplace.unpack()
             moved = self._inplace.moved_weights()
             rewritten = watch.rewritten()

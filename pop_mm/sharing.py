@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,9 +108,10 @@ def _uses(tensor: Tensor) -> tuple[int, int]:
     return sys.getrefcount(tensor), 0 if count is None else count(tensor.untyped_storage()._cdata)
 
 
-def _held_by_others(tensors: list[Tensor]) -> list[Tensor]:
+def _held_by_others(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Those that something may hold besides the module that they belong to. Looking for it takes much longer."""
-    alone = min(_uses(p) for p in list(nn.Linear(1, 1, bias=False, device="cpu").parameters()))
+    lone = nn.Linear(1, 1, bias=False, device="cpu")
+    alone = min(_uses(p) for p in list(lone.parameters()))
     return [p for p in tensors if not alone[1] or any(a > b for a, b in zip(_uses(p), alone, strict=True))]
 
 
@@ -130,8 +131,8 @@ def _other_users(model: nn.Module, suspects: Mapping[str, list[int]]) -> dict[in
 def _all_modules() -> Iterator[nn.Module]:
     """Every module that is alive. Types alone are looked at: an object may be a proxy that answers for another one."""
     kinds: set[type] = set()
-    new: list[type] = [nn.Module]
+    new: set[type] = {nn.Module}
     while new:
-        kinds.update(new)
-        new = [sub for kind in new for sub in kind.__subclasses__() if sub not in kinds]
+        kinds |= new
+        new = {sub for kind in new for sub in type.__subclasses__(kind)} - kinds
     return (thing for thing in gc.get_objects() if type(thing) in kinds)

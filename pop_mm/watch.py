@@ -39,14 +39,14 @@ class Watch:
     def __init__(self, model: nn.Module, records: Iterable[FFN | Experts], versions: Versions) -> None:
         records = list(records)
         watched = dict.fromkeys(module for record in records for module in _modules(record))
+        self._watched = [module for module in watched if not _is_offloaded(module)]
         self._places = list(_places(model, watched))
         self._parents: list[Any] = [parent for parent, _, _ in self._places]
         self._children = [name for _, name, _ in self._places]
         self._modules = [child for *_, child in self._places]
         self._slots = [
             (f"{type(m).__name__}.{name}", tensors, name)
-            for m in watched
-            if not _is_offloaded(m)
+            for m in self._watched
             for tensors in (m._parameters, m._buffers)
             for name in tensors
         ]
@@ -61,18 +61,23 @@ class Watch:
         self._tensors = list(map(dict.get, self._dicts, self._names))
         present = {id(t): t for t in self._tensors if t is not None}
         self._counted = [t for t in present.values() if not t.is_inference()]
+        buffers = {id(t) for m in self._watched for t in m._buffers.values()}
+        self._buffers = [t for t in self._counted if id(t) in buffers]
         self._addressed = [
             t for t in present.values() if type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
         ]
         self._addresses = list(map(_data_ptr, self._addressed))
         self._versions.of.clear()
         self._versions.of.update(zip(map(id, self._counted), map(_version, self._counted), strict=True))
-        self.note_settings()
-
-    def note_settings(self) -> None:
-        """Take what only a prompt looks at as it is now: a forward itself may change it."""
         self._settings = self._settings_now()
         self._sums = self._sums_now()
+
+    def forward_done(self) -> None:
+        """After a forward, which may itself have changed buffers and settings (observers of a quantisation do)."""
+        for buffer in self._buffers:
+            self._versions.of[id(buffer)] = buffer._version
+        if self._composed:
+            self._settings = self._settings_now()
 
     def change(self) -> str | None:
         """The first thing that is not as it was, of those that cost next to nothing to look at; None if all is."""
@@ -109,10 +114,19 @@ class Watch:
             if key not in _OF_EVERY_MODULE and (plain := _plain(value)) is not None
         ]
 
+    @torch.no_grad()
     def _sums_now(self) -> list[int]:
         """Of each down projection, the sum of one output's weights as integers: the same in every order of the channels."""
-        sums = [as_integers(_line(record)).sum(dtype=torch.int64) for record in self._lines]
-        return [int(n) for n in torch.stack([s.to(sums[0].device) for s in sums]).tolist()] if sums else []
+        alike: dict[Any, list[int]] = {}
+        lines = [_line(record) for record in self._lines]
+        for number, line in enumerate(lines):
+            alike.setdefault((line.shape, line.dtype, line.device), []).append(number)
+        sums = [0] * len(lines)
+        for numbers in alike.values():
+            together = as_integers(torch.stack([lines[number] for number in numbers])).flatten(1).sum(1)
+            for number, total in zip(numbers, together.tolist(), strict=True):
+                sums[number] = int(total)
+        return sums
 
 
 def _modules(record: FFN | Experts) -> Iterator[nn.Module]:
@@ -125,7 +139,7 @@ def _modules(record: FFN | Experts) -> Iterator[nn.Module]:
 def _places(model: nn.Module, watched: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
     """Where the watched modules, and those above them, stand: the children of the one above, a name there, and the module."""
     wanted, seen = set(watched), dict[nn.Module, bool]()
-    found = []
+    found: list[tuple[dict[str, Any], str, nn.Module]] = []
 
     def holds(module: nn.Module) -> bool:
         if module not in seen:
@@ -150,7 +164,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def _has_line(record: FFN | Experts) -> bool:
-    weight = record.down if isinstance(record, Experts) else getattr(record.down.module, "weight", None)
+    weight: Any = record.down if isinstance(record, Experts) else getattr(record.down.module, "weight", None)
     plain = type(weight) is nn.Parameter and weight.layout is torch.strided and weight.device.type != "meta"
     return plain and weight.dim() > 1 and weight.is_floating_point() and weight.element_size() in (2, 4, 8)
 

@@ -6,7 +6,7 @@ somebody puts in their place is in the original order and is left alone; the one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class _Held(NamedTuple):
     name: str
     parameter: Tensor
     stored: Tensor  # shares its memory and its version counter, and stays what it is if ``parameter.data`` is replaced
-    matrices: Callable[[Tensor, int | None], Iterator[Matrix]]
+    matrices: Callable[[Tensor, int | None], Iterable[Matrix]]
 
 
 class MovedWeights:
