@@ -134,5 +134,6 @@ def _all_modules() -> Iterator[nn.Module]:
     new: set[type] = {nn.Module}
     while new:
         kinds |= new
-        new = {sub for kind in new for sub in type.__subclasses__(kind)} - kinds
+        below: list[type] = [sub for kind in new for sub in kind.__subclasses__()]
+        new = set(below) - kinds
     return (thing for thing in gc.get_objects() if type(thing) in kinds)
