@@ -6,7 +6,9 @@ point group ``pop_mm.adapters`` adds one.
 
 from __future__ import annotations
 
+from . import registry as _registry
 from .base import Adapter, ExpertPaths, FFNPaths, RefusedAdapter
+from .checking import Check, Group, check
 from .dense import *  # noqa: F403
 from .dense import __all__ as _dense
 from .inputs import InputPaths
@@ -19,11 +21,14 @@ from .vlm import __all__ as _vlm
 
 __all__ = [
     "Adapter",
+    "Check",
     "ExpertPaths",
     "FFNPaths",
+    "Group",
     "InputPaths",
     "RefusedAdapter",
     "adapter_for",
+    "check",
     "register_adapter",
     "registered_adapters",
     "support_table",
@@ -32,3 +37,5 @@ __all__ = [
     *_moe,
     *_vlm,
 ]
+
+_registry.SHIPPED.update(_registry._ADAPTERS)

@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
+from pop_mm.asking import activation_dtype
 from pop_mm.errors import AdapterError
 from pop_mm.experts import LAYOUT_FLAGS, Experts, layout_of
-from pop_mm.groups import InputGroup, without_shared
-from pop_mm.layout import FFN, Projection, Role
+from pop_mm.groups import InputGroup
+from pop_mm.layout import FFN, PLAIN_TYPES, Projection, Role
 from pop_mm.ratio import LayerWeights
 
 from .inputs import ATTENTION, InputPaths
@@ -31,8 +32,9 @@ class FFNPaths:
         Names in the holder. ``gate=""`` is an ungated FFN; ``gate == up`` is a fused projection, gate rows first.
     transposed : bool
         Weights are stored ``[in, out]`` (transformers' Conv1D).
-    plain_types : tuple of str
-        Names of module classes whose forward is just ``x @ W.T + b``.
+    plain_types : tuple of type or str
+        Module classes whose forward is just ``x @ W.T + b``, or ``"module:Class"`` for one that is not imported here.
+        Subclasses are not plain.
     role : {"dense", "shared_expert"}
     activation : tuple of str
         Names under which the holder may keep its activation.
@@ -43,7 +45,7 @@ class FFNPaths:
     up: str = "up_proj"
     down: str = "down_proj"
     transposed: bool = False
-    plain_types: tuple[str, ...] = ("Linear", "Conv1D")
+    plain_types: tuple[type[nn.Module] | str, ...] = PLAIN_TYPES
     role: Role = "dense"
     activation: tuple[str, ...] = ("act_fn", "activation_fn", "act")
 
@@ -73,18 +75,20 @@ class FFNPaths:
             return Projection(f"{prefix}.{name}", module, side, blocks, self.transposed, self.plain_types)
 
         down = projection(self.down, "in", 1)
-        size = _features(down, "in")
+        size = down.features("in")
         inputs = tuple(projection(name, "out", fused) for name in names)
         for p in inputs:
-            if _features(p, "out") != fused * size:
+            if p.features("out") != fused * size:
                 raise AdapterError(
-                    f"{p.name} has {_features(p, 'out')} outputs, but {down.name} takes {size} inputs"
+                    f"{p.name} has {p.features('out')} outputs, but {down.name} takes {size} inputs"
                     f"{' (gate and up are fused, so twice as many were expected)' if fused == 2 else ''}. The "
                     "adapter's paths do not fit this model."
                 )
         module = holder if self.holder else None
         activation = next((found for name in self.activation if (found := find(module, name)) is not None), None)
-        return FFN(prefix, index, inputs, down, size, self.role, self.layout, module, activation)
+        return FFN(
+            prefix, index, inputs, down, size, self.role, self.layout, module, activation, activation_dtype(layer)
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,12 @@ class ExpertPaths:
             raise AdapterError(
                 f"{name} is a {type(module).__name__}, which transformers does not dispatch through its ExpertsInterface "
                 "(quantised and LoRA-wrapped experts are replaced by modules of their own), so pop_mm cannot reach its "
-                "channels. Load the model without quantisation, or merge its LoRA weights."
+                "channels. Load the model without quantisation, or merge its adapters (peft: merge_and_unload())."
+            )
+        if reason := Experts(name, index, module, 0).why_unknown():
+            raise AdapterError(
+                f"{name} is a {type(module).__name__}, and {reason}, so pop_mm cannot compute with it. Load the model "
+                "without quantisation."
             )
         top_k = getattr(module.config, self.top_k, None)
         if isinstance(top_k, Sequence):
@@ -238,7 +247,7 @@ class Adapter:
             for index, layer in enumerate(layers)
             for paths in self.inputs
         ]
-        return without_shared([group for group in found if group is not None])
+        return [group for group in found if group is not None]
 
     def besides_ffns(self, model: nn.Module, records: Sequence[FFN | Experts]) -> list[nn.Module]:
         """What a decoded token runs besides FFNs: all other modules of the decoder layers, and the lm_head.
@@ -293,16 +302,10 @@ def join(*parts: str) -> str:
     return ".".join(filter(None, parts))
 
 
-def _features(projection: Projection, side: Literal["out", "in"]) -> int:
-    """Outputs or inputs of a linear module, also where its weight is packed."""
-    declared = getattr(projection.module, f"{side}_features", None)
-    if declared is not None:
-        return int(declared)
-    return int(projection.linear_weight().shape[0 if side == "out" else 1])
-
-
 def _weight_count(module: nn.Module, counted: set[nn.Module]) -> int:
     """Weights in a module without biases, norms and embeddings; what stands for a linear module counts as that one.
+
+    Norms go by their name: every architecture has a class of its own, and some hold matrices.
 
     Modules in ``counted``, with all they hold, count nothing; every module that is seen is added to it.
     """

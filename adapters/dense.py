@@ -140,11 +140,14 @@ class GPTNeoXAdapter(Adapter):
     ffns = (FFNPaths(gate="", up="dense_h_to_4h", down="dense_4h_to_h"),)
 
 
+_FALCON_LINEAR = "transformers.models.falcon.modeling_falcon:FalconLinear"
+
+
 @register_adapter("falcon")
 class FalconAdapter(Adapter):
     """Falcon: ungated ``transformer.h.N.mlp.{dense_h_to_4h, dense_4h_to_h}``, modules of class FalconLinear."""
 
-    ffns = (FFNPaths(gate="", up="dense_h_to_4h", down="dense_4h_to_h", plain_types=("FalconLinear",)),)
+    ffns = (FFNPaths(gate="", up="dense_h_to_4h", down="dense_4h_to_h", plain_types=(_FALCON_LINEAR,)),)
 
 
 @register_adapter("bloom")

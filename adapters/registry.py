@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .base import Adapter
 
 _ADAPTERS: dict[str, type[Adapter]] = {}
+SHIPPED: dict[str, type[Adapter]] = {}  # those of pop_mm itself, once all its tables are loaded
 _ENTRY_POINTS = "pop_mm.adapters"
 A = TypeVar("A", bound="type[Adapter]")
 
@@ -71,6 +72,11 @@ def registered_adapters() -> dict[str, type[Adapter]]:
             ) from error
         register_adapter(entry.name)(cls)
     return dict(sorted(_ADAPTERS.items()))
+
+
+def is_shipped(model_type: object, adapter: Adapter) -> bool:
+    """Whether pop_mm itself serves this model type with this adapter."""
+    return isinstance(model_type, str) and SHIPPED.get(model_type) is type(adapter)
 
 
 def suggestion(model_type: str) -> str:

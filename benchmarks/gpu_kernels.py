@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from measure import alternate, quartiles, wide_console
 from pop_mm.kernels.gpu import MAX_ROWS, FusedStep, GatheredStep
 from pop_mm.layout import FFN, Projection, linear
-from pop_mm.partition import Sizes, dropped_candidates, partition_sizes
+from pop_mm.ops.select import choose
+from pop_mm.partition import Sizes, partition_sizes
 
 GAMMA = 0.1
 LAYERS = 4
@@ -101,11 +102,9 @@ def stock_step(ffn: FFN, sizes: Sizes | None, weight: Tensor | None) -> Step:
         h = nn.functional.silu(linear(x, gate, None)).mul_(linear(x, up, None))
         if sizes is not None:
             candidates = h[:, sizes.retained :]
-            if len(x) == 1:
-                scores = (candidates * weight).abs_()
-            else:
-                scores = candidates.float().square().sum(0, keepdim=True).sqrt_().mul_(weight)
-            candidates.scatter_(1, dropped_candidates(scores, sizes).expand(len(x), -1), 0)
+            together = torch.zeros(len(x), dtype=torch.int64, device=x.device) if len(x) > 1 else None
+            dropped = choose(candidates, weight, sizes.candidates_dropped, together, 1)
+            candidates.scatter_(1, dropped.expand(len(x), -1), 0)
         return linear(h, down, None)
 
     return step

@@ -87,47 +87,54 @@ def without_library(without: bool) -> Iterator[None]:
         kernels.library = own
 
 
+class PartSeconds(dict[str, float]):
+    """A listener that adds up seconds by part."""
+
+    def __init__(self) -> None:
+        super().__init__(statistics=0.0, partition=0.0)
+        self._running: list[tuple[str, float]] = []
+
+    def push(self, part: str) -> None:
+        """A part begins."""
+        self._running.append((part, self.now()))
+
+    def pop(self) -> None:
+        """The part that began last ends."""
+        part, started = self._running.pop()
+        self.took(part, self.now() - started)
+
+    def now(self) -> float:
+        """Seconds on a clock."""
+        return time.perf_counter()
+
+    def took(self, part: str, seconds: float) -> None:
+        """A part took so long."""
+        self[part] = self.get(part, 0.0) + seconds
+
+
 @contextmanager
-def clocked(session: pop_mm.Session) -> Iterator[dict[str, float]]:
+def clocked(session: pop_mm.Session) -> Iterator[PartSeconds]:
     """Within: seconds spent in the statistics and in making partitions, by part."""
-    engine, seconds = session._engine, dict.fromkeys(("statistics", "partition"), 0.0)
-
-    def watch(name: str, part: str) -> None:
-        own = getattr(engine, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return own(*args, **kwargs)
-            finally:
-                seconds[part] += time.perf_counter() - started
-
-        setattr(engine, name, call)
-
-    watched = {"observe": "statistics", "count_tokens": "statistics", "check_finite": "statistics"}
-    watched["partition" if session.config.prefill == "partition" else "partition_all"] = "partition"
-    for name, part in watched.items():
-        watch(name, part)
+    session.events.listener = seconds = PartSeconds()
     try:
         yield seconds
     finally:
-        for name in watched:
-            delattr(engine, name)
+        session.events.listener = None
 
 
 def cost(model: Any, session: pop_mm.Session, ids: Tensor, token: Tensor) -> Cost:
     """Prefill one prompt, and let the first decode step place its channels."""
-    timings, inplace = session.timings, session._inplace
-    moving, moved = inplace.seconds, inplace.moved_channels
+    timings = session.timings
+    moving, moved = session.moving_seconds, session.moved_channels
     with clocked(session) as seconds:
         started = time.perf_counter()
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        forward, within, ranking = time.perf_counter() - started, inplace.seconds, timings.partitioning
+        forward, within, ranking = time.perf_counter() - started, session.moving_seconds, timings.partitioning
         model(token, past_key_values=cache)
-    reordering = inplace.seconds - moving
-    after = inplace.seconds - within + timings.partitioning - ranking
+    reordering = session.moving_seconds - moving
+    after = session.moving_seconds - within + timings.partitioning - ranking
     return Cost(
-        forward + after, seconds["statistics"], seconds["partition"], reordering, inplace.moved_channels - moved
+        forward + after, seconds["statistics"], seconds["partition"], reordering, session.moved_channels - moved
     )
 
 

@@ -88,7 +88,7 @@ def take_reading(prompts: int, model: Any, dense: Any, session: pop_mm.Session |
     caches = 0
     if session is not None:
         str(session.report)
-        caches = len(session._tracker._states)
+        caches = session.live_prompts
     gc.collect()
     kinds = [type(thing) for thing in gc.get_objects()]
     tensors, states = (sum(issubclass(kind, wanted) for kind in kinds) for wanted in (Tensor, PromptState))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal, TypeGuard
@@ -248,11 +249,12 @@ class PopConfig:
         layers = values.get("layer_ratios")
         if isinstance(layers, Mapping):
             try:
-                values["layer_ratios"] = {
-                    int(layer) if isinstance(layer, str) else layer: ratio for layer, ratio in layers.items()
-                }
+                numbers = [int(layer) if isinstance(layer, str) else layer for layer in layers]
             except ValueError:
                 raise ConfigError(f"layer_ratios: a layer is an integer from 0; got {layers!r}.") from None
+            if twice := [layer for layer, count in Counter(numbers).items() if count > 1]:
+                raise ConfigError(f"layer_ratios names layer {twice[0]} more than once: {layers!r}.")
+            values["layer_ratios"] = dict(zip(numbers, layers.values(), strict=True))
         return cls(**values)
 
     def to_json(self) -> str:
@@ -261,14 +263,23 @@ class PopConfig:
 
     @classmethod
     def from_json(cls, text: str) -> PopConfig:
-        """The config that :meth:`to_json` wrote."""
+        """The config that :meth:`to_json` wrote. A key that is given twice is an error."""
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = json.loads(text, object_pairs_hook=unique_keys)
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"Not a JSON config: {error}.") from None
         if not isinstance(values, dict):
             raise ConfigError(f"A JSON config is an object; got {type(values).__name__}.")
         return cls.from_dict(values)
+
+
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The ``object_pairs_hook`` of a JSON reader: an object as a dict; a key that it has twice raises ``ValueError``."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {key!r} is given more than once; keep one")
+    return found
 
 
 def _check_number(name: str, value: object, *, upper_open: bool) -> None:
@@ -308,4 +319,4 @@ def as_config(config: PopConfig | float | None, settings: Mapping[str, Any]) -> 
     return PopConfig.from_dict(settings)
 
 
-__all__ = ["PopConfig", "as_config"]
+__all__ = ["PopConfig", "as_config", "unique_keys"]

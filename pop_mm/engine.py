@@ -1,13 +1,11 @@
 """POP for one model: statistics in prefill, the partition, the choice at each decode step. Knows no architecture.
 
-State belongs to a prompt (:class:`PromptState`), always in original channel numbers. Where a backend has reordered an FFN's
-channels it passes ``positions``: the position of each original channel.
+State belongs to a prompt (:class:`~pop_mm.state.PromptState`), always in original channel numbers. Where an executor has
+reordered channels it passes ``positions``: the position of each original channel.
 """
 
 from __future__ import annotations
 
-import copy
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
@@ -16,124 +14,21 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .asking import with_progress
 from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
+from .events import Events, tells
 from .experts import Experts
 from .layout import FFN
-from .modality import MODALITIES, ByModality, added, weighted_sum
-from .partition import Choose, Partition, Sizes, dropped_candidates, partition, shared_scores, step_chooser
+from .modality import MODALITIES, added, weighted_sum
+from .ops.select import Choose, choose, step_chooser
+from .partition import Partition, Sizes, partition
 from .phase import Forward, Phase
-from .prompt_positions import decode_positions, prompt_masks, prompt_positions
-from .routed import ExpertsState, RoutedExperts
 from .scoring import channel_energy, get_scorer
-from .steplog import StepLog
+from .state import FFNState, PromptState
+from .step import Step
 
-
-class FFNState:
-    """What one prompt knows about one FFN.
-
-    Attributes
-    ----------
-    energies : mapping of int to Tensor
-        Modality -> sum of squared activations of each channel over its tokens of the prompt, ``[D]`` or ``[B, D]``.
-    partition : Partition or None
-    candidate_weight : Tensor
-        The scorer's weight of each candidate, ``[..., |C|]``.
-    steps : StepLog
-    """
-
-    def __init__(self, sizes: Sizes) -> None:
-        self.energies: Mapping[int, Tensor] = {}
-        self.partition: Partition | None = None
-        self.candidate_weight: Tensor | None = None
-        self.steps = StepLog(sizes)
-
-    def add(self, modality: int, energy: Tensor) -> None:
-        """Count more tokens of one modality."""
-        self.energies = added(self.energies, modality, energy)
-
-    def energy(self, weights: Mapping[str, float]) -> Tensor | None:
-        """All modalities together, each times its weight; None before the first token."""
-        return weighted_sum(self.energies, weights)
-
-    def copy(self) -> FFNState:
-        """An independent copy. Tensors are never changed in place, so they are shared."""
-        twin = copy.copy(self)
-        twin.steps = self.steps.copy()
-        return twin
-
-    def invalidate(self) -> None:
-        """The partition so far no longer holds."""
-        self.partition = None
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Row b is row ``rows[b]`` of before."""
-        self.energies = {modality: energy[rows.to(energy.device)] for modality, energy in self.energies.items()}
-        if self.partition is not None:
-            assert self.candidate_weight is not None
-            rows = rows.to(self.candidate_weight.device)
-            self.partition, self.candidate_weight = self.partition[rows], self.candidate_weight[rows]
-        self.steps.select_rows(rows)
-
-
-class PromptState:
-    """What is known about one prompt, for every FFN; it lives as long as the prompt's cache.
-
-    Attributes
-    ----------
-    tokens_of : mapping of int to Tensor
-        Modality -> ``[B]``: prompt tokens counted so far.
-    moved : bool
-        Whether a backend has seen the current partition.
-    """
-
-    def __init__(self, ffns: Sequence[FFNState | ExpertsState], rows: int, cache: Any) -> None:
-        self.ffns = ffns
-        self.rows = rows
-        self.tokens_of: Mapping[int, Tensor] = {}
-        self.moved = False
-        self._cache: Any = None
-        if cache is not None:
-            self.bind(cache)
-
-    @property
-    def tokens(self) -> Tensor | None:
-        """``[B]``: prompt tokens counted so far, of all modalities."""
-        return weighted_sum(self.tokens_of, {})
-
-    def bind(self, cache: Any) -> None:
-        """Name the cache that this state belongs to."""
-        self._cache = weakref.ref(cache)
-
-    @property
-    def alive(self) -> bool:
-        """Whether the cache still exists."""
-        return self._cache is not None and self._cache() is not None
-
-    def copy(self, cache: Any) -> PromptState:
-        """The same knowledge for a copy of the cache."""
-        twin = copy.copy(self)
-        twin.ffns = [ffn.copy() for ffn in self.ffns]
-        twin.bind(cache)
-        return twin
-
-    def invalidate(self) -> None:
-        """More of the prompt comes: the partitions so far no longer hold."""
-        self.moved = False
-        for ffn in self.ffns:
-            ffn.invalidate()
-
-    @property
-    def partitioned(self) -> bool:
-        """Whether every FFN has its partition."""
-        return all(ffn.partition is not None for ffn in self.ffns)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Row b of the batch is row ``rows[b]`` of before (beam search reorders them); for ``batch="per_sequence"``."""
-        self.rows = len(rows)
-        self.tokens_of = {modality: tokens[rows.to(tokens.device)] for modality, tokens in self.tokens_of.items()}
-        for ffn in self.ffns:
-            ffn.select_rows(rows)
+_BLOCK = 1 << 22  # activations that are squared at once
 
 
 class Engine:
@@ -148,18 +43,29 @@ class Engine:
     config : PopConfig
     modalities : int
         How many the model can have: 1 is text alone.
+    events : Events, optional
+        Of the session.
     """
 
     def __init__(
-        self, ffns: Sequence[FFN | Experts], sizes: Sequence[Sizes], config: PopConfig, modalities: int = 1
+        self,
+        ffns: Sequence[FFN | Experts],
+        sizes: Sequence[Sizes],
+        config: PopConfig,
+        modalities: int = 1,
+        events: Events | None = None,
     ) -> None:
         self.ffns = ffns
         self.sizes = sizes
         self.config = config
         self.scorer = get_scorer(config.scorer)
-        self._weights: list[Tensor] | None = None
-        self._routed: dict[int, RoutedExperts] = {}
+        self._weights: list[Tensor] | None = None  # of each FFN [E, D]
+        self._stand_ins: dict[int, Tensor | None] = {}
         self._modalities = modalities
+        self._waiting = [
+            index for index, ffn in enumerate(ffns) if ffn.experts is not None
+        ]  # those that decode steps teach
+        self.events = Events() if events is None else events
 
     @property
     def per_sequence(self) -> bool:
@@ -168,130 +74,228 @@ class Engine:
 
     def new_state(self, rows: int, cache: Any) -> PromptState:
         """State of a new prompt of ``rows`` sequences."""
-        groups = rows if self.per_sequence else 1
-        states = [
-            FFNState(sizes) if isinstance(ffn, FFN) else ExpertsState(ffn, sizes, groups, self._modalities)
-            for ffn, sizes in zip(self.ffns, self.sizes, strict=True)
-        ]
+        states = [FFNState(sizes, ffn.experts) for ffn, sizes in zip(self.ffns, self.sizes, strict=True)]
         return PromptState(states, rows, cache)
 
-    def ffn(self, index: int) -> FFN:
-        """Number ``index`` of the FFNs, which is not a set of experts."""
-        ffn = self.ffns[index]
-        assert isinstance(ffn, FFN)
-        return ffn
+    def step(self, forward: Forward, device: torch.device) -> Step:
+        """The tokens of a forward, made once for all FFNs of a device."""
+        if device not in forward.steps:
+            forward.steps[device] = Step.of(forward, device, self.per_sequence)
+        return forward.steps[device]
 
-    def routed(self, index: int) -> RoutedExperts:
-        """The algorithm for routed experts, number ``index`` of the FFNs."""
-        self.channel_weights()
-        return self._routed[index]
+    def settle(self, forward: Forward) -> None:
+        """Before a forward: forget what the tokens taught that were cropped off the cache since the one before it.
 
-    def settle(self, state: PromptState, cache_length: Callable[[], int]) -> None:
-        """Before a forward: the cache says which steps of the one before it were accepted."""
-        for index, ffn in enumerate(state.ffns):
-            if isinstance(ffn, ExpertsState) and ffn.undecided is not None:
-                self.routed(index).settle(ffn, cache_length())
+        Raises
+        ------
+        PhaseError
+            What is left of the prompt cannot be told from what was cropped off. Nothing has changed then.
+        """
+        state: PromptState = forward.state
+        length = forward.past = forward.past if state.countable else None
+        if length is None:
+            return
+        chunk = None if forward.draft else state.history.cropped(length)
+        before = state if chunk is None else state.before(chunk)
+        cropped = [index for index in self._waiting if before.ffns[index].lessons.taught_until > length]
+        if not forward.draft:
+            for index in cropped:
+                before.ffns[index].lessons.check_crop(length)
+        if chunk is not None:
+            state.restore(chunk, before)
+        for index in cropped:
+            if self._unlearn(index, state, length):
+                state.moved = False
+
+    # weights --------------------------------------------------------------------------------------------------------
 
     def channel_weights(self) -> list[Tensor]:
-        """The scorer's weight of each channel of each FFN, ``[D]`` (``[E, D]`` for experts); computed once."""
+        """The scorer's weight of each channel of each FFN, ``[E, D]`` (one expert in a dense FFN); computed once."""
         if self._weights is None:
-            self._weights = [self._read(index) for index in range(len(self.ffns))]
+            indices = with_progress(range(len(self.ffns)), len(self.ffns), "Reading column norms")
+            self._weights = [self._read(index) for index in indices]
         return self._weights
-
-    def weights_loaded(self, index: int) -> None:
-        """FFN number ``index`` has new weights, in the original channel order."""
-        self.channel_weights()[index] = self._read(index)
 
     def _read(self, index: int) -> Tensor:
         """What the weights of an FFN say about its channels; they must be in the original order."""
         ffn = self.ffns[index]
         weight = self.scorer.channel_weight(ffn)
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # a scorer of one's own may be narrower
-        if isinstance(ffn, Experts):
-            self._routed[index] = RoutedExperts(ffn, self.sizes[index], self.config, weight, self.scorer)
+        weight = weight.view(-1, ffn.size)
+        waits = ffn.experts is not None and not self.scorer.fixed
+        stand_in: Tensor | None = weight
+        if waits:
+            by_weights = self.config.unseen == "weights"
+            stand_in = weight * ffn.input_norms().to(weight.device) if by_weights else None
+        self._stand_ins[index] = stand_in
         return weight
+
+    def _per_unit(self, by_expert: Tensor, state: PromptState) -> Tensor:
+        """``[U, D]`` from ``[E, D]``."""
+        return by_expert.repeat(state.rows, 1) if self.per_sequence else by_expert
 
     # prefill --------------------------------------------------------------------------------------------------------
 
+    @tells("statistics")
     def count_tokens(self, forward: Forward) -> None:
         """Add this forward's prompt tokens to the state's count."""
         state: PromptState = forward.state
-        for modality, mask in prompt_masks(forward, _where(forward)):
-            tokens = torch.full((forward.rows,), forward.length) if mask is None else mask.sum(-1)
+        for modality, mask in self.step(forward, _where(forward)).by_modality:
+            shape = forward.rows, forward.length
+            tokens = torch.full((forward.rows,), forward.length) if mask is None else mask.view(shape).sum(-1)
             state.tokens_of = added(state.tokens_of, modality, tokens)
 
+    @tells("statistics")
     def observe(
-        self, index: int, forward: Forward, h: Tensor, positions: Tensor | None, numbers: Tensor | None = None
+        self,
+        index: int,
+        forward: Forward,
+        step: Step,
+        h: Tensor,
+        positions: Tensor | None,
+        probes: Tensor | None = None,
     ) -> None:
         """Add the squared activations of the prompt's tokens (of its probe tokens, if there are any); padding never counts.
 
         Parameters
         ----------
         h : Tensor
-            ``[B, q, D]``, the input of the down projection; ``[n, D]`` of the tokens that ``numbers`` names.
+            ``[N, D]``, inputs of the down projection; ``[n, D]`` of the tokens that ``probes`` names.
         positions : Tensor or None
-            ``[D]``: where each original channel is in ``h``; None if in its own place.
-        numbers : Tensor, optional
+            ``[E, D]``: where each original channel is in ``h``; None if in its own place.
+        probes : Tensor, optional
             ``[n]``, from :meth:`probe_numbers`.
         """
-        h = self.scorer.prompt_activations(h.detach())
-        for modality, mask in self._observed(forward, h.device):
-            if self.per_sequence:
-                energy = channel_energy(h, mask)
-            else:
-                counted = None if mask is None else mask.flatten()
-                if counted is not None and numbers is not None:
-                    counted = counted[numbers]
-                energy = channel_energy(h.flatten(0, -2), counted)
-            _ffn_state(forward.state, index).add(
-                modality, energy if positions is None else energy.index_select(-1, positions)
-            )
+        ffn, h = forward.state.ffns[index], h.detach()
+        if step.expert is not None:
+            self._observe_routed(ffn, step, h, positions, in_prompt=True)
+            return
+        units = forward.rows if self.per_sequence else 1
+        h = self.scorer.prompt_activations(h).view(units, -1, h.shape[-1])
+        energies: list[Tensor | None] = [None] * self._modalities
+        counts: Tensor | int = 0
+        for modality, mask in self._observed(forward, step):
+            if mask is not None:
+                mask = (mask if probes is None else mask[probes]).view(units, -1)
+            alone = units == 1  # the compiled library takes matrices
+            energy = channel_energy(h[0] if alone else h, mask[0] if alone and mask is not None else mask)
+            energies[modality] = energy.view(units, -1)
+            counts = counts + (h.shape[1] if mask is None else mask.sum(-1))
+        zero = next(energy for energy in energies if energy is not None).new_zeros(()).expand(units, h.shape[-1])
+        sums = torch.stack([zero if energy is None else energy for energy in energies])
+        seen = torch.zeros(units, dtype=torch.int64, device=h.device) + counts
+        ffn.add(sums if positions is None else sums[..., positions[0]], seen, seen)
 
+    def _observe_routed(self, ffn: FFNState, step: Step, h: Tensor, positions: Tensor | None, in_prompt: bool) -> None:
+        assert step.weight is not None and ffn.experts is not None
+        units = ffn.experts * (step.rows if self.per_sequence else 1)
+        valid = step.counted if in_prompt else step.valid
+        modality = torch.zeros_like(step.unit) if step.modality is None or not in_prompt else step.modality
+        place = step.unit + modality * units
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        sums = torch.zeros(self._modalities * units, h.shape[1], dtype=dtype, device=h.device)
+        for part in torch.arange(len(h), device=h.device).split(max(1, _BLOCK // h.shape[1])):
+            values = _in_original_order(h[part], step.expert if step.expert is None else step.expert[part], positions)
+            values = self._weighted(self.scorer.prompt_activations(values.to(dtype)), step.weight[part])
+            squared = values.square()
+            if valid is not None:
+                squared.masked_fill_(~valid[part].unsqueeze(1), 0)
+            sums.index_add_(0, place[part], squared)
+        ones = torch.ones_like(step.unit) if valid is None else valid.long()
+        tokens = torch.zeros(units, dtype=torch.int64, device=h.device).index_add_(0, step.unit, ones)
+        seen = tokens
+        if self.config.modality_weights:
+            weights = [self.config.modality_weights.get(name, 1.0) for name in MODALITIES]
+            counting = (torch.tensor(weights, device=h.device)[modality] > 0).long()
+            seen = torch.zeros_like(tokens).index_add_(0, step.unit, ones * counting)
+        ffn.add(sums.view(self._modalities, units, -1), seen, tokens if in_prompt else None)
+
+    def _weighted(self, values: Tensor, weight: Tensor | None) -> Tensor:
+        """Activations of experts as the score takes them, ``[N, ...]``."""
+        if self.config.expert_score == "routed" and weight is not None:
+            return values * weight.detach().to(values.dtype).unsqueeze(1)
+        return values
+
+    def _observed(self, forward: Forward, step: Step) -> list[tuple[int, Tensor | None]]:
+        """The tokens of this forward that statistics of dense FFNs are made from, by modality."""
+        if not self.config.probe_tokens:
+            return step.by_modality
+        probes = self._probes(forward, step).flatten()
+        return [(m, probes if mask is None else mask & probes) for m, mask in step.by_modality]
+
+    def _probes(self, forward: Forward, step: Step) -> Tensor:
+        """``[B, q]``: the ``probe_tokens`` of each row's prompt, evenly spaced over those that count, the last one included.
+
+        All of them if there are no more.
+        """
+        counting = torch.zeros(len(step), dtype=torch.bool, device=step.unit.device)
+        for modality, mask in step.by_modality:
+            if self.config.modality_weights.get(MODALITIES[modality], 1) > 0:
+                counting = counting | (True if mask is None else mask)
+        counting = counting.view(forward.rows, forward.length)
+        wanted, count = self.config.probe_tokens, counting.sum(-1, keepdim=True).clamp_(min=1)
+        number = counting.cumsum(-1)  # from 1
+        return counting & (number * wanted // count > (number - 1) * wanted // count)
+
+    def probe_numbers(self, forward: Forward) -> Tensor:
+        """``[n]``: the probe tokens of this forward as numbers of its positions, row by row."""
+        return self._probes(forward, self.step(forward, _where(forward))).flatten().nonzero().squeeze(1)
+
+    @tells("partition")
     def partition(self, index: int, state: PromptState) -> Partition:
-        """Make (or return) the partition of one FFN, or of a layer's experts, from the statistics so far."""
+        """Make (or return) the partitions of one FFN's units from the statistics so far, ``[U, ...]``."""
         ffn = state.ffns[index]
-        if isinstance(ffn, ExpertsState):
-            return self.routed(index).partition(ffn)
         if ffn.partition is None:
-            return self._keep(index, ffn, self.rank(index, state, self.config.modality_weights))
+            self._keep(index, state, self.rank(index, state, self.config.modality_weights))
+        assert ffn.partition is not None
         return ffn.partition
 
-    def _keep(self, index: int, ffn: FFNState, part: Partition) -> Partition:
-        ffn.partition = part
-        ffn.candidate_weight = self.channel_weights()[index][part.candidates]
-        return part
+    def _keep(self, index: int, state: PromptState, part: Partition) -> None:
+        ffn, weight = state.ffns[index], self._per_unit(self.channel_weights()[index], state)
+        ready = self._enough(ffn) if self._stand_ins[index] is None else None
+        if ready is None and self._stand_ins[index] is None:  # experts that no token reached
+            ready = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+        ffn.keep(part, weight.to(part.candidates.device).gather(1, part.candidates), ready)
+
+    def _enough(self, ffn: FFNState) -> Tensor | None:
+        """``[U]``, boolean: units that have seen enough tokens; None if the prompt did not run the FFN."""
+        least = 1 if ffn.experts is None else self.config.min_tokens
+        return None if ffn.seen is None else ffn.seen >= least
 
     def rank(self, index: int, state: PromptState, modality_weights: Mapping[str, float]) -> Partition:
-        """The partition of one FFN that these weights of the modalities would make (for experts: of every unit)."""
+        """The partitions of one FFN's units that these weights of the modalities would make."""
         return partition(self._scores(index, state, modality_weights), self.sizes[index])
 
     def _scores(self, index: int, state: PromptState, modality_weights: Mapping[str, float]) -> Tensor:
-        """``[D]``, ``[B, D]`` or (experts) ``[U, D]``.
+        """``[U, D]``; what stands in for the scores of units that have seen too few tokens is their weights, if anything.
 
-        An FFN that the prompt did not run (a cross-attention layer without an image) has nothing but its weights to go by.
+        A dense FFN that the prompt did not run (a cross-attention layer without an image) has nothing else to go by.
         """
-        ffn = state.ffns[index]
-        if isinstance(ffn, ExpertsState):
-            return self.routed(index).scores(ffn, modality_weights)
-        energy, weight = ffn.energy(modality_weights), self.channel_weights()[index]
-        if energy is not None:
-            return weight * energy.sqrt()
-        return weight.expand(state.rows, -1) if self.per_sequence else weight
+        ffn, weight = state.ffns[index], self._per_unit(self.channel_weights()[index], state)
+        energy, stand_in = ffn.energy(modality_weights), self._stand_ins[index]
+        if energy is None:
+            return weight if stand_in is None else self._per_unit(stand_in, state)
+        scores = weight.to(energy.device) * energy.sqrt()
+        if stand_in is None or ffn.experts is None:
+            return scores
+        enough = self._enough(ffn)
+        assert enough is not None
+        return scores.where(enough.unsqueeze(1), self._per_unit(stand_in, state).to(scores.device))
 
+    @tells("partition")
     def partition_all(self, state: PromptState) -> None:
         """Make every partition that is missing; before the first decode step. FFNs that are alike are ranked together."""
         self.check_prompt(state)
-        alike: dict[Any, list[tuple[int, FFNState, Tensor]]] = {}
+        alike: dict[Any, list[tuple[int, Tensor]]] = {}
         for index, ffn in enumerate(state.ffns):
-            if isinstance(ffn, ExpertsState):
-                self.partition(index, state)
-            elif ffn.partition is None:
+            if ffn.partition is None:
                 scores = self._scores(index, state, self.config.modality_weights)
-                alike.setdefault((self.sizes[index], scores.device, scores.dtype), []).append((index, ffn, scores))
+                key = self.sizes[index], scores.shape, scores.device, scores.dtype
+                alike.setdefault(key, []).append((index, scores))
         for (sizes, *_), group in alike.items():
-            parts = partition(torch.stack([scores for *_, scores in group]), sizes)
-            for number, (index, ffn, _) in enumerate(group):
-                self._keep(index, ffn, parts[number])
+            parts = partition(torch.stack([scores for _, scores in group]), sizes)
+            for number, (index, _) in enumerate(group):
+                self._keep(index, state, parts[number])
 
     def check_prompt(self, state: PromptState) -> None:
         """Raise :class:`PhaseError` if the prompt (or, per sequence, one of its rows) has no token to go by."""
@@ -309,9 +313,10 @@ class Engine:
                 which = f"Row {int(short.nonzero()[0])} of the prompt" if self.per_sequence else "The prompt"
                 raise PhaseError(f"{which} {complaint}")
 
+    @tells("statistics")
     def check_finite(self, state: PromptState) -> None:
         """Raise :class:`NonFiniteError` if the prompt's statistics are not finite; one look for all FFNs."""
-        totals = [(i, energy.sum()) for i, ffn in enumerate(state.ffns) if (energy := ffn.energy({})) is not None]
+        totals = [(i, ffn.energies.sum()) for i, ffn in enumerate(state.ffns) if ffn.energies is not None]
         if not totals:
             return
         finite = torch.stack([s.to(totals[0][1].device) for _, s in totals]).isfinite()
@@ -322,96 +327,15 @@ class Engine:
                 "Check the weights and inputs, or run the model in bfloat16 or float32 if it overflows in float16."
             )
 
-    def _observed(self, forward: Forward, device: torch.device) -> list[ByModality]:
-        """The tokens of this forward that statistics are made from, by modality. Made once for all FFNs."""
-        if device not in forward.by_modality:
-            masks = prompt_masks(forward, device)
-            if self.config.probe_tokens:
-                probes = self._probes(forward, device)
-                masks = [(m, probes if mask is None else mask & probes) for m, mask in masks]
-            forward.by_modality[device] = masks
-        return forward.by_modality[device]
+    # decode: the reference ------------------------------------------------------------------------------------------
 
-    def _probes(self, forward: Forward, device: torch.device) -> Tensor:
-        """``[B, q]``: the ``probe_tokens`` of each row's prompt, evenly spaced over those that count, the last one included.
-
-        All of them if there are no more.
-        """
-        counting = torch.zeros(forward.rows, forward.length, dtype=torch.bool, device=device)
-        for modality, mask in prompt_masks(forward, device):
-            if self.config.modality_weights.get(MODALITIES[modality], 1) > 0:
-                counting = counting | (True if mask is None else mask)
-        wanted, count = self.config.probe_tokens, counting.sum(-1, keepdim=True).clamp_(min=1)
-        number = counting.cumsum(-1)  # from 1
-        return counting & (number * wanted // count > (number - 1) * wanted // count)
-
-    def probe_numbers(self, forward: Forward) -> Tensor:
-        """``[n]``: the probe tokens of this forward as numbers of its positions, row by row."""
-        return self._probes(forward, _where(forward)).flatten().nonzero().squeeze(1)
-
-    # decode ---------------------------------------------------------------------------------------------------------
-
-    def select(
-        self, index: int, forward: Forward, candidates: Tensor, weight: Tensor, ranks: Tensor | None = None
-    ) -> Tensor:
-        """Which candidates each step of this forward leaves out (paper 3.3).
-
-        Parameters
-        ----------
-        candidates : Tensor
-            ``[B, q, |C|]``: activations of the candidates, in ascending channel order or in the order that ``ranks`` says.
-        weight : Tensor
-            ``[|C|]`` or ``[B, |C|]``: the scorer's weight of each.
-        ranks : Tensor or None
-            ``[|C|]``: which of the candidates in ascending order each one is.
-
-        Returns
-        -------
-        Tensor
-            ``[q, n]`` (shared) or ``[B, q, n]`` (per sequence), indices into ``candidates``.
-        """
-        if self.per_sequence:
-            scores = candidates.abs() * weight.unsqueeze(1)
-        else:
-            scores = shared_scores(candidates, weight, forward.valid)
-        dropped = dropped_candidates(scores, self.sizes[index])
-        _ffn_state(forward.state, index).steps.add(dropped, ranks)
-        return dropped
-
-    def chooser(
-        self, index: int, state: PromptState, weight: Tensor, ranks: Tensor
-    ) -> Callable[[Tensor, Tensor | None], None]:
-        """:meth:`select` for one token of each sequence, with everything but the activations known beforehand.
-
-        The function takes activations of R and C, ``[B, K]``, which it zeroes where the step leaves them out, and which of
-        several sequences have a say, ``[B]`` or None. It runs once a step and FFN, so it is as short as it can be.
-        """
-        sizes, log, device = self.sizes[index], _ffn_state(state, index).steps, weight.device
-
-        @cache
-        @torch.inference_mode(False)  # buffers that may be written in and out of inference mode
-        def torchs() -> Choose:
-            return step_chooser(weight, sizes)
-
-        def by_torch(h: Tensor, valid: Tensor | None) -> None:
-            torchs()(h, valid, log.slot(ranks, device))
-
-        library = kernels.library() if weight.is_cpu and weight.dtype is torch.float32 else None
-        if library is None:
-            return by_torch
-        return library.chooser(weight.contiguous(), sizes, self.step_slot(index, state, ranks), by_torch)
-
-    def step_slot(self, index: int, state: PromptState, ranks: Tensor) -> Callable[[], int]:
-        """For C that chooses by itself, for one token of each sequence: the address to note at what it leaves out, ``[1, n]``."""
-        return partial(_ffn_state(state, index).steps.address, ranks, ranks.device)
-
-    def apply(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
-        """The reference path: observe, partition and mask the input of the down projection, as the phase asks.
+    def apply(self, index: int, forward: Forward, step: Step, h: Tensor, positions: Tensor | None) -> Tensor:
+        """The reference path: observe, partition and mask the inputs of the down projection, as the phase asks.
 
         Parameters
         ----------
         h : Tensor
-            ``[B, q, D]`` or ``[B * q, D]``, all channels.
+            ``[N, D]``, all channels of the step's tokens.
         positions : Tensor or None
             As for :meth:`observe`.
 
@@ -420,124 +344,194 @@ class Engine:
         Tensor
             Like ``h``, zero on the channels that are left out.
         """
-        shape = h.shape
-        h = h.view(forward.rows, forward.length, shape[-1])
-        if forward.phase is Phase.PREFILL:
-            self.observe(index, forward, h, positions)
-            if self.config.prefill == "partition":
-                allowed = _in_place(self.partition(index, forward.state).allowed(), positions)
-                h = h.where(allowed.unsqueeze(-2), 0)
-        elif forward.phase is Phase.DECODE:
-            h = h.where(self._active(index, forward, h, positions), 0)
-        else:
-            h = self._apply_mixed(index, forward, h, positions)
-        return h.view(shape)
-
-    def _active(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
-        """``[q, D]`` or ``[B, q, D]`` boolean: the active channels, at their places in ``h``."""
-        ffn = _ffn_state(forward.state, index)
-        part = ffn.partition
-        assert part is not None and ffn.candidate_weight is not None
-        allowed = part.allowed().unsqueeze(-2)
-        if not part.sizes.candidates:
-            return _in_place(allowed, positions)
-        places = part.candidates if positions is None else positions[part.candidates]
-        if self.per_sequence:
-            candidates = h.gather(-1, places.unsqueeze(1).expand(-1, forward.length, -1))
-        else:
-            candidates = h[..., places]
-        dropped = self.select(index, forward, candidates, ffn.candidate_weight)
-        channels = part.candidates.unsqueeze(-2).expand(*dropped.shape[:-1], -1).gather(-1, dropped)
-        active = allowed.expand(*dropped.shape[:-1], -1).scatter(-1, channels, False)
-        return _in_place(active, positions)
-
-    def _apply_mixed(self, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
-        """Prompt and decode steps in one forward: each decode position is selected as if it had come alone."""
-        prompt = prompt_positions(forward, h.device)
-        if prompt is None or bool(prompt.any()):
-            self.observe(index, forward, h, positions)
-        part = self.partition(index, forward.state)
-        decode = decode_positions(forward, h.device)
-        rows, columns = decode.nonzero(as_tuple=True)
-        start = forward.decode_from if isinstance(forward.decode_from, int) else forward.decode_from.to(h.device)[rows]
-        steps = columns - start
-        steps = steps - steps.min() if len(steps) else steps
-        valid = None if forward.valid is None else forward.valid.to(h.device)[rows, columns]
-        tokens = h[rows, columns]
-        if self.per_sequence or forward.rows == 1:
-            keep = self._active_rows(index, forward.state, tokens, rows, part, positions)
-        else:
-            keep = self._active_steps(index, forward.state, tokens, steps, valid, part, positions)
-        prompt_allowed = None
+        state: PromptState = forward.state
+        if forward.phase is Phase.DECODE:
+            return h.where(self._active(index, forward, step, h, positions), 0)
+        decode = None if forward.phase is Phase.PREFILL else (step.number >= 0).nonzero().squeeze(1)
+        if decode is None or step.counted is None or bool(step.counted.any()):
+            self.observe(index, forward, step, h, positions)
+        if decode is None and self.config.prefill == "dense":
+            return h
+        self.partition(index, state)
+        result = h.clone()
         if self.config.prefill == "partition":
-            prompt_allowed = _in_place(part.allowed(), positions).unsqueeze(-2)
-        h = h.clone() if prompt_allowed is None else h.where(prompt_allowed, 0)
-        h[rows, columns] = tokens.where(keep, 0)
-        return h
+            result = h.where(self._allowed(index, state, step, positions), 0)
+        if decode is not None and len(decode):
+            tokens = h[decode]
+            result[decode] = tokens.where(self._active(index, forward, step[decode], tokens, positions), 0)
+        return result
 
-    def _active_rows(
-        self, index: int, state: PromptState, tokens: Tensor, rows: Tensor, part: Partition, positions: Tensor | None
-    ) -> Tensor:
-        """``[N, D]``: active channels of N tokens, each a step of its own, of batch rows ``rows``."""
+    def _allowed(self, index: int, state: PromptState, step: Step, positions: Tensor | None) -> Tensor:
+        """``[N, D]`` boolean: R and C of each token's unit, at their places in ``h``; everything where there is no partition."""
+        ffn = state.ffns[index]
+        assert ffn.partition is not None and ffn.ready is not None
+        allowed = ffn.partition.allowed()
+        if not ffn.all_ready:
+            allowed = allowed | ~ffn.ready.unsqueeze(1)
+        if positions is not None:
+            places = positions.repeat(len(allowed) // len(positions), 1)
+            allowed = torch.empty_like(allowed).scatter_(1, places, allowed)
+        return allowed.expand(len(step), -1) if len(allowed) == 1 else allowed[step.unit]
 
-        def own(t: Tensor) -> Tensor:
-            return t[rows] if self.per_sequence else t.expand(len(tokens), *t.shape)
+    def _active(self, index: int, forward: Forward, step: Step, h: Tensor, positions: Tensor | None) -> Tensor:
+        """``[N, D]`` boolean: the active channels of decode steps, at their places in ``h``."""
+        ffn, sizes = forward.state.ffns[index], self.sizes[index]
+        waiting = None if ffn.all_ready else self._learn(index, forward, step, h, positions)
+        active = self._allowed(index, forward.state, step, positions)
+        if sizes.candidates and len(step):
+            assert ffn.partition is not None and ffn.candidate_weight is not None
+            alone = len(ffn.candidate_weight) == 1
+            chosen = ffn.partition.candidates
+            chosen = chosen.expand(len(step), -1) if alone else chosen[step.unit]
+            weight = ffn.candidate_weight[0] if alone else ffn.candidate_weight[step.unit]
+            places = _places(chosen, step, positions)
+            dropped = self.choose(index, forward, step, h.gather(1, places), weight)
+            active = active.scatter(1, places.gather(1, dropped), False)
+        if step.expert is not None:
+            ffn.count(step, waiting)
+        return active if waiting is None else active | waiting.unsqueeze(1)
 
-        ffn = _ffn_state(state, index)
-        assert ffn.candidate_weight is not None
-        active, chosen = own(part.allowed()), own(part.candidates)
-        if self.sizes[index].candidates:
-            places = chosen if positions is None else positions[chosen]
-            dropped = dropped_candidates(tokens.gather(-1, places).abs() * own(ffn.candidate_weight), self.sizes[index])
-            if state.rows == 1:
-                ffn.steps.add(dropped)
-            active = active.scatter(-1, chosen.gather(-1, dropped), False)
-        return _in_place(active, positions)
-
-    def _active_steps(
+    @tells("selection")
+    def choose(
         self,
         index: int,
-        state: PromptState,
-        tokens: Tensor,
-        steps: Tensor,
-        valid: Tensor | None,
-        part: Partition,
-        positions: Tensor | None,
+        forward: Forward,
+        step: Step,
+        candidates: Tensor,
+        weight: Tensor,
+        ranks: Tensor | None = None,
     ) -> Tensor:
-        """``[N, D]``: active channels of N tokens, where tokens of one step share their choice."""
-        active = part.allowed()
-        if not (self.sizes[index].candidates and len(tokens)):
-            return _in_place(active, positions)
-        places = part.candidates if positions is None else positions[part.candidates]
-        weight = _ffn_state(state, index).candidate_weight
-        assert weight is not None
-        squared = tokens[:, places].to(weight.dtype).square()
-        if valid is not None:
-            squared = squared.masked_fill(~valid.unsqueeze(-1), 0)
-        sums = squared.new_zeros(int(steps.max()) + 1, squared.shape[-1]).index_add_(0, steps, squared)
-        dropped = dropped_candidates(sums.sqrt() * weight, self.sizes[index])
-        _ffn_state(state, index).steps.add(dropped)
-        active = active.expand(len(dropped), -1).scatter(-1, part.candidates[dropped], False)
-        return _in_place(active, positions)[steps]
+        """Which candidates each token of a decode step leaves out (paper 3.3), with a note in the prompt's log.
+
+        Parameters
+        ----------
+        candidates : Tensor
+            ``[N, |C|]``: activations of the candidates, in ascending channel order or in the order that ``ranks`` says.
+        weight : Tensor
+            ``[|C|]`` or ``[N, |C|]``: the scorer's weight of each.
+        ranks : Tensor or None
+            ``[|C|]``: which of the candidates in ascending order each one is.
+
+        Returns
+        -------
+        Tensor
+            ``[N, n]``, indices into ``candidates``.
+        """
+        sizes, state = self.sizes[index], forward.state
+        group, groups = step.choices(self.per_sequence)
+        values = self._weighted(candidates.detach(), step.weight)
+        dropped = choose(values, weight, sizes.candidates_dropped, group, groups, step.valid)
+        if step.expert is None and (group is not None or state.rows == 1):
+            state.ffns[index].steps.add(dropped, ranks)
+        elif step.expert is None and forward.phase is Phase.DECODE:
+            state.ffns[index].steps.add(dropped.view(forward.rows, forward.length, -1), ranks)
+        return dropped if group is None else dropped[group]
+
+    def chooser(
+        self, index: int, state: PromptState, weight: Tensor, ranks: Tensor
+    ) -> Callable[[Tensor, Tensor | None], None]:
+        """:meth:`choose` for one token of each sequence, with everything but the activations known beforehand.
+
+        The function takes activations of R and C, ``[B, K]``, which it zeroes where the step leaves them out, and which of
+        several sequences have a say, ``[B]`` or None. It runs once a step and FFN, so it is as short as it can be.
+        """
+        sizes, log, device = self.sizes[index], state.ffns[index].steps, weight.device
+
+        @cache
+        @torch.inference_mode(False)  # buffers that may be written in and out of inference mode
+        def torchs() -> Choose:
+            return step_chooser(weight, sizes.retained, sizes.candidates_dropped)
+
+        def by_torch(h: Tensor, valid: Tensor | None) -> None:
+            torchs()(h, valid, log.slot(ranks, device))
+
+        library = kernels.library() if weight.is_cpu and weight.dtype is torch.float32 else None
+        leave_out = by_torch
+        if library is not None:
+            leave_out = library.chooser(weight.contiguous(), sizes, self.step_slot(index, state, ranks), by_torch)
+        return self.events.told_briefly("selection", leave_out)
+
+    def step_slot(self, index: int, state: PromptState, ranks: Tensor) -> Callable[[], int]:
+        """For C that chooses by itself, for one token of each sequence: the address to note at what it leaves out, ``[1, n]``."""
+        return partial(state.ffns[index].steps.address, ranks, ranks.device)
+
+    # units that the prompt did not reach ----------------------------------------------------------------------------
+
+    def _learn(self, index: int, forward: Forward, step: Step, h: Tensor, positions: Tensor | None) -> Tensor | None:
+        """Let units without a partition see these tokens, step by step, and partition them once it is enough.
+
+        Returns
+        -------
+        Tensor or None
+            ``[N]``, boolean: tokens whose unit had no partition yet at its step, and runs dense.
+        """
+        ffn = forward.state.ffns[index]
+        assert ffn.ready is not None
+        new = (~ffn.ready[step.unit]).nonzero().squeeze(1)
+        if not len(new):
+            return None
+        mine = step[new]
+        taught = _in_original_order(h[new].detach(), mine.expert, positions)
+        if forward.past is not None:
+            ffn.lessons.remember(ffn.snapshot, taught, mine, forward.past)
+        waiting = torch.zeros(len(step), dtype=torch.bool, device=h.device)
+        waiting[new] = self._teach(index, forward.state, taught, mine)
+        return waiting
+
+    def _unlearn(self, index: int, state: PromptState, length: int) -> bool:
+        """Unlearn the steps that a cache of ``length`` tokens no longer holds; whether a unit has lost its partition."""
+        ffn = state.ffns[index]
+        ready, found = ffn.ready, ffn.lessons.cropped(length)
+        if found is None:
+            return False
+        before, again = found
+        ffn.unlearn(before)
+        for lesson in again:
+            ffn.lessons.keep(lesson)
+            self._teach(index, state, lesson.h, lesson.step)
+        assert ready is not None and ffn.ready is not None
+        return bool((ready & ~ffn.ready).any())
+
+    def _teach(self, index: int, state: PromptState, h: Tensor, step: Step) -> Tensor:
+        """Add tokens to the statistics, step by step; ``h`` is in original order. Which had no partition, ``[N]``."""
+        ffn = state.ffns[index]
+        assert ffn.ready is not None
+        waited = torch.zeros(len(step), dtype=torch.bool, device=h.device)
+        for now in step.number.unique(sorted=True):
+            here = ((step.number == now) & ~ffn.ready[step.unit]).nonzero().squeeze(1)
+            waited[here] = True
+            self._observe_routed(ffn, step[here], h[here], None, in_prompt=False)
+            enough = self._enough(ffn)
+            assert enough is not None
+            done = (~ffn.ready & enough).nonzero().squeeze(1)
+            if len(done):
+                weight = self._per_unit(self.channel_weights()[index], state).to(h.device)[done]
+                energy = ffn.energy(self.config.modality_weights)
+                assert energy is not None
+                fresh = partition(weight * energy[done].sqrt(), self.sizes[index])
+                ffn.keep_late(done, fresh, weight.gather(1, fresh.candidates))
+        return waited
 
 
 def _where(forward: Forward) -> torch.device:
-    """Where what is known about the positions of a forward is."""
+    """Device of what is known about the positions of a forward."""
     if forward.positions is not None:
         return forward.positions.modality.device
     return torch.device("cpu") if forward.valid is None else forward.valid.device
 
 
-def _ffn_state(state: PromptState, index: int) -> FFNState:
-    ffn = state.ffns[index]
-    assert isinstance(ffn, FFNState)
-    return ffn
-
-
-def _in_place(channels: Tensor, positions: Tensor | None) -> Tensor:
-    """A mask over original channels, moved to where the channels are."""
+def _places(channels: Tensor, step: Step, positions: Tensor | None) -> Tensor:
+    """``[N, n]``: where original channels of each token's expert are in ``h``."""
     if positions is None:
         return channels
-    return torch.empty_like(channels, memory_format=torch.contiguous_format).scatter_(
-        -1, positions.expand_as(channels), channels
-    )
+    return positions[0][channels] if step.expert is None else positions[step.expert].gather(1, channels)
+
+
+def _in_original_order(h: Tensor, expert: Tensor | None, positions: Tensor | None) -> Tensor:
+    """``[N, D]``: ``h`` with every channel in its own place."""
+    if positions is None:
+        return h
+    return h[:, positions[0]] if expert is None else h.gather(1, positions[expert])
+
+
+__all__ = ["Engine"]

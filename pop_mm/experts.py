@@ -7,7 +7,6 @@ layout is, the module says itself: ``has_gate``, ``has_bias``, ``is_transposed``
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -15,8 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .asking import device_of, is_offloaded, is_wide_float, loaded, runs_own_forward
 from .kernels import Rows, View, rows_of
-from .layout import swap_channels, weight_norms
+from .layout import ChannelTensor, Matrix, swap_channels, weight_norms
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -72,6 +72,11 @@ class Experts:
         return int(self.down.shape[0])
 
     @property
+    def experts(self) -> int | None:
+        """E, as :attr:`count`: what tells experts from a dense FFN."""
+        return self.count
+
+    @property
     def size(self) -> int:
         """D, the intermediate size of one expert."""
         return int(self.down.shape[1 if self._transposed else 2])
@@ -102,12 +107,12 @@ class Experts:
     @property
     def float_dtype(self) -> torch.dtype:
         """Dtype of the weights if it is a float, else float32."""
-        return self.down.dtype if self.down.is_floating_point() else torch.float32
+        return self.down.dtype if is_wide_float(self.down.dtype) else torch.float32
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.down.device
+        """Where the experts compute."""
+        return device_of(self.module)
 
     @property
     def down(self) -> Tensor:
@@ -141,41 +146,67 @@ class Experts:
 
     def why_not_plain(self) -> str | None:
         """Why the weights cannot be reordered in place, or None if they can."""
-        for name in (self.input_name, "down_proj"):
+        if hasattr(self.module, "parametrizations"):
+            return f"{self.name} is parametrised"
+        names = (self.input_name, "down_proj")
+        for name in (*names, *(f"{name}_bias" for name in names if self.module.has_bias)):
             weight = getattr(self.module, name, None)
             where = f"{name} of {self.name}"
             if type(weight) is not nn.Parameter:
                 return f"{where} is a {type(weight).__name__}"
-            if weight.device.type == "meta" and hasattr(self.module, "_hf_hook"):
+            if is_offloaded(self.module):
                 return f"{where} is offloaded"
-            if not weight.is_floating_point() or weight.dim() != 3:
+            if not is_wide_float(weight.dtype) or weight.dim() != (3 if name in names else 2):
                 return f"{where} is {weight.dtype} with shape {tuple(weight.shape)}"
             if not weight.is_contiguous():
                 return f"{where} is not contiguous"
             if weight.is_inference():
                 return f"{where} was made in inference mode"
-        if hasattr(self.module, "parametrizations"):
-            return f"{self.name} is parametrised"
+        if not runs_own_forward(self.module):
+            return f"the forward of {self.name} is replaced"
+        return None
+
+    def why_unknown(self) -> str | None:
+        """Why the experts cannot even run masked, or None: masking computes with their weights as 3-D floats."""
+        for name in (self.input_name, "down_proj"):
+            weight = getattr(self.module, name, None)
+            if type(weight) not in (nn.Parameter, Tensor):
+                return f"its {name} is a {type(weight).__name__}, not a 3-D tensor of floats"
+            assert isinstance(weight, Tensor)
+            if not is_wide_float(weight.dtype) or weight.dim() != 3:
+                found = f"{weight.dtype} with shape {tuple(weight.shape)}"
+                return f"its {name} is {found}, not a 3-D tensor of floats"
         return None
 
     # one expert -----------------------------------------------------------------------------------------------------
 
-    def channel_matrices(self, expert: int) -> Iterator[tuple[Tensor, int]]:
-        """Every matrix of an expert in which a row (axis 0) or a column (axis 1) is a channel: views."""
+    def channel_tensors(self) -> list[ChannelTensor]:
+        """Every tensor that holds something of each channel."""
         shape, axis = self._blocks
         outputs = int(self._transposed)
-        weight = self._parameter(self.input_name)[expert].unflatten(outputs, shape)
-        for block in range(shape[axis]):
-            yield weight.select(outputs + axis, block), outputs
-            if self.module.has_bias:
-                bias = self._parameter(f"{self.input_name}_bias")[expert].unflatten(0, shape)
-                yield bias.select(axis, block).unsqueeze(1), 0
-        yield self.down[expert], int(not self._transposed)
 
-    @torch.no_grad()
+        def of_inputs(tensor: Tensor, expert: int | None) -> Iterator[Matrix]:
+            weight = tensor[expert].unflatten(outputs, shape)
+            for block in range(shape[axis]):
+                yield weight.select(outputs + axis, block), outputs
+
+        def of_biases(tensor: Tensor, expert: int | None) -> Iterator[Matrix]:
+            bias = tensor[expert].unflatten(0, shape)
+            for block in range(shape[axis]):
+                yield bias.select(axis, block).unsqueeze(1), 0
+
+        def of_down(tensor: Tensor, expert: int | None) -> Iterator[Matrix]:
+            yield tensor[expert], int(not self._transposed)
+
+        matrices = {self.input_name: of_inputs, "down_proj": of_down}
+        if self.module.has_bias:
+            matrices[f"{self.input_name}_bias"] = of_biases
+        return [ChannelTensor(f"{self.name}.{name}", self._parameter(name), views) for name, views in matrices.items()]
+
     def swap(self, expert: int, first: Tensor, second: Tensor) -> None:
         """Exchange channels of one expert in place (see :func:`swap_channels`); its function stays the same."""
-        swap_channels(self.channel_matrices(expert), first, second)
+        held = self.channel_tensors()
+        swap_channels((matrix for t in held for matrix in t.matrices(t.tensor, expert)), first, second)
 
     def input_views(self, expert: int, width: int) -> list[tuple[Tensor, Tensor | None]]:
         """Gate and up of an expert's first ``width`` channels, as ``[H, n]`` and a bias: views.
@@ -223,7 +254,7 @@ class Experts:
     def down_column_norms(self) -> Tensor:
         """``||W_down[e, :, i]||_2``, ``[E, D]``, in float32 (float64 for float64 weights)."""
         dtype = torch.promote_types(self.float_dtype, torch.float32)
-        with self._loaded():
+        with loaded(self.module):
             return torch.stack([weight_norms(down, int(self._transposed), dtype) for down in self.down])
 
     @torch.no_grad()
@@ -231,18 +262,10 @@ class Experts:
         """Norm of each channel's weights in gate and up together, ``[E, D]``."""
         dtype = torch.promote_types(self.float_dtype, torch.float32)
         shape, axis = self._blocks
-        with self._loaded():
+        with loaded(self.module):
             weights = self._parameter(self.input_name)
             norms = torch.stack([weight_norms(weight, int(not self._transposed), dtype) for weight in weights])
         return torch.linalg.vector_norm(norms.unflatten(1, shape), dim=1 + axis)
-
-    def _loaded(self) -> AbstractContextManager[object]:
-        """Within: offloaded weights are where they are computed with."""
-        if not hasattr(self.module, "_hf_hook"):
-            return nullcontext()
-        from accelerate.utils import align_module_device
-
-        return align_module_device(self.module)
 
 
 def layout_of(module: nn.Module) -> str:

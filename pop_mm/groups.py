@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +32,7 @@ class InputGroup:
     modules: tuple[nn.Module, ...]
     kind: GroupKind
     role: Literal["attention"] = "attention"
+    experts: None = None
 
     @property
     def weight_count(self) -> int:
@@ -61,12 +61,3 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
         return int(weight.shape[0]), int(weight.shape[1])
     return None
-
-
-def without_shared(groups: Sequence[InputGroup]) -> list[InputGroup]:
-    """Those whose modules no other group has: layers that share a module would mix their statistics."""
-    uses: dict[nn.Module, int] = {}
-    for group in groups:
-        for module in group.modules:
-            uses[module] = uses.get(module, 0) + 1
-    return [group for group in groups if all(uses[module] == 1 for module in group.modules)]

@@ -10,18 +10,52 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import kernels
+from .asking import (
+    columns,
+    device_of,
+    is_offloaded,
+    is_wide_float,
+    known_weight,
+    loaded,
+    multiplies_with,
+    runs_own_forward,
+)
+from .classes import same_class
+from .errors import AdapterError
 
 Role = Literal["dense", "shared_expert"]
 
 _NORM_WEIGHTS = 1 << 18  # whose norms are taken at once
 _SWAP_ROWS = 256  # rows moved at once: few calls, and the scratch stays small
+# modules whose forward is just x @ W.T + b: these very classes, no subclass
+PLAIN_TYPES: tuple[type[nn.Module] | str, ...] = (nn.Linear, "transformers.pytorch_utils:Conv1D")
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Matrix = tuple[Tensor, int]  # with the axis along which its channels lie: 0 for rows, 1 for columns
+
+
+class ChannelTensor(NamedTuple):
+    """A weight or bias that holds something of every channel.
+
+    Attributes
+    ----------
+    name : str
+        Qualified name in the model.
+    tensor : Tensor
+    matrices : callable
+        ``matrices(tensor, expert)``: views in which a row or a column is a channel, of this tensor or of one of its shape (its
+        gradient); ``expert`` is None for a dense FFN.
+    """
+
+    name: str
+    tensor: Tensor
+    matrices: Callable[[Tensor, int | None], Iterable[Matrix]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +74,9 @@ class Projection:
         2 if gate and up are fused, gate rows first.
     transposed : bool
         The weight is stored ``[in, out]`` (Conv1D).
-    plain_types : tuple of str
-        Names of classes whose forward is just ``x @ W.T + b``.
+    plain_types : tuple of type or str
+        Classes whose forward is just ``x @ W.T + b``, or ``"module:Class"`` for one that is not imported here. Subclasses
+        are not plain.
     """
 
     name: str
@@ -49,7 +84,7 @@ class Projection:
     side: Literal["out", "in"]
     blocks: int = 1
     transposed: bool = False
-    plain_types: tuple[str, ...] = ("Linear", "Conv1D")
+    plain_types: tuple[type[nn.Module] | str, ...] = PLAIN_TYPES
 
     @property
     def weight(self) -> Tensor:
@@ -73,29 +108,77 @@ class Projection:
         """The weight as ``[out, in]``, a view."""
         return self.weight.t() if self.transposed else self.weight
 
+    def features(self, side: Literal["out", "in"]) -> int:
+        """Outputs or inputs of the module, also where its weight is packed."""
+        for name in (f"{side}_features", "nf" if side == "out" else "nx"):
+            if isinstance(declared := getattr(self.module, name, None), int):
+                return declared
+        weight = getattr(self.module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise AdapterError(
+                f"{self.name} is a {type(self.module).__name__}, which says neither {side}_features nor has a weight with "
+                "two axes, so its size is unknown. Load the model without quantisation, or give the module that attribute."
+            )
+        return int(weight.shape[int((side == "in") != self.transposed)])
+
     def why_not_readable(self) -> str | None:
         """Why the weight does not say by itself what the module computes, or None if it does."""
         module, weight = self.module, getattr(self.module, "weight", None)
-        if type(module).__name__ not in self.plain_types:
-            return f"{self.name} is a {type(module).__name__}"
-        if type(weight) is not nn.Parameter:
-            return f"the weight of {self.name} is a {type(weight).__name__}"
-        if weight.device.type == "meta" and hasattr(module, "_hf_hook"):  # else the model is not loaded yet
-            return f"the weight of {self.name} is offloaded"
-        if not weight.is_floating_point() or weight.dim() != 2:
-            return f"the weight of {self.name} is {weight.dtype} with shape {tuple(weight.shape)}"
         if hasattr(module, "parametrizations"):
             return f"{self.name} is parametrised"
+        if not any(same_class(type(module), known) for known in self.plain_types):
+            return f"{self.name} is a {type(module).__module__}.{type(module).__name__}"
+        for name in ("weight", "bias"):
+            tensor = getattr(module, name, None)
+            if type(tensor) is not nn.Parameter and not (name == "bias" and tensor is None):
+                return f"the {name} of {self.name} is a {type(tensor).__name__}"
+        assert isinstance(weight, Tensor)
+        if not is_wide_float(weight.dtype) or weight.dim() != 2:
+            return f"the weight of {self.name} is {weight.dtype} with shape {tuple(weight.shape)}"
+        if not runs_own_forward(module):
+            return f"the forward of {self.name} is replaced"
         return None
 
     def why_not_plain(self) -> str | None:
         """Why the weight cannot be reordered and the forward replaced, or None if they can."""
-        reason = self.why_not_readable()
-        if reason is None and self.weight.is_inference():
-            reason = f"the weight of {self.name} was made in inference mode"
-        if reason is None and "forward" in self.module.__dict__:
-            reason = f"the forward of {self.name} is replaced"
-        return reason
+        if reason := self.why_not_readable():
+            return reason
+        if is_offloaded(self.module):
+            return f"the weight of {self.name} is offloaded"
+        if self.weight.is_inference():
+            return f"the weight of {self.name} was made in inference mode"
+        if "forward" in self.module.__dict__:
+            return f"the forward of {self.name} is replaced"
+        return None
+
+    def effective_norms(self, dtype: torch.dtype | None, wide: torch.dtype) -> Tensor:
+        """Norm of each channel's weights in what the module computes: ``[D]``, ``[2 * D]`` if gate and up are fused.
+
+        Where the weight is not a plain tensor the module is asked (see :func:`pop_mm.asking.columns`), unless it can tell.
+
+        Parameters
+        ----------
+        dtype : torch.dtype or None
+            Of the model's activations.
+        wide : torch.dtype
+            Of the norms.
+        """
+        if self.why_not_readable() is None:
+            with loaded(self.module):
+                return weight_norms(self.linear_weight(), 0 if self.side == "in" else 1, wide)
+        known = known_weight(self.module)
+        if known is not None:
+            matrix = known.t() if self.transposed else known
+            if multiplies_with(self.name, self.module, matrix, dtype):
+                return weight_norms(matrix, 0 if self.side == "in" else 1, wide)
+        blocks = columns(self.name, self.module, self.features("in"), dtype, wide)
+        if self.side == "in":
+            return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
+        sums: Tensor | float = 0.0
+        for block in blocks:
+            sums = block.square().sum(0) + sums
+        assert isinstance(sums, Tensor)
+        return sums.sqrt()
 
     def narrow_views(self, width: int) -> list[tuple[Tensor, Tensor | None]]:
         """Weight as ``[in, out]`` and bias of the first ``width`` channels, one pair for each block: views."""
@@ -108,20 +191,16 @@ class Projection:
             for start in range(0, weight.shape[1], size)
         ]
 
+    @torch.inference_mode(False)  # views for forwards of every kind
+    @torch.enable_grad()
     def narrow(self, width: int) -> Callable[[Tensor], Tensor]:
-        """The module's forward on its first ``width`` channels only, on views of the stored weight.
+        """The module's forward on its first ``width`` channels only, on views of the weight that is stored now.
 
-        The function takes ``[..., in]`` (``[..., width]`` where the channels are the inputs) and follows the module
-        when its weight is moved to another device or dtype.
+        The function takes ``[..., in]`` (``[..., width]`` where the channels are the inputs).
         """
-        weight = self.weight
         views = self.narrow_views(width)
-        address = weight.data_ptr()
 
         def forward(x: Tensor) -> Tensor:
-            nonlocal views, address
-            if self.weight.data_ptr() != address:
-                views, address = self.narrow_views(width), self.weight.data_ptr()
             rows = x.reshape(-1, x.shape[-1])
             parts = [linear(rows, w, b) for w, b in views]
             out = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -129,14 +208,22 @@ class Projection:
 
         return forward
 
-    def channel_matrices(self) -> Iterator[tuple[Tensor, int]]:
-        """Every matrix in which a row (axis 0) or a column (axis 1) is a channel: views."""
-        tensors = [(self.weight, self.axis)]
+    def channel_tensors(self) -> Iterator[ChannelTensor]:
+        """The weight, and the bias if it has an entry for every channel."""
+        yield ChannelTensor(f"{self.name}.weight", self.weight, lambda tensor, _: self._blocks_of(tensor, self.axis))
         if self.side == "out" and self.bias is not None:
-            tensors.append((self.bias.unsqueeze(1), 0))
-        for tensor, axis in tensors:
-            for block in tensor.chunk(self.blocks, axis) if self.blocks > 1 else (tensor,):
-                yield block, axis
+            yield ChannelTensor(
+                f"{self.name}.bias", self.bias, lambda tensor, _: self._blocks_of(tensor.unsqueeze(1), 0)
+            )
+
+    def _blocks_of(self, tensor: Tensor, axis: int) -> Iterator[Matrix]:
+        for block in tensor.chunk(self.blocks, axis) if self.blocks > 1 else (tensor,):
+            yield block, axis
+
+
+def linear_weight_count(module: nn.Module) -> int:
+    """Weights of a linear module, also where it packs them."""
+    return Projection("the module", module, "out").features("out") * Projection("", module, "out").features("in")
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -163,13 +250,14 @@ def as_integers(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGER[tensor.element_size()])
 
 
-def swap_channels(matrices: Iterable[tuple[Tensor, int]], first: Tensor, second: Tensor) -> None:
+@torch.inference_mode(False)  # weights may be written in and out of inference mode
+@torch.no_grad()
+def swap_channels(matrices: Iterable[Matrix], first: Tensor, second: Tensor) -> None:
     """Exchange channels ``first[i]`` and ``second[i]`` in place; in all matrices or, where one fails for want of memory, in none.
 
     Parameters
     ----------
-    matrices : iterable of tuple of Tensor and int
-        With the axis of the channels: 0 for rows, 1 for columns.
+    matrices : iterable of Matrix
     first, second : Tensor
         ``[n]``, int64, disjoint and without repeats.
     """
@@ -189,7 +277,7 @@ def exchanges(matrix: Tensor, axis: int, first: Tensor, second: Tensor) -> Itera
     """The steps of an exchange, each of which succeeds or changes nothing, and undoes itself; by the library where it can."""
     library = kernels.library() if matrix.is_cpu else None
     if library is not None:
-        yield partial(library.exchange, matrix, axis, first, second)
+        yield partial(_exchange, library.exchange, matrix, axis, first, second)
     elif axis == 0:
         for a, b in zip(first.split(_SWAP_ROWS), second.split(_SWAP_ROWS), strict=True):
             yield partial(_swap_rows, as_integers(matrix), torch.cat([a, b]), torch.cat([b, a]))
@@ -199,6 +287,12 @@ def exchanges(matrix: Tensor, axis: int, first: Tensor, second: Tensor) -> Itera
         source = torch.cat([second, first]).expand(_SWAP_ROWS, -1)
         for rows in as_integers(matrix).split(_SWAP_ROWS):
             yield partial(_swap_columns, rows, target[: len(rows)], source[: len(rows)])
+
+
+def _exchange(exchange: Callable[..., None], matrix: Tensor, *arguments: Any) -> None:
+    exchange(matrix, *arguments)
+    if not matrix.is_inference():
+        torch.autograd.graph.increment_version(matrix)  # autograd does not see what the library writes
 
 
 def _swap_rows(rows: Tensor, target: Tensor, source: Tensor) -> None:
@@ -231,6 +325,8 @@ class FFN:
         The module whose forward is this FFN and nothing else, if there is one.
     activation : nn.Module or None
         Its activation.
+    dtype : torch.dtype or None
+        Of the activations, where that is known.
     """
 
     name: str
@@ -242,6 +338,7 @@ class FFN:
     layout: str = ""
     holder: nn.Module | None = None
     activation: nn.Module | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -254,14 +351,19 @@ class FFN:
         return tuple(p.module for p in self.projections)
 
     @property
+    def experts(self) -> int | None:
+        """None: there is one of it in a layer."""
+        return None
+
+    @property
     def channel_shape(self) -> tuple[int, ...]:
         """``(D,)``: the shape of anything that is known by channel."""
         return (self.size,)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.down.weight.device
+        """Where the FFN computes."""
+        return device_of(self.down.module)
 
     @property
     def weight_count(self) -> int:
@@ -272,46 +374,40 @@ class FFN:
     @property
     def hidden_size(self) -> int:
         """H, the model's hidden size at this FFN."""
-        out = getattr(self.down.module, "out_features", getattr(self.down.module, "nf", None))
-        return int(out) if out is not None else int(self.down.linear_weight().shape[0])
+        return self.down.features("out")
 
     @property
     def float_dtype(self) -> torch.dtype:
-        """Dtype of the down projection's weight if it is a float, else float32."""
-        weight = self.down.weight
-        return weight.dtype if weight.is_floating_point() else torch.float32
+        """Dtype of the down projection's weight if that can be computed with, else of the activations, else float32."""
+        weight = getattr(self.down.module, "weight", None)
+        if isinstance(weight, Tensor) and is_wide_float(weight.dtype):
+            return weight.dtype
+        return self.dtype or torch.float32
 
     def why_not_plain(self) -> str | None:
         """The first reason why a projection's weights cannot be moved, or None."""
         return next((reason for p in self.projections if (reason := p.why_not_plain())), None)
 
-    @torch.no_grad()
+    def channel_tensors(self) -> list[ChannelTensor]:
+        """Every tensor that holds something of each channel."""
+        return [tensor for p in self.projections for tensor in p.channel_tensors()]
+
     def swap(self, first: Tensor, second: Tensor) -> None:
         """Exchange channels of all projections in place (see :func:`swap_channels`): the function stays the same."""
-        swap_channels((matrix for p in self.projections for matrix in p.channel_matrices()), first, second)
+        held = self.channel_tensors()
+        swap_channels((matrix for t in held for matrix in t.matrices(t.tensor, None)), first, second)
+
+    @property
+    def _norm_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.float_dtype, torch.float32)
 
     @torch.no_grad()
     def input_norms(self) -> Tensor:
-        """Norm of each channel's weights in gate and up together, ``[D]``; the weights must be plain tensors."""
-        dtype = torch.promote_types(self.float_dtype, torch.float32)
-        views = [weight for p in self.inputs for weight, _ in p.narrow_views(self.size)]
-        return torch.linalg.vector_norm(torch.stack([weight_norms(weight, 0, dtype) for weight in views]), dim=0)
+        """Norm of each channel's weights in gate and up together, ``[D]``: of what the modules compute."""
+        norms = [p.effective_norms(self.dtype, self._norm_dtype).view(p.blocks, self.size) for p in self.inputs]
+        return torch.linalg.vector_norm(torch.cat([n.to(norms[0].device) for n in norms]), dim=0)
 
     @torch.no_grad()
     def down_column_norms(self) -> Tensor:
-        """``||W_down[:, i]||_2``, ``[D]``, in float32 (float64 for float64 weights).
-
-        Where the weight is not a plain tensor the module is asked for its columns, one block of unit vectors at a time.
-        """
-        dtype = torch.promote_types(self.float_dtype, torch.float32)
-        if self.down.why_not_readable() is None:
-            return weight_norms(self.down.linear_weight(), 0, dtype)
-        parameter = next(self.down.module.parameters())
-        device = parameter.device if parameter.device.type != "meta" else torch.device("cpu")
-        norms = []
-        zero = self.down.module(torch.zeros(1, self.size, dtype=self.float_dtype, device=device))
-        for start in range(0, self.size, 256):
-            block = torch.zeros(min(256, self.size - start), self.size, dtype=self.float_dtype, device=device)
-            block[:, start : start + len(block)].fill_diagonal_(1)
-            norms.append(torch.linalg.vector_norm(self.down.module(block) - zero, dim=1, dtype=dtype))
-        return torch.cat(norms)
+        """``||W_down[:, i]||_2``, ``[D]``, in float32 (float64 for float64 weights): of what the module computes."""
+        return self.down.effective_norms(self.dtype, self._norm_dtype)

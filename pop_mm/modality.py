@@ -11,9 +11,6 @@ from torch import Tensor
 
 MODALITIES = ("text", "image", "video")  # in the order of transformers' mm_token_type_ids
 TEXT = 0
-ByModality = tuple[
-    int, Tensor | None
-]  # a modality, and [B, q]: which positions of a forward count for it; None if all do
 
 
 @dataclass(frozen=True)

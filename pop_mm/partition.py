@@ -1,4 +1,4 @@
-"""The partition of an FFN's channels and the choice among its candidates: pure tensor functions (paper, sections 3.2-3.3).
+"""The partition of an FFN's channels into R, C and P: pure tensor functions (paper, section 3.2).
 
 Every function works on the last axis, so leading axes can be rows of a batch or experts of a layer. Sizes are exact
 integers that depend on (channels, ratio, gamma) alone: no shape ever depends on the prompt.
@@ -6,15 +6,12 @@ integers that depend on (channels, ratio, gamma) alone: no shape ever depends on
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .errors import ConfigError
-
-Choose = Callable[[Tensor, Tensor | None, Tensor], None]  # what :func:`step_chooser` makes
 
 
 @dataclass(frozen=True)
@@ -160,84 +157,3 @@ def _best(scores: Tensor, count: int) -> Tensor:
     above, tied = scores > last, scores == last
     wanted = count - above.sum(-1, keepdim=True, dtype=torch.int32)
     return (above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= wanted))).to(torch.uint8)
-
-
-def dropped_candidates(scores: Tensor, sizes: Sizes) -> Tensor:
-    """Which candidates a step leaves out: the lowest scores (paper 3.3).
-
-    Parameters
-    ----------
-    scores : Tensor
-        ``[..., |C|]``, one score a candidate, not negative. A score that is not finite ranks last.
-
-    Returns
-    -------
-    Tensor
-        ``[..., |C| - candidates_kept]``, int64 indices into the candidates.
-    """
-    ranked = torch.nan_to_num(scores, -1.0, -1.0)
-    return torch.topk(ranked, sizes.candidates_dropped, -1, False, False)[1]
-
-
-def shared_scores(candidates: Tensor, weight: Tensor, valid: Tensor | None) -> Tensor:
-    """Scores for one choice that all sequences of a batch share: their norm over the sequences (paper 3.3).
-
-    Parameters
-    ----------
-    candidates : Tensor
-        ``[B, ..., |C|]``.
-    weight : Tensor
-        ``[|C|]``.
-    valid : Tensor or None
-        ``[B, ...]``, boolean: tokens that have a say, of more than one sequence.
-
-    Returns
-    -------
-    Tensor
-        ``[..., |C|]``.
-    """
-    if len(candidates) == 1:
-        return (candidates[0] * weight).abs_()
-    squared = candidates.to(weight.dtype).square()
-    if valid is not None:
-        squared = squared.masked_fill(~valid.unsqueeze(-1), 0)
-    return squared.sum(0).sqrt_().mul_(weight)
-
-
-def step_chooser(weight: Tensor, sizes: Sizes) -> Choose:
-    """:func:`dropped_candidates` for steps of one token of each sequence.
-
-    For one sequence in as few operations as it can be done: each costs more than its few numbers.
-
-    Parameters
-    ----------
-    weight : Tensor
-        ``[|C|]``, float32 or float64: of each candidate, not negative.
-
-    Returns
-    -------
-    callable
-        Takes activations of R and C, one token of each sequence ``[B, K]``, which it zeroes where a candidate is left out; which
-        tokens have a say, ``[B]`` or None; and room for the indices of what is left out, ``[1, n]`` int64.
-    """
-    integer = {torch.float32: torch.int32, torch.float64: torch.int64}[weight.dtype]
-    scores = torch.empty(1, len(weight), dtype=weight.dtype, device=weight.device)
-    keys = torch.empty(1, len(weight), dtype=integer, device=weight.device)
-    values = torch.empty(1, sizes.candidates_dropped, dtype=integer, device=weight.device)
-    # twice the bits of a float rank as its magnitude does, without the sign; shifted so that infinity is the lowest integer
-    bits = scores.view(integer)
-    infinity = torch.full((1, 1), torch.inf, dtype=weight.dtype, device=weight.device)
-    shift = torch.iinfo(integer).min - 2 * infinity.view(integer)
-
-    def leave_out(h: Tensor, valid: Tensor | None, dropped: Tensor) -> None:
-        candidates = h.narrow(1, sizes.retained, sizes.candidates)
-        if len(h) > 1:
-            found = dropped_candidates(shared_scores(candidates.detach(), weight, valid), sizes)
-            candidates.scatter_(1, dropped.copy_(found).expand(len(h), -1), 0)
-            return
-        torch.mul(candidates.detach() if h.requires_grad else candidates, weight, out=scores)
-        torch.add(shift, bits, alpha=2, out=keys)
-        torch.topk(keys, sizes.candidates_dropped, -1, False, False, out=(values, dropped))
-        candidates.scatter_(1, dropped, 0)
-
-    return leave_out

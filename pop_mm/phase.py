@@ -1,8 +1,10 @@
 """Which part of a generation a forward belongs to. Knows ``generate()`` and caches; knows neither pruning nor models.
 
-Two instance methods are wrapped, ``generate`` (it tells where a generation begins and ends, and its stop tokens) and
-``prepare_inputs_for_generation`` (it alone tells a prefill chunk of one token from a decode step), and the model gets one
-forward pre-hook and one forward hook. Plain forwards are attributed by their cache.
+Four instance methods are wrapped: ``generate`` (it tells where a generation begins and ends),
+``_get_stopping_criteria`` (every generation calls it with its final config, also one that does not come through our
+``generate``), ``_get_candidate_generator`` (assisted decoding alone calls it) and ``prepare_inputs_for_generation`` (it alone
+tells a prefill chunk of one token from a decode step). The model gets one forward pre-hook and one forward hook. Plain
+forwards are attributed by their cache.
 """
 
 from __future__ import annotations
@@ -11,17 +13,20 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .errors import PhaseError
-from .modality import ByModality, Positions, positions_of
+from .modality import Positions, positions_of
+
+if TYPE_CHECKING:
+    from .step import Step
 
 
 class Phase(Enum):
@@ -51,6 +56,11 @@ class Forward:
         For MIXED: first decode column of this forward, for all rows or ``[B]``.
     next_chunk : bool
         A further chunk of a prompt whose prefill ``generate`` has split.
+    past : int or None
+        Tokens that the cache holds before this forward. None without a cache, and where a decode step would have to wait
+        for the device to know.
+    draft : bool
+        A forward of the assistant of assisted decoding, which is fed again what is cropped off its prompt.
     fast : bool
         Set by the backend: FFNs may compute R and C only.
     few : bool
@@ -59,8 +69,8 @@ class Forward:
         Set by the backend: FFNs complete the prompt on R and C only, as soon as they have ranked their channels.
     probes : Tensor or None
         Set by the backend: and they do so from gate and up on. ``[n]``, numbers of the positions that rank the channels.
-    by_modality : dict of device to list of ByModality
-        Filled in by the engine.
+    steps : dict of device to Step
+        The forward's tokens as the algorithm takes them; filled in by the engine.
     """
 
     phase: Phase
@@ -71,12 +81,21 @@ class Forward:
     positions: Positions | None = None
     decode_from: int | Tensor = 0
     next_chunk: bool = False
+    past: int | None = None
+    draft: bool = False
     cache: Any = None
     fast: bool = False
     few: bool = False
     partial: bool = False
     probes: Tensor | None = None
-    by_modality: dict[torch.device, list[ByModality]] = field(default_factory=dict)
+    steps: dict[torch.device, Step] = field(default_factory=dict)
+
+    @property
+    def prompt_length(self) -> int:
+        """Columns of this forward that hold prompt, in the row with the most."""
+        if self.phase is not Phase.MIXED:
+            return self.length if self.phase is Phase.PREFILL else 0
+        return min(max(int(torch.as_tensor(self.decode_from).max()), 0), self.length)
 
 
 class Handler(Protocol):
@@ -94,12 +113,47 @@ class Handler(Protocol):
 
 @dataclass
 class _Generation:
-    """One running ``generate`` call of a thread."""
+    """One running ``generate`` call of a thread.
 
-    stop_ids: tuple[int, ...]
+    Attributes
+    ----------
+    stop_ids : tuple of int
+        Tokens that end a row.
+    wrapped : bool
+        It came through our ``generate``, which says when it ends; any other ends when its config is gone.
+    config : weakref.ref or None
+        Its final generation config, a copy that lives as long as the call.
+    draft : bool
+        It is the assistant of another generation.
+    guided : bool
+        It calls the model by itself for the prompt without guidance.
+    ended : Tensor or None
+        ``[B, n]``, boolean: which of the latest columns are of rows that had finished.
+    assisted_from : int or None
+        Columns of the prompt, if candidate tokens are appended to it (assisted decoding).
+    prompt_length : int or None
+        Columns of the ids before the first decode step.
+    prefills : int
+        Prefill forwards so far.
+    first_length : dict of str to int
+        Without a cache: length of the first forward, for the conditional and the unconditional branch.
+    """
+
+    stop_ids: tuple[int, ...] = ()
+    wrapped: bool = False
+    config: weakref.ref[Any] | None = None
+    draft: bool = False
+    guided: bool = False
+    ended: Tensor | None = None
+    assisted_from: int | None = None
     prompt_length: int | None = None
     prefills: int = 0
     first_length: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def configured(self) -> bool:
+        """Whether its config is known, and still in use."""
+        return self.config is not None and self.config() is not None
 
 
 @dataclass
@@ -110,6 +164,8 @@ class _Prepared:
     first: bool
     mask: Tensor | None
     ended: Tensor | None
+    generation: _Generation | None
+    candidates: int
 
 
 class PhaseTracker:
@@ -147,10 +203,17 @@ class PhaseTracker:
         """The forward that runs in this thread now."""
         return getattr(self._local, "current", None)
 
+    @property
+    def live(self) -> int:
+        """How many caches are known."""
+        return len(self._states)
+
     def install(self) -> None:
         """Wrap and hook the model."""
         for name, wrap in (
             ("generate", self._wrap_generate),
+            ("_get_stopping_criteria", self._wrap_stopping_criteria),
+            ("_get_candidate_generator", self._wrap_candidate_generator),
             ("prepare_inputs_for_generation", self._wrap_prepare),
         ):
             original = getattr(self._model, name, None)
@@ -205,16 +268,67 @@ class PhaseTracker:
     # generate -------------------------------------------------------------------------------------------------------
 
     def _wrap_generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
         def generate(*args: Any, **kwargs: Any) -> Any:
+            given = _by_name(signature, args, kwargs)
+            configs = given.get("generation_config"), getattr(self._model, "generation_config", None)
+            sources = [given, *(getattr(config, "__dict__", {}) for config in configs)]
             running = self._generations()
-            running.append(_Generation(_stop_ids(self._model, kwargs)))
+            before = len(running)
+            running.append(_Generation(_stop_ids(sources, given.get("stopping_criteria")), wrapped=True))
             try:
                 return original(*args, **kwargs)
             finally:
-                running.pop()
+                del running[before:]
                 self._local.prepared = None
 
         return generate
+
+    def _wrap_stopping_criteria(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        def _get_stopping_criteria(*args: Any, **kwargs: Any) -> Any:
+            given = _by_name(signature, args, kwargs)
+            config = given.get("generation_config")
+            if config is not None:
+                self._configure(config, _stop_ids([vars(config)], given.get("stopping_criteria")))
+            return original(*args, **kwargs)
+
+        return _get_stopping_criteria
+
+    def _wrap_candidate_generator(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        def _get_candidate_generator(*args: Any, **kwargs: Any) -> Any:
+            given = _by_name(signature, args, kwargs)
+            config, ids = given.get("generation_config"), given.get("input_ids")
+            running = self._running()
+            if config is not None and (running is None or running.config is None or running.config() is not config):
+                running = self._configure(config, ())  # batch 1: no row outlives another
+            if running is not None and isinstance(ids, Tensor):
+                running.assisted_from = ids.shape[1]
+            return original(*args, **kwargs)
+
+        return _get_candidate_generator
+
+    def _configure(self, config: Any, stop_ids: tuple[int, ...]) -> _Generation:
+        """A generation begins in this thread: that of our ``generate`` or, if it has its config, one within or without it."""
+        running, top = self._generations(), self._running()
+        wrapped = top is not None and top.wrapped and not top.configured
+        guided = getattr(config, "guidance_scale", None) not in (None, 1)
+        if not wrapped and guided and config.use_cache is False:
+            raise PhaseError(
+                "This generate was not called on the model as it is within the session (it was taken from the model before, or "
+                "from its class). Without a cache, guidance_scale then leaves unknown which forwards are of the prompt without "
+                "guidance. Call model.generate(...) inside the session, or use a cache."
+            )
+        draft = bool(getattr(config, "is_assistant", False))
+        generation = _Generation(stop_ids, wrapped, weakref.ref(config), draft, guided)
+        if wrapped:
+            running.pop()
+        running.append(generation)
+        return generation
 
     def _wrap_prepare(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
@@ -230,20 +344,31 @@ class PhaseTracker:
         generations: list[_Generation] = self._local.generations
         return generations
 
+    def _running(self) -> _Generation | None:
+        """The innermost ``generate`` call of this thread."""
+        generations = self._generations()
+        while generations and not (generations[-1].wrapped or generations[-1].configured):
+            generations.pop()
+        return generations[-1] if generations else None
+
     def _read_prepared(self, ids: Tensor | None, kwargs: dict[str, Any], inputs: dict[str, Any]) -> _Prepared:
         first = bool(kwargs.get("is_first_iteration"))
         mask = kwargs.get("attention_mask")
         ended = None
-        running = self._generations()
-        if not first and running and ids is not None and ids.shape[0] > 1:
-            generation = running[-1]
-            if generation.prompt_length is None:
-                generation.prompt_length = ids.shape[1] - 1
-            generated = ids[:, generation.prompt_length :]
-            if generation.stop_ids and generated.shape[1]:
-                stop = torch.tensor(generation.stop_ids, device=ids.device)
-                ended = torch.isin(generated, stop).cumsum(-1) > 0
-        return _Prepared(inputs.get("past_key_values"), first, mask, ended)
+        candidates = 0
+        generation = self._running()
+        if generation is not None and ids is not None:
+            if not first and ids.shape[0] > 1:
+                if generation.prompt_length is None:
+                    generation.prompt_length = ids.shape[1] - 1
+                generated = ids[:, generation.prompt_length :]
+                if generation.stop_ids and generated.shape[1]:
+                    stop = torch.tensor(generation.stop_ids, device=ids.device)
+                    ended = torch.isin(generated, stop).cumsum(-1) > 0
+            elif first and generation.assisted_from is not None and inputs.get("inputs_embeds") is None:
+                candidates = ids.shape[1] - generation.assisted_from
+            generation.ended = ended
+        return _Prepared(inputs.get("past_key_values"), first, mask, ended, generation, candidates)
 
     # forwards -------------------------------------------------------------------------------------------------------
 
@@ -268,6 +393,7 @@ class PhaseTracker:
             if cache is not None:
                 forward.state.bind(cache)
                 self._bind(cache, forward.state)
+                forward.cache = cache
         self._handler.end(forward, output is not None)
 
     def around(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -302,26 +428,33 @@ class PhaseTracker:
         if prepared is not None and prepared.cache is not cache:
             prepared = None
         valid = _valid_positions(prepared.mask if prepared else inputs.get("attention_mask"), rows, length)
-        if prepared is not None and prepared.ended is not None:
-            valid = _without_ended(valid, prepared.ended, rows, length)
+        ended = self._ended(prepared)
+        if ended is not None and len(ended) == rows:
+            valid = _without_ended(valid, ended, rows, length)
         forward = Forward(Phase.PREFILL, None, rows, length, valid, cache=cache)
         split = getattr(self._local, "split", None)
         if split is not None:
             self._attribute_split(forward, split)
         elif cache is None and _use_cache(self._model, inputs):
-            forward.state = self._handler.new_state(rows, None)
+            forward.state, forward.past = self._handler.new_state(rows, None), 0
         elif cache is None:
             self._attribute_without_cache(forward, prepared)
         else:
-            self._attribute_cached(forward, prepared, inputs)
+            self._attribute_cached(forward, prepared)
         if self._modality_token_ids and forward.phase is not Phase.DECODE:
-            past = 0 if cache is None else int(cache.get_seq_length())
-            forward.positions = positions_of(inputs, self._modality_token_ids, past)
+            forward.positions = positions_of(inputs, self._modality_token_ids, forward.past or 0)
         return forward
+
+    def _ended(self, prepared: _Prepared | None) -> Tensor | None:
+        """Rows of this forward that have finished; without guidance the same ones have as with it."""
+        if prepared is not None:
+            return prepared.ended
+        generation = self._running()
+        return generation.ended if generation is not None and generation.guided else None
 
     def _attribute_split(self, forward: Forward, split: int | Tensor) -> None:
         past = 0 if forward.cache is None else int(forward.cache.get_seq_length())
-        forward.state = self._state(forward, past)
+        forward.state, forward.past = self._state(forward, past), past
         if isinstance(split, Tensor):
             if split.shape[0] != forward.rows:
                 raise PhaseError(
@@ -342,33 +475,36 @@ class PhaseTracker:
     def _attribute_without_cache(self, forward: Forward, prepared: _Prepared | None) -> None:
         """use_cache=False: within generate, what lies beyond the first call's length is decode, in one forward."""
         forward.state = self._handler.new_state(forward.rows, None)
-        running = self._generations()
-        if not running:
+        stream, generation = "conditional", prepared.generation if prepared is not None else None
+        if prepared is None:  # classifier-free guidance calls the model by itself
+            stream, generation = "unconditional", self._running()
+            if generation is not None and not generation.wrapped:
+                return
+        if generation is None:
             return
-        stream = "conditional" if prepared else "unconditional"  # classifier-free guidance calls the model by itself
-        first = running[-1].first_length.setdefault(stream, forward.length)
+        first = generation.first_length.setdefault(stream, forward.length)
         if forward.length > first:
             forward.phase, forward.decode_from = Phase.MIXED, first
 
-    def _attribute_cached(self, forward: Forward, prepared: _Prepared | None, inputs: dict[str, Any]) -> None:
+    def _attribute_cached(self, forward: Forward, prepared: _Prepared | None) -> None:
         state = self._states.get(forward.cache)
+        generation = None if prepared is None else prepared.generation
+        forward.draft = generation is not None and generation.draft
         if prepared is not None and not prepared.first and state is not None:
-            forward.state, forward.phase = state, Phase.DECODE
+            forward.state, forward.phase, forward.past = state, Phase.DECODE, _known_length(forward.cache)
             return
-        past = int(forward.cache.get_seq_length())
+        forward.past = past = int(forward.cache.get_seq_length())
         forward.state = self._state(forward, past)
         if past and (prepared is None or not prepared.first) and forward.length == 1:
             forward.phase = Phase.DECODE
             return
         if prepared is not None and prepared.first:
-            running = self._generations()
-            if running:
-                forward.next_chunk = running[-1].prefills > 0
-                running[-1].prefills += 1
-            keep = inputs.get("logits_to_keep")
-            if isinstance(keep, int) and 1 < keep <= forward.length:
-                # assisted decoding: the first forward holds the prompt and keep - 1 candidate tokens
-                forward.phase, forward.decode_from = Phase.MIXED, forward.length - (keep - 1)
+            if generation is not None:
+                forward.next_chunk = generation.prefills > 0
+                generation.prefills += 1
+            if 0 < prepared.candidates < forward.length:
+                # assisted decoding: the first forward holds the prompt and the candidate tokens behind it
+                forward.phase, forward.decode_from = Phase.MIXED, forward.length - prepared.candidates
 
     def _state(self, forward: Forward, past: int) -> Any:
         cache = forward.cache
@@ -434,15 +570,31 @@ def _use_cache(model: nn.Module, inputs: dict[str, Any]) -> bool:
     return bool(getattr(model.config, "use_cache", True) if use is None else use)
 
 
-def _stop_ids(model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, ...]:
+def _known_length(cache: Any) -> int | None:
+    """Tokens that a cache holds, or None if asking would wait for an accelerator (a static cache counts on its device)."""
+    length = cache.get_seq_length()
+    if isinstance(length, Tensor) and length.device.type != "cpu":
+        return None
+    return int(length)
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by their names, however they were given; of a call that does not fit, those given by name."""
+    try:
+        given = signature.bind_partial(*args, **kwargs).arguments
+    except TypeError:  # the function itself says so better
+        return kwargs
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given = {**given, **given.pop(name, {})}
+    return given
+
+
+def _stop_ids(sources: Sequence[Mapping[str, Any]], criteria: Any) -> tuple[int, ...]:
     """Ids of one generate call that end a row: end-of-sequence, and padding where other criteria can end a row too.
 
-    Without an end-of-sequence id generate feeds no padding.
+    Without an end-of-sequence id generate feeds no padding. Of the sources, the first that knows an id counts.
     """
-    config = kwargs.get("generation_config")
-    sources = [kwargs, vars(model.generation_config)]
-    if config is not None:
-        sources.insert(1, vars(config))
 
     def ids(name: str) -> list[int]:
         value: Any = next((s[name] for s in sources if s.get(name) is not None), [])
@@ -451,7 +603,7 @@ def _stop_ids(model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, ...]:
         return list(value) if isinstance(value, list | tuple) else [value]
 
     ends = ids("eos_token_id")
-    if ends and (ids("stop_strings") or kwargs.get("stopping_criteria")):
+    if ends and (ids("stop_strings") or criteria):
         ends += ids("pad_token_id")
     return tuple(ends)
 

@@ -43,7 +43,9 @@ def plot_thresholds(report: ThresholdReport, path: str | Path) -> Path:
         mine = [found for found in known if found.matrix == matrix]
         colour = _COLOURS[number % len(_COLOURS)]
         layers = [found.plan.record.layer for found in mine]
-        axis.plot(layers, [found.kept for found in mine], "o-", color=colour, label=matrix, markersize=4, linewidth=1.2)
+        axis.plot(
+            layers, [found.kept or 0.0 for found in mine], "o-", color=colour, label=matrix, markersize=4, linewidth=1.2
+        )
         axis.plot(layers, [found.share for found in mine], "--", color=colour, linewidth=0.8)
     axis.set_xlabel("layer")
     axis.set_ylabel("entries kept by decode steps (dashed: meant to be)")

@@ -22,9 +22,7 @@ from .phase import Forward, Phase
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from .engine import FFNState, PromptState
-
-from .routed import ExpertsState
+    from .state import FFNState, PromptState
 
 
 @dataclass(frozen=True)
@@ -135,10 +133,12 @@ class ExpertsReport:
     overlap_by_chance: float
 
     @classmethod
-    def of(cls, state: ExpertsState) -> ExpertsReport:
+    def of(cls, state: FFNState) -> ExpertsReport:
         """The report of one prompt and layer."""
-        count, sizes = state.experts, state.sizes
-        ready = torch.zeros_like(state.seen, dtype=torch.bool) if state.ready is None else state.ready
+        sizes, count = state.sizes, state.experts
+        assert count is not None
+        tokens = torch.zeros(count, dtype=torch.int64) if state.prompt_tokens is None else state.prompt_tokens
+        ready = torch.zeros_like(tokens, dtype=torch.bool) if state.ready is None else state.ready
         late = torch.zeros_like(ready) if state.late is None else state.late
 
         def having(units: torch.Tensor) -> list[int]:
@@ -154,7 +154,7 @@ class ExpertsReport:
                     shared = mine @ mine.t()
                     overlaps.append(float(shared.sum() - shared.trace()) / (len(mine) * (len(mine) - 1) * sizes.width))
         return cls(
-            prompt_tokens=state.prompt_tokens.unflatten(0, (-1, count)).sum(0).tolist(),
+            prompt_tokens=tokens.unflatten(0, (-1, count)).sum(0).tolist(),
             decode_tokens=list(state.decode_tokens),
             dense_tokens=list(state.dense_tokens),
             partitioned=having(ready & ~late),
@@ -351,7 +351,7 @@ def build_report(
             known = state.ffns[pruned] if state is not None else None
             by_modality = alone[pruned] if alone else by_modality
             pruned += 1
-        report = _ffn_report(plan, known, timings.decode_forwards > 0)
+        report = _ffn_report(plan, known, timings.decode_forwards > 0, config.batch == "shared")
         ffns.append(replace(report, alone=by_modality[0], reached=by_modality[1]))
     counts = (
         {}
@@ -363,10 +363,10 @@ def build_report(
     return Report(config, ffns, tokens, timings, moved_channels, weights_per_token, kernels, counts, notes)
 
 
-def _ffn_report(plan: FFNPlan, known: FFNState | ExpertsState | None, decoded: bool) -> FFNReport:
+def _ffn_report(plan: FFNPlan, known: FFNState | None, decoded: bool, shared: bool) -> FFNReport:
     if known is None:
         return FFNReport(plan, None, None, None)
-    if isinstance(known, ExpertsState):
+    if known.experts is not None:
         experts = ExpertsReport.of(known)
         tokens, dense = sum(experts.decode_tokens), sum(experts.dense_tokens)
         active = (plan.sizes.kept * (tokens - dense) + plan.sizes.channels * dense) / tokens if tokens else None
@@ -374,7 +374,8 @@ def _ffn_report(plan: FFNPlan, known: FFNState | ExpertsState | None, decoded: b
     active = known.steps.mean_active()
     if not plan.sizes.candidates and decoded:
         active = float(plan.sizes.kept)  # without candidates there is no choice that a step could record
-    return FFNReport(plan, known.partition, active, known.steps.stability())
+    part = known.partition
+    return FFNReport(plan, part[0] if shared and part is not None else part, active, known.steps.stability())
 
 
 def _notes(config: PopConfig, plans: Sequence[FFNPlan], timings: Timings) -> list[str]:

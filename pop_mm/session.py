@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from . import kernels
 from .adapters import Adapter, adapter_for
+from .adapters.checking import probe_foreign
+from .asking import has_unloaded_weights
 from .backends.attention import SingleTokenAttention
 from .backends.experts import IMPLEMENTATION
 from .backends.few import FewTokens
@@ -23,15 +26,18 @@ from .backends.gathered import GatheredBackend, gathered_fits
 from .backends.inplace import InplaceBackend
 from .backends.linears import FewTokensLinears
 from .backends.masked import MaskedBackend
+from .backends.moved import Versions
 from .backends.norms import FewTokensNorms
 from .compiled import CompiledSteps
 from .config import PopConfig, as_config
-from .engine import Engine, PromptState
-from .errors import AdapterError, ConfigError, NonFiniteError, SessionError
+from .eager import CompiledParts, modules_around, without_wrappers
+from .engine import Engine
+from .errors import AdapterError, ConfigError, NonFiniteError, PopError, SessionError
+from .events import Events
 from .experts import Experts
 from .interrupts import uninterrupted
 from .kernels import gpu
-from .layout import FFN
+from .layout import FFN, linear_weight_count
 from .methods import get_method
 from .methods.pop import budget_ratios, ffn_sizes
 from .modality import MODALITIES
@@ -39,16 +45,26 @@ from .partition import Sizes
 from .phase import Forward, Phase, PhaseTracker, set_instance_attribute
 from .ratio import ffn_ratios
 from .report import Alone, FFNPlan, Report, Timings, build_report
-from .routed import ExpertsState
+from .sharing import fixed_weights
+from .state import PromptState
+from .unwrap import unwrap
+from .watch import Watch
 
 PART_NAMES = {"dense": "FFN", "expert": "routed experts", "shared_expert": "shared experts"}  # by role, for tables
 _PRUNED_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def plan_ffns(model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> list[FFNPlan]:
+def plan_ffns(
+    model: nn.Module, config: PopConfig, adapter: Adapter | None = None, fixed: Mapping[str, str] | None = None
+) -> list[FFNPlan]:
     """What a session would do with every FFN of a model: sizes, backend and the reason for it. Changes nothing.
 
     Works on the meta device too.
+
+    Parameters
+    ----------
+    fixed : mapping of str to str, optional
+        Name of an FFN -> why its channels cannot be moved, from :func:`pop_mm.sharing.fixed_weights`.
 
     Raises
     ------
@@ -60,9 +76,20 @@ def plan_ffns(model: nn.Module, config: PopConfig, adapter: Adapter | None = Non
     adapter = adapter_for(model) if adapter is None else adapter
     if not isinstance(adapter, Adapter):
         raise AdapterError(f"adapter must be an instance of pop_mm.adapters.Adapter; got {adapter!r}.")
-    records = adapter.projections(model)
+    records = [without_wrappers(record) for record in adapter.projections(model)]
     if not records:
         raise AdapterError(f"{type(adapter).__name__} found no prunable FFN in {type(model).__name__}.")
+    with CompiledParts(model, records):  # FFNs run, and are judged, without what was compiled
+        return _plan_records(model, config, adapter, records, fixed or {})
+
+
+def _plan_records(
+    model: nn.Module,
+    config: PopConfig,
+    adapter: Adapter,
+    records: Sequence[FFN | Experts],
+    fixed: Mapping[str, str],
+) -> list[FFNPlan]:
     layers = adapter.layer_weights(model, records)
     if config.budget is None:
         assert config.ratio is not None
@@ -75,7 +102,7 @@ def plan_ffns(model: nn.Module, config: PopConfig, adapter: Adapter | None = Non
         kept_whole = ffn.role == "shared_expert" and not config.prune_shared
         ratio = 0.0 if kept_whole else ratios[ffn.layer]
         sizes = ffn_sizes(ffn, ratio, config)
-        backend, reason = _choose_backend(ffn, sizes, config, shared)
+        backend, reason = _choose_backend(ffn, sizes, config, shared, fixed.get(ffn.name))
         if kept_whole:
             reason = "prune_shared=False"
         plans.append(FFNPlan(ffn, ratio, sizes, backend, reason))
@@ -100,12 +127,16 @@ def weights_per_token(model: nn.Module, adapter: Adapter, plans: Sequence[FFNPla
     return {
         **{name: count for name, count in parts.items() if count},
         "attention": sum(weights.attention for weights in adapter.layer_weights(model, records).values()),
-        "lm_head": head.weight.numel() if head is not None else 0,
+        "lm_head": linear_weight_count(head) if head is not None else 0,
     }
 
 
-def _choose_backend(ffn: FFN | Experts, sizes: Sizes, config: PopConfig, shared: Counter[int]) -> tuple[str, str]:
+def _choose_backend(
+    ffn: FFN | Experts, sizes: Sizes, config: PopConfig, shared: Counter[int], fixed: str | None
+) -> tuple[str, str]:
     reason = _why_masked(ffn, config, shared)
+    if reason is None and fixed is not None:
+        reason = f"{fixed}, so its channels cannot be reordered; no speed-up"
     if sizes.dense:
         if reason is None and config.kernels == "compiled":
             return "inplace", "its ratio leaves nothing out; kernels='compiled' decodes all of it"
@@ -136,7 +167,10 @@ def _why_masked(ffn: FFN | Experts, config: PopConfig, shared: Counter[int]) -> 
 
 
 def _storage(tensor: Tensor) -> int:
-    return 0 if tensor.device.type == "meta" else tensor.untyped_storage().data_ptr()
+    """Address of a tensor's storage; 0 where it has none (meta, and tensor subclasses that pack their weights)."""
+    if tensor.device.type == "meta" or type(tensor) not in (Tensor, nn.Parameter):
+        return 0
+    return tensor.untyped_storage().data_ptr()
 
 
 def _shared_storages(model: nn.Module) -> Counter[int]:
@@ -144,6 +178,20 @@ def _shared_storages(model: nn.Module) -> Counter[int]:
     uses = Counter(_storage(p) for _, p in model.named_parameters(remove_duplicate=False))
     uses[0] = 0
     return uses
+
+
+def _written(name: str) -> str:
+    return (
+        f"{name} was written to inside the session while its channels were reordered, so nobody can tell which channels the new "
+        "values belong to."
+    )
+
+
+def _refuse_copy(*_: Any) -> Any:
+    raise SessionError(
+        "The model was to be copied or pickled inside a session, which would take a part of the session along. Leave the session "
+        "first, or save model.state_dict() or model.save_pretrained(), which give the model's own weights."
+    )
 
 
 class Session:
@@ -156,6 +204,11 @@ class Session:
     config : PopConfig
     adapter : Adapter, optional
         Instead of the one that the model type names.
+
+    Attributes
+    ----------
+    events : Events
+        Tells a listener when statistics, partitions, choices and moves of channels begin and end.
 
     Raises
     ------
@@ -171,11 +224,45 @@ class Session:
         return super().__new__(cls)
 
     def __init__(self, model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> None:
-        self.model = model
+        self._wrappers = unwrap(model)
+        self.model = model = self._wrappers.model
         self.config = config
         self._adapter = adapter_for(model) if adapter is None else adapter
-        self.plans = self._plan()
-        pruned = [plan for plan in self.plans if plan.backend != "dense"]
+        plans = self._make_plans({})
+        tokens = self._adapter.modality_token_ids(model)
+        self._modalities = len(MODALITIES) if tokens else 1
+        self._tracker = PhaseTracker(model, self, self._rows_matter, tokens)
+        self._undo: list[Callable[[], object]] = []
+        self._engaged = False
+        self._watch: Watch | None = None
+        self._refusals: list[Callable[[], object]] = []
+        self._left_compiled: set[nn.Module] = set()
+        self._steps: CompiledSteps | None = None
+        self._busy = threading.Lock()
+        self._owner: threading.Thread | None = None
+        self._last: PromptState | None = None
+        self._started = threading.local()
+        self.timings = Timings()
+        self.events = Events()
+        self.attached = False
+        self._build(plans)
+        self._probed = probe_foreign(model, self._adapter, self._ffns)
+        if config.modality_weights and not tokens:
+            raise ConfigError(
+                f"modality_weights={dict(config.modality_weights)} was given, but {type(model).__name__} takes text alone, or "
+                "its adapter does not say which tokens stand for images."
+            )
+
+    def _build(self, plans: list[FFNPlan]) -> None:
+        """Make what serves these plans; changes nothing in the model.
+
+        Raises
+        ------
+        ConfigError
+            A setting does not fit what the plans have.
+        """
+        config = self.config
+        pruned = [plan for plan in plans if plan.backend != "dense"]
         if config.kernels == "triton":
             gpu.require(plan.ffn.device for plan in pruned)
         experts = next((plan.ffn.name for plan in pruned if isinstance(plan.ffn, Experts)), None)
@@ -184,19 +271,18 @@ class Session:
                 f"probe_tokens={config.probe_tokens} is not for mixtures of experts: the few tokens would not reach every one of "
                 f"the experts of {experts}. Use prefill='partition' without probe_tokens."
             )
-        tokens = self._adapter.modality_token_ids(model)
-        if config.modality_weights and not tokens:
-            raise ConfigError(
-                f"modality_weights={dict(config.modality_weights)} was given, but {type(model).__name__} takes text alone, or "
-                "its adapter does not say which tokens stand for images."
-            )
-        modalities = len(MODALITIES) if tokens else 1
-        self._engine = self._make_engine(pruned, modalities)
-        self._tracker = PhaseTracker(model, self, self._engine.per_sequence, tokens)
+        before = getattr(self, "_inplace", None)
+        self.plans = plans
+        self._engine = self._make_engine(pruned)
         self._masked = self._make_masked()
         self._backends = [plan.backend for plan in pruned]
         self._matvec = kernels.load(config.kernels) if "inplace" in self._backends else None
-        self._inplace = InplaceBackend(self._engine, self._tracker, self._matvec, config.kernels == "triton")
+        self._versions = Versions()
+        self._inplace = InplaceBackend(
+            self._engine, self._tracker, self._versions, self._matvec, config.kernels == "triton"
+        )
+        if before is not None:
+            self._inplace.count_on(before)
         self._gathered = GatheredBackend(self._engine, self._tracker)
         self._fast = bool({"inplace", "gathered"} & set(self._backends))
         self._besides: list[FewTokens] = []  # what else a few tokens run by the compiled library
@@ -205,21 +291,29 @@ class Session:
             self._besides = [kind(self._matvec, self._few, self._inplace.static) for kind in kinds]
         modules = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
         self._expert_configs: list[Any] = list({id(module.config): module.config for module in modules}.values())
-        self._undo: list[Callable[[], object]] = []
-        self._busy = threading.Lock()
-        self._owner: threading.Thread | None = None
-        self._last: PromptState | None = None
-        self._started = threading.local()
-        self.timings = Timings()
-        self.attached = False
 
-    # what a method of its own replaces -------------------------------------------------------------------------------
+    # what the session of another method replaces ---------------------------------------------------------------------
 
-    def _plan(self) -> Sequence[Any]:
-        return plan_ffns(self.model, self.config, self._adapter)
+    @property
+    def _rows_matter(self) -> bool:
+        """Whether each row of a batch has knowledge of its own."""
+        return self.config.batch == "per_sequence"
 
-    def _make_engine(self, pruned: Sequence[Any], modalities: int) -> Engine:
-        return Engine([p.ffn for p in pruned], [p.sizes for p in pruned], self.config, modalities)
+    @property
+    def _ffns(self) -> list[FFN | Experts]:
+        """What is planned, but for what is no FFN."""
+        return [plan.ffn for plan in self.plans]
+
+    def _records(self) -> Sequence[Any]:
+        """What the adapter finds now."""
+        return self._adapter.projections(self.model)
+
+    def _make_plans(self, fixed: Mapping[str, str]) -> list[FFNPlan]:
+        """``fixed``: name of an FFN -> why its channels cannot be moved."""
+        return plan_ffns(self.model, self.config, self._adapter, fixed)
+
+    def _make_engine(self, pruned: Sequence[Any]) -> Engine:
+        return Engine([p.ffn for p in pruned], [p.sizes for p in pruned], self.config, self._modalities, self.events)
 
     def _make_masked(self) -> Any:
         return MaskedBackend(self._engine, self._tracker)
@@ -232,34 +326,86 @@ class Session:
             raise SessionError("This session is attached already.")
         if self.model.training:
             raise SessionError("The model is in training mode; pruning is for inference. Call model.eval() first.")
-        downs = [plan.ffn.modules[-1] for plan in self.plans]
-        if any(module in _PRUNED_MODULES for module in downs):
-            raise SessionError("The model is being pruned by another session; leave that one first.")
-        if any(p.device.type == "meta" for p in self.model.parameters()) and not hasattr(self.model, "hf_device_map"):
+        self._require_free()
+        if has_unloaded_weights(self.model):
             raise SessionError("The model is on the meta device, without weights; load it first.")
-        for module in downs:
-            _PRUNED_MODULES.add(module)
+        if not self._probed:  # it had no weights to be probed on
+            self._probed = probe_foreign(self.model, self._adapter, self._ffns)
+        compiled = CompiledParts(self.model, self._records())
+        self._build(self._plan())
+        self._require_free()
+        compiled.warn()
+        compiled.suspend()
+        self._undo.append(compiled.resume)
+        self._left_compiled = compiled.left
+        self._last = None
         self.attached = True
         try:
-            self._engine.channel_weights()
             self._tracker.install()
-            for index, backend in enumerate(self._backends):
-                self._backend(backend).attach(index)
-            if self._besides:
-                modules = self._adapter.besides_ffns(self.model, [plan.ffn for plan in self.plans])
-                for besides in self._besides:
-                    besides.attach(modules)
+            self._engage()
+            self._undo.append(self._wrappers.install())
             if hasattr(self.model, "get_compiled_call"):
-                traceable = all(plan.backend in ("inplace", "dense") for plan in self.plans)
-                steps = CompiledSteps(self.model, self._tracker, self._inplace if traceable else None)
-                self._undo.append(set_instance_attribute(self.model, "get_compiled_call", steps.get_compiled_call))
-            for index, ffn in enumerate(self._engine.ffns):
-                hook = ffn.modules[-1].register_load_state_dict_post_hook(self._reload(index))
-                self._undo.append(hook.remove)
+                self._undo.append(set_instance_attribute(self.model, "get_compiled_call", self._compiled_call))
         except BaseException:
             self.detach()
             raise
         return self
+
+    def _plan(self) -> list[FFNPlan]:
+        """Plan for the model as it is now."""
+        records = [without_wrappers(record) for record in self._adapter.projections(self.model)]
+        fixed = {} if self.config.backend == "masked" else fixed_weights(self.model, records)
+        return self._make_plans(fixed)
+
+    def _require_free(self) -> None:
+        if any(plan.ffn.modules[-1] in _PRUNED_MODULES for plan in self.plans):
+            raise SessionError("The model is being pruned by another session; leave that one first.")
+
+    @torch.inference_mode(False)  # what is made here serves forwards in and out of inference mode
+    def _engage(self) -> None:
+        """Take over the FFNs, as they are planned."""
+        self._engaged = True
+        ffns = [plan.ffn for plan in self.plans]
+        _PRUNED_MODULES.update(ffn.modules[-1] for ffn in ffns)
+        self._engine.channel_weights()
+        for index, backend in enumerate(self._backends):
+            self._backend(backend).attach(index)
+        besides: list[nn.Module] = []
+        if self._besides:
+            besides = [m for m in self._adapter.besides_ffns(self.model, ffns) if m not in self._left_compiled]
+        for few in self._besides:
+            few.attach(besides)
+        for module in {*modules_around(self.model, {m for ffn in ffns for m in ffn.modules}), *besides}:
+            for name in ("__deepcopy__", "__reduce_ex__"):
+                self._refusals.append(set_instance_attribute(module, name, _refuse_copy))
+        self._steps = None
+        self._watch = Watch(self.model, self._engine.ffns, self._versions)
+
+    def _release(self) -> None:
+        """Undo :meth:`_engage`: the FFNs are as they were, but for what somebody else has changed."""
+        if not self._engaged:
+            return
+        self._engaged, self._watch = False, None
+        for weights in self._inplace.moved_weights().values():
+            weights.look()
+        try:
+            self._inplace.detach()
+        finally:
+            for besides in self._besides:
+                besides.detach()
+            self._gathered.detach()
+            self._masked.detach()
+            while self._refusals:
+                self._refusals.pop()()
+            for plan in self.plans:
+                _PRUNED_MODULES.discard(plan.ffn.modules[-1])
+
+    def _compiled_call(self, compile_config: Any = None) -> Callable[..., Any]:
+        """In the place of the model's ``get_compiled_call``."""
+        if self._steps is None:
+            traceable = all(plan.backend in ("inplace", "dense") for plan in self.plans)
+            self._steps = CompiledSteps(self.model, self._tracker, self._inplace if traceable else None)
+        return self._steps.get_compiled_call(compile_config)
 
     def _backend(self, name: str) -> Any:
         if name == "inplace":
@@ -272,35 +418,48 @@ class Session:
         if not self.attached:
             return
         try:
-            self._inplace.detach()
+            self._release()
         finally:
-            for besides in self._besides:
-                besides.detach()
-            self._gathered.detach()
-            self._masked.detach()
             self._tracker.remove()
             while self._undo:
                 self._undo.pop()()
-            for plan in self.plans:
-                _PRUNED_MODULES.discard(plan.ffn.modules[-1])
             self.attached = False
+        if self._versions.written is not None:
+            warnings.warn(
+                f"{_written(self._versions.written)} It was put back as if each channel had been changed alone.",
+                stacklevel=2,
+            )
 
     def _few(self) -> bool:
         """Whether the forward that runs now is a step of a few tokens that the compiled library may compute."""
         forward = self._tracker.current
         return forward is not None and forward.few
 
-    def _reload(self, index: int) -> Callable[..., None]:
-        def loaded(*_: Any) -> None:
-            self._engine.weights_loaded(index)
-
-        return loaded
-
     def __enter__(self) -> Session:
         return self.attach()
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+    @property
+    def live_prompts(self) -> int:
+        """Prompts whose caches are alive."""
+        return self._tracker.live
+
+    @property
+    def moving_seconds(self) -> float:
+        """Time spent moving channels."""
+        return self._inplace.seconds
+
+    @property
+    def moved_channels(self) -> int:
+        """Channels moved so far."""
+        return self._inplace.moved_channels
+
+    @property
+    def choosing_seconds(self) -> float:
+        """Time that compiled kernels have spent choosing among candidates, within an FFN's call."""
+        return self._inplace.choosing_seconds
 
     # use ------------------------------------------------------------------------------------------------------------
 
@@ -327,12 +486,11 @@ class Session:
         state = self._last
         if state is not None and state.tokens is not None and not state.partitioned:
             self._engine.partition_all(state)
-        self.timings.moving = self._inplace.seconds
+        self.timings.moving = self.moving_seconds
         read = sum(weights_per_token(self.model, self._adapter, self.plans).values())
         name = "triton" if self.config.kernels == "triton" else "stock" if self._matvec is None else "compiled"
         alone = self._alone(state) if state is not None else []
-        moved = self._inplace.moved_channels
-        return build_report(self.config, self.plans, state, self.timings, moved, read, name, alone)
+        return build_report(self.config, self.plans, state, self.timings, self.moved_channels, read, name, alone)
 
     def statistics(self) -> dict[str, Tensor]:
         """What the latest prompt's tokens did: name of an FFN -> sum of squared activations of each channel.
@@ -345,7 +503,7 @@ class Session:
             for ffn, state in zip(self._engine.ffns, self._last.ffns, strict=True):
                 energy = state.energy({})
                 if energy is not None:
-                    found[ffn.name] = energy
+                    found[ffn.name] = energy if self._engine.per_sequence or ffn.experts else energy[0]
         return found
 
     def _alone(self, state: PromptState) -> list[Alone]:
@@ -357,9 +515,12 @@ class Session:
         found: list[Alone] = []
         for index, ffn in enumerate(state.ffns):
             parts = {name: self._engine.rank(index, state, weights[name]) for name in present}
+            if ffn.experts is None and not self._engine.per_sequence:
+                parts = {name: part[0] for name, part in parts.items()}
             reached = {}
-            if isinstance(ffn, ExpertsState):
-                reached = {name: ffn.energy(weights[name]).sum(-1) > 0 for name in present}
+            if ffn.experts is not None:
+                energies = {name: ffn.energy(weights[name]) for name in present}
+                reached = {name: energy.sum(-1) > 0 for name, energy in energies.items() if energy is not None}
             elif self._engine.per_sequence:  # a row without such tokens
                 device = parts[present[0]].pruned.device
                 reached = {name: state.tokens_of[MODALITIES.index(name)].to(device) > 0 for name in present}
@@ -384,6 +545,7 @@ class Session:
         self._check_experts()
         self._enter()
         try:
+            self._check_model(forward)
             self._begin(forward)
         except BaseException:
             self._leave()
@@ -392,14 +554,14 @@ class Session:
 
     def _begin(self, forward: Forward) -> None:
         state: PromptState = forward.state
-        if forward.cache is not None:
-            self._engine.settle(state, lambda: int(forward.cache.get_seq_length()))
+        self._engine.settle(forward)
         if forward.next_chunk and self.config.prefill == "partition":
             raise ConfigError(
                 "prefill='partition' needs the whole prompt in one forward, since the whole prompt chooses the channels on "
                 "which it is completed. Leave prefill_chunk_size out, or use prefill='dense'."
             )
         if forward.phase is not Phase.DECODE:
+            state.begin_chunk(forward)
             self._inplace.unpack()
             before = state.tokens
             self._engine.count_tokens(forward)
@@ -423,6 +585,8 @@ class Session:
 
     def end(self, forward: Forward, completed: bool) -> None:
         """After a forward, also one that raised (called by the phase tracker)."""
+        if self._watch is not None:
+            self._watch.forward_done()
         self._leave()
         elapsed = time.perf_counter() - self._started.at
         self.timings.add(forward, elapsed, masked=self._fast and not forward.fast)
@@ -433,6 +597,59 @@ class Session:
                 self._tracker.forget(forward)
                 self._last = None
                 raise
+            state: PromptState = forward.state
+            state.end_chunk(forward)
+
+    def _check_model(self, forward: Forward) -> None:
+        """Follow what somebody else has changed in the model since the last forward, or say why that cannot be."""
+        watch = self._watch
+        change = "the model was changed" if watch is None else watch.change()
+        if watch is not None and forward.phase is not Phase.DECODE and change is None:
+            self._inplace.unpack()
+            moved = self._inplace.moved_weights()
+            rewritten = watch.rewritten()
+            if rewritten:
+                change = f"a weight of {rewritten[0].name} was written to"
+                self._versions.written = self._versions.written or next(
+                    (r.name for r in rewritten if r.name in moved), None
+                )
+            elif watch.settings_changed():
+                change = "the settings of an adapter changed"
+        if change is not None:
+            for weights in self._inplace.moved_weights().values():
+                weights.look()
+        if self._versions.written is not None:
+            raise SessionError(
+                f"{_written(self._versions.written)} Leave the session, write the weight again, and start a new session."
+            )
+        if change is not None:
+            self._renew(change)
+
+    def _renew(self, change: str) -> None:
+        """Plan and take over the FFNs anew. Prompts keep what is known about them; new ones are ranked by the weights of now."""
+        self._release()
+        before = self._outline(self.plans)
+        try:
+            plans = self._plan()
+        except PopError as error:
+            raise SessionError(
+                f"Inside the session, {change}. The model as it is now cannot be pruned with this session's settings: {error}"
+            ) from error
+        if self._outline(plans) != before:
+            raise SessionError(
+                f"Inside the session, {change}, so that it has other FFNs. Leave the session and start a new one."
+            )
+        self._build(plans)
+        try:
+            self._engage()
+        except BaseException:
+            self.detach()
+            raise
+
+    @staticmethod
+    def _outline(plans: Sequence[FFNPlan]) -> list[tuple[str, Sizes, bool]]:
+        """What the state of a prompt hangs on."""
+        return [(plan.ffn.name, plan.sizes, plan.backend == "dense") for plan in plans]
 
     def _check_rows(self, forward: Forward) -> None:
         state: PromptState = forward.state
@@ -482,6 +699,7 @@ def prune(
     Parameters
     ----------
     model : PreTrainedModel
+        Or what wraps it: ``peft.PeftModel``, ``torch.compile(model)``. Inside the session both are pruned.
     config : PopConfig or float, optional
         Settings, or just the ratio.
     adapter : Adapter, optional

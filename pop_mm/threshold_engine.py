@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from .config import PopConfig
-from .engine import Engine, PromptState
+from .engine import Engine
 from .errors import NonFiniteError, SessionError
+from .events import Events, tells
 from .experts import Experts
 from .groups import InputGroup
 from .layout import FFN
 from .methods.thresholds import PASS_ALL, histogram, magnitudes, not_finite, threshold
-from .modality import ByModality, added
+from .modality import added
 from .phase import Forward, Phase
-from .prompt_positions import decode_positions, prompt_masks
-from .routed import Slots
+from .state import PromptState
+from .step import Step
 
 Record = FFN | Experts | InputGroup
 
@@ -82,10 +83,17 @@ class RecordState:
         return None if any(found is None for found in known) else known
 
     def copy(self) -> RecordState:
-        """An independent copy."""
+        """An independent copy. Tensors are never changed in place, so it shares them."""
         twin = copy.copy(self)
         twin.inputs = {name: copy.copy(state) for name, state in self.inputs.items()}
         return twin
+
+    snapshot = copy
+
+    def restore(self, before: RecordState) -> None:
+        """Know what was known before a prefill that was cropped off. Counts of decode steps go on."""
+        for name, state in self.inputs.items():
+            state.counts, state.threshold = before.inputs[name].counts, before.inputs[name].threshold
 
     def invalidate(self) -> None:
         """More of the prompt comes: the thresholds so far no longer hold."""
@@ -109,13 +117,21 @@ class ThresholdEngine(Engine):
     config : PopConfig
     modalities : int
         How many the model can have.
+    events : Events, optional
+        Of the session.
     """
 
     def __init__(
-        self, records: Sequence[Any], shares: Sequence[Mapping[str, float]], config: PopConfig, modalities: int = 1
+        self,
+        records: Sequence[Any],
+        shares: Sequence[Mapping[str, float]],
+        config: PopConfig,
+        modalities: int = 1,
+        events: Events | None = None,
     ) -> None:
-        super().__init__(records, [], config, modalities)
+        super().__init__(records, [], config, modalities, events)
         self.shares = shares
+        self._waiting = []  # decode steps teach nothing
 
     @property
     def per_sequence(self) -> bool:
@@ -124,13 +140,15 @@ class ThresholdEngine(Engine):
 
     def new_state(self, rows: int, cache: Any) -> PromptState:
         """State of a new prompt of ``rows`` sequences."""
-        states: list[Any] = [RecordState(record) for record in self.ffns]  # type: ignore[arg-type]
+        states: list[Any] = [RecordState(record) for record in self.ffns]
         return PromptState(states, rows, cache)
 
     def _read(self, index: int) -> Tensor:
-        """Norms of the down projection's columns, ``[D]`` or ``[E, D]``, float32; nothing of attention."""
+        """Norms of the down projection's columns, ``[E, D]`` (one expert in a dense FFN), float32; nothing of attention."""
         record: Any = self.ffns[index]
-        return torch.empty(0) if isinstance(record, InputGroup) else record.down_column_norms().float()
+        if isinstance(record, InputGroup):
+            return torch.empty(0)
+        return record.down_column_norms().to(torch.float32).view(-1, record.size)
 
     def state(self, index: int, forward: Forward) -> RecordState:
         """What the forward's prompt knows about record number ``index``."""
@@ -138,33 +156,23 @@ class ThresholdEngine(Engine):
         assert isinstance(found, RecordState)
         return found
 
-    def routed(self, index: int) -> Any:
-        """What masks the inputs of the down projections of routed experts."""
-        return _Hidden(self, index)
-
     # prefill --------------------------------------------------------------------------------------------------------
 
-    def _observe(self, state: InputState, forward: Forward, scores: Tensor) -> None:
-        """Count the magnitudes ``[B, q, n]`` of the prompt's tokens."""
-        rows = torch.arange(forward.rows, device=scores.device).unsqueeze(1).expand(-1, forward.length)
-        for modality, mask in self._by_modality(forward, scores.device):
-            lines, where = (scores.flatten(0, 1), rows.flatten()) if mask is None else (scores[mask], rows[mask])
-            found = histogram(lines, where, forward.rows)
-            state.counts = added(state.counts, modality, found)
-
-    @staticmethod
-    def _by_modality(forward: Forward, device: torch.device) -> list[ByModality]:
-        if device not in forward.by_modality:
-            forward.by_modality[device] = prompt_masks(forward, device)
-        return forward.by_modality[device]
+    @tells("statistics")
+    def _observe(self, state: InputState, step: Step, row: Tensor, scores: Tensor) -> None:
+        """Count the magnitudes ``[N, n]`` of the prompt's tokens; ``row`` (``[N]``) is the sequence of each."""
+        for modality, mask in step.by_modality:
+            lines, where = (scores, row) if mask is None else (scores[mask], row[mask])
+            state.counts = added(state.counts, modality, histogram(lines, where, step.rows))
 
     def check_finite(self, state: PromptState) -> None:
         """Raise :class:`NonFiniteError` if the prompt's magnitudes are not finite; one look for all records."""
-        found = []
-        for index, record in enumerate(state.ffns):
-            assert isinstance(record, RecordState)
-            for which, inputs in record.inputs.items():
-                found += [(index, which, not_finite(counts)) for counts in inputs.counts.values()]
+        found = [
+            (index, which, not_finite(counts))
+            for index, record in enumerate(_records(state))
+            for which, inputs in record.inputs.items()
+            for counts in inputs.counts.values()
+        ]
         if not found:
             return
         bad = torch.stack([count.to(found[0][2].device) for *_, count in found]).nonzero()
@@ -178,19 +186,17 @@ class ThresholdEngine(Engine):
 
     # decode ---------------------------------------------------------------------------------------------------------
 
+    @tells("partition")
     def partition_all(self, state: PromptState) -> None:
         """Set every threshold that is missing; before the first decode step."""
         self.check_prompt(state)
-        for index, record in enumerate(state.ffns):
-            assert isinstance(record, RecordState)
+        for index, record in enumerate(_records(state)):
             for which in record.inputs:
                 self._decide(index, which, state)
 
     def _decide(self, index: int, which: str, state: PromptState) -> Tensor:
         """The thresholds of one input, ``[B]``."""
-        record = state.ffns[index]
-        assert isinstance(record, RecordState)
-        inputs = record.inputs[which]
+        inputs = _records(state)[index].inputs[which]
         if inputs.threshold is None:
             found = threshold(inputs.counts, state.tokens_of, self.shares[index][which])
             if found is None:  # a layer that the prompt did not run decodes dense
@@ -212,71 +218,46 @@ class ThresholdEngine(Engine):
         Tensor
             Like ``values``; the very same where nothing is left out.
         """
-        tokens = forward.rows * forward.length
-        if values.shape[:-1].numel() != tokens:
+        step = self.step(forward, values.device)
+        if values.shape[:-1].numel() != len(step):
             raise SessionError(
-                f"{self.ffns[index].name} was given an input of shape {tuple(values.shape)} in a forward of {tokens} tokens, so "
-                "it is unknown which token an entry belongs to. Its adapter should not name it among the inputs."
+                f"{self.ffns[index].name} was given an input of shape {tuple(values.shape)} in a forward of {len(step)} "
+                "tokens, so it is unknown which token an entry belongs to. Its adapter should not name it among the inputs."
             )
+        weight = self.channel_weights()[index][0].to(values.device) if which == "h" else None
+        found = self._mask(index, which, forward, step, step.unit, values.reshape(-1, values.shape[-1]), weight)
+        return values if forward.phase is Phase.PREFILL else found.view(values.shape)
+
+    def apply(self, index: int, forward: Forward, step: Step, h: Tensor, positions: Tensor | None) -> Tensor:
+        """:meth:`mask` for the inputs of a layer's down projections of routed experts, ``[N, D]``; one threshold serves all."""
+        assert step.expert is not None and positions is None
+        row = step.unit.div(self.ffns[index].experts or 1, rounding_mode="floor")
+        weight = self.channel_weights()[index].to(h.device)[step.expert]
+        return self._mask(index, "h", forward, step, row, h, weight)
+
+    def _mask(
+        self, index: int, which: str, forward: Forward, step: Step, row: Tensor, values: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        """``[N, n]``: the entries that pass; of the prompt, all."""
         state = self.state(index, forward).inputs[which]
-        weight = self.channel_weights()[index].to(values.device) if which == "h" else None
-        flat = values.reshape(forward.rows, forward.length, values.shape[-1])
+        scores = magnitudes(values, weight)
         first = state.first_in(forward)
-        if forward.phase is not Phase.DECODE and first:
-            self._observe(state, forward, magnitudes(flat, weight))
-        if forward.phase is Phase.PREFILL:
+        if first and step.phase is not Phase.DECODE:
+            self._observe(state, step, row, scores)
+        if step.phase is Phase.PREFILL:
             return values
-        found = self._decide(index, which, forward.state).to(values.device).view(-1, 1, 1)
-        keep = magnitudes(flat, weight) > found
-        decode = decode_positions(forward, values.device) if forward.phase is Phase.MIXED else None
+        bound = self._decide(index, which, forward.state).to(values.device)
+        keep = scores > bound.expand(step.rows)[row].unsqueeze(1)
+        decode = step.number >= 0
         if first:
-            self._log(state, forward, keep, decode)
-        if decode is not None:
-            keep = keep | ~decode.unsqueeze(-1)
-        return flat.where(keep, 0).view(values.shape)
-
-    @staticmethod
-    def _log(state: InputState, forward: Forward, keep: Tensor, decode: Tensor | None) -> None:
-        """Count what the decode steps ``[B, q]`` (None: all) keep, those of finished rows and padding left out."""
-        counted = decode
-        if forward.valid is not None:
-            valid = forward.valid.to(keep.device)
-            counted = valid if decode is None else valid & decode
-        if counted is None:
-            state.log(keep.sum(), float(keep.numel()))
-        else:
-            state.log((keep & counted.unsqueeze(-1)).sum(), counted.sum() * keep.shape[-1])
+            counted = decode if step.valid is None else decode & step.valid
+            state.log((keep & counted.unsqueeze(1)).sum(), counted.sum() * keep.shape[1])
+        return values.where(keep | ~decode.unsqueeze(1), 0)
 
 
-class _Hidden:
-    """The inputs of the down projections of a layer's routed experts; one threshold serves all experts."""
-
-    def __init__(self, engine: ThresholdEngine, index: int) -> None:
-        self._engine = engine
-        self._index = index
-
-    def apply(self, forward: Forward, record: RecordState, h: Tensor, slots: Slots, _: None) -> Tensor:
-        """Like :meth:`ThresholdEngine.mask` for ``[N, D]``: one line for each token and expert."""
-        engine, state = self._engine, record.inputs["h"]
-        scores = magnitudes(h, engine.channel_weights()[self._index].to(h.device)[slots.expert])
-        decode = torch.ones_like(slots.valid)
-        if forward.phase is Phase.PREFILL:
-            decode = ~decode
-        elif forward.phase is Phase.MIXED:
-            decode = decode_positions(forward, h.device)[slots.row, slots.column]
-        if forward.phase is not Phase.DECODE and state.first_in(forward):
-            prompt = slots.valid & ~decode
-            for modality in slots.modality[prompt].unique().tolist():
-                mine = prompt & (slots.modality == modality)
-                found = histogram(scores[mine], slots.row[mine], forward.rows)
-                state.counts = added(state.counts, modality, found)
-        if forward.phase is Phase.PREFILL:
-            return h
-        found = engine._decide(self._index, "h", forward.state).to(h.device)
-        keep = scores > found.expand(forward.rows)[slots.row].unsqueeze(1)
-        counted = slots.valid & decode
-        state.log((keep & counted.unsqueeze(1)).sum(), counted.sum() * h.shape[1])
-        return h.where(keep | ~decode.unsqueeze(1), 0)
+def _records(state: PromptState) -> Sequence[RecordState]:
+    found: Sequence[Any] = state.ffns
+    return found
 
 
 __all__ = ["InputState", "Record", "RecordState", "ThresholdEngine"]

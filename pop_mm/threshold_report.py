@@ -21,7 +21,7 @@ from .threshold_engine import InputState, RecordState
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from .engine import PromptState
+    from .state import PromptState
     from .threshold_session import ThresholdPlan
 
 # matrices behind an input, by the role and the kind of its record
@@ -169,7 +169,7 @@ class ThresholdReport:
                 )
         if any(plan.backend == "masked" for plan in plans):
             notes.append("Entries are masked, without speed-up.")
-        ffns = [plan for plan in plans if not isinstance(plan.record, InputGroup)]
+        ffns: list[Any] = [plan for plan in plans if not isinstance(plan.record, InputGroup)]
         read = weights_per_token(model, adapter, ffns)
         size = next(model.parameters()).dtype.itemsize
         return cls(config, inputs, sum(counts.values()), counts, timings, read, size, notes)

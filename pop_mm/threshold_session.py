@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, adapter_for
 from .config import PopConfig
-from .engine import Engine, PromptState
+from .eager import group_without_wrappers, without_wrappers
+from .engine import Engine
 from .errors import AdapterError, SessionError
 from .executors.masked import MaskedInputs
 from .experts import Experts
@@ -19,6 +20,7 @@ from .layout import FFN
 from .methods.budget import Weights, threshold_shares
 from .phase import Forward
 from .session import Session
+from .state import PromptState
 from .threshold_engine import Record, RecordState, ThresholdEngine
 from .threshold_report import ThresholdReport
 
@@ -86,16 +88,19 @@ def plan_thresholds(model: nn.Module, config: PopConfig, adapter: Adapter | None
     Raises
     ------
     AdapterError
-        No adapter fits, or a module belongs to two FFNs.
+        No adapter fits, or nothing can be pruned.
     ConfigError
         The budget is less than what stays dense.
     """
     adapter = adapter_for(model) if adapter is None else adapter
     if not isinstance(adapter, Adapter):
         raise AdapterError(f"adapter must be an instance of pop_mm.adapters.Adapter; got {adapter!r}.")
-    records = list(adapter.projections(model))
-    _check_apart(records)
-    groups = adapter.input_groups(model) if config.scope == "overall" else []
+    records = [without_wrappers(record) for record in adapter.projections(model)]
+    if not records:
+        raise AdapterError(f"{type(adapter).__name__} found no prunable FFN in {type(model).__name__}.")
+    groups = (
+        [group_without_wrappers(group) for group in adapter.input_groups(model)] if config.scope == "overall" else []
+    )
     whole = [ffn for ffn in records if ffn.role == "shared_expert" and not config.prune_shared]
     plain = [ThresholdPlan(record, {"x": 1.0, "h": 1.0}, "dense", "") for record in (*records, *groups)]
     mine = [plan for plan in plain if plan.record not in whole]
@@ -117,31 +122,44 @@ def plan_thresholds(model: nn.Module, config: PopConfig, adapter: Adapter | None
     return sorted(plans, key=lambda plan: (plan.record.layer, not isinstance(plan.record, InputGroup)))
 
 
-def _check_apart(records: Sequence[FFN | Experts]) -> None:
-    """Two layers that share an FFN would mix their statistics."""
-    owner: dict[nn.Module, str] = {}
-    for ffn in records:
-        for module in ffn.modules:
-            if owner.setdefault(module, ffn.name) != ffn.name:
-                raise AdapterError(
-                    f"{owner[module]} and {ffn.name} share a module, so their inputs cannot be told apart. Give each layer a "
-                    "copy of its own."
-                )
-
-
 class ThresholdSession(Session):
     """A :class:`Session` whose decode steps leave out the entries below thresholds from the prompt."""
 
     _engine: ThresholdEngine
 
-    def _plan(self) -> list[ThresholdPlan]:
+    @property
+    def _rows_matter(self) -> bool:
+        """Whether each row of a batch has knowledge of its own."""
+        return True
+
+    @property
+    def _ffns(self) -> list[FFN | Experts]:
+        """What is planned, but for what is no FFN."""
+        return [plan.ffn for plan in self.plans if not isinstance(plan.ffn, InputGroup)]
+
+    def _records(self) -> Sequence[Any]:
+        """What the adapter finds now."""
+        groups = self._adapter.input_groups(self.model) if self.config.scope == "overall" else []
+        return [*self._adapter.projections(self.model), *groups]
+
+    def _make_plans(self, fixed: Mapping[str, str]) -> list[Any]:
+        """``fixed`` is of no account: channels are not moved."""
         return plan_thresholds(self.model, self.config, self._adapter)
 
-    def _make_engine(self, pruned: Sequence[Any], modalities: int) -> Engine:
-        return ThresholdEngine([p.record for p in pruned], [p.shares for p in pruned], self.config, modalities)
+    def _plan(self) -> list[Any]:
+        return self._make_plans({})
+
+    def _make_engine(self, pruned: Sequence[Any]) -> Engine:
+        shares = [plan.shares for plan in pruned]
+        return ThresholdEngine([p.record for p in pruned], shares, self.config, self._modalities, self.events)
 
     def _make_masked(self) -> MaskedInputs:
         return MaskedInputs(self._engine, self._tracker)
+
+    @staticmethod
+    def _outline(plans: Sequence[Any]) -> list[Any]:
+        """What the state of a prompt hangs on."""
+        return [(plan.record.name, plan.shares, plan.backend == "dense") for plan in plans]
 
     @property
     def report(self) -> ThresholdReport:  # type: ignore[override]
@@ -149,11 +167,12 @@ class ThresholdSession(Session):
         state = self._last
         if state is not None and state.tokens is not None and not state.partitioned:
             self._engine.partition_all(state)
-        return ThresholdReport.of(self.model, self._adapter, self.config, self.plans, state, self.timings)
+        plans: list[Any] = self.plans
+        return ThresholdReport.of(self.model, self._adapter, self.config, plans, state, self.timings)
 
     def statistics(self) -> dict[str, Tensor]:
         """The latest prompt's magnitudes: ``"name.x"`` or ``"name.h"`` -> ``[B, 4096]``, counts of bins."""
-        found = {}
+        found: dict[str, Tensor] = {}
         if self._last is not None:
             for record, state in zip(self._engine.ffns, self._last.ffns, strict=True):
                 assert isinstance(state, RecordState)

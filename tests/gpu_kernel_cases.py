@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pop_mm.kernels.gpu import FusedStep, GatheredStep, fits
 from pop_mm.layout import FFN, Projection
-from pop_mm.partition import Sizes, dropped_candidates, partition_sizes
+from pop_mm.ops.select import lowest
+from pop_mm.partition import Sizes, partition_sizes
 
 torch.set_num_threads(1)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,7 +59,7 @@ def check(ffn, x, channels, sizes, dropped, scores, found):
     out = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, dropped, True)
     assert (out.sum(-1) == sizes.candidates_dropped).all()
     if x.dtype == torch.float64:
-        assert dropped.sort().values.tolist() == dropped_candidates(scores, sizes).sort().values.tolist()
+        assert dropped.sort().values.tolist() == lowest(scores, sizes.candidates_dropped).sort().values.tolist()
     worst, best = scores.masked_fill(~out, -1).amax(-1), scores.masked_fill(out, torch.inf).amin(-1)
     assert (worst <= best * (1 + close)).all()
     h = hidden_of(ffn, x, channels)

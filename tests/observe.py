@@ -159,6 +159,9 @@ def _rows(matrix):
 
 
 def _bits(tensor):
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
+        names, rest = tensor.__tensor_flatten__()  # a subclass that packs its numbers
+        return [(name, _bits(getattr(tensor, name))) for name in names], str(rest)
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -189,6 +192,12 @@ def partitions(session):
     return found
 
 
+def _stored(tensor):
+    """How a tensor lies in memory, and its gradient."""
+    grad = tensor.grad
+    return tensor.stride(), tensor.storage_offset(), None if grad is None else (id(grad), grad.stride(), _bits(grad))
+
+
 def fingerprint(model):
     """Everything of a model that a session could leave behind."""
     found = {"config": str(model.config.to_dict()), "generation": str(model.generation_config.to_dict())}
@@ -200,9 +209,13 @@ def fingerprint(model):
         for key, value in vars(module).items():
             if key in ("_parameters", "_buffers"):
                 for own, tensor in value.items():
-                    found[name, key, own] = None if tensor is None else (tensor, tensor.detach().clone())
+                    found[name, key, own] = (
+                        None if tensor is None else (tensor, tensor.detach().clone(), _stored(tensor))
+                    )
             elif isinstance(value, dict):
                 found[name, key] = list(value.items())
+            elif isinstance(value, torch.Tensor):  # computed from parameters before each forward
+                found[name, key] = _bits(value.detach())
             elif key not in TRANSFORMERS_OWN:
                 found[name, key] = value if isinstance(value, bool | int | float | str | None) else id(value)
     return found
@@ -215,7 +228,7 @@ def differences(before, after):
         old, new = before[key], after[key]
         if isinstance(old, tuple) and isinstance(old[0], torch.Tensor):
             same = new is not None and old[0] is new[0] and old[1].dtype == new[1].dtype
-            same = same and _bits(old[1]) == _bits(new[1])
+            same = same and _bits(old[1]) == _bits(new[1]) and old[2] == new[2]
         else:
             same = old == new
         if not same:

@@ -46,12 +46,12 @@ class Pop:
         Active channels whose activation is not zero by itself: of every forward, of each FFN, of each row, of each column.
     """
 
-    def __init__(self, model, ratio, gamma=0.1, batch="shared", prefill="dense", probe_tokens=None):
+    def __init__(self, model, ratio, gamma=0.1, batch="shared", prefill="dense", probe_tokens=None, norms=None):
         self.model, self.ratio, self.gamma = model, ratio, gamma
         self.per_row, self.partial = batch == "per_sequence", prefill == "partition"
         self.probe_tokens = probe_tokens
         self.downs = down_projections(model)
-        self.norms = [columns(down).norm(dim=1).tolist() for down in self.downs]
+        self.norms = norms or [columns(down).norm(dim=1).tolist() for down in self.downs]
         self.energy = [None] * len(self.downs)
         self.parts = [None] * len(self.downs)
         self.active = []

@@ -212,6 +212,35 @@ def test_inspect_of_a_masked_and_of_a_quantised_model(call, folder, tmp_path):
     assert "the checkpoint is quantised (gptq)" in out
 
 
+def test_inspect_counts_packed_weights_by_their_bytes(call, folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((Path(folder) / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rows = json.loads(call("inspect", "--model", tmp_path, "--json")[1])
+    assert {row["bytes_per_token_dense"] for row in rows} == {3 * 64 * 32 / 2}, "without files: what the config says"
+
+    tensors = {}
+    for name, tensor in load_file(Path(folder) / "model.safetensors").items():
+        prefix = name.removesuffix(".weight")
+        if "mlp" in name or "self_attn" in name:
+            tensors[f"{prefix}.qweight"] = torch.zeros(tensor.numel() // 8, dtype=torch.int32)
+            tensors[f"{prefix}.scales"] = torch.zeros(tensor.numel() // 32, dtype=torch.float16)
+            tensors[f"{prefix}.bias"] = torch.zeros(7)
+        else:
+            tensors[name] = tensor
+    save_file(tensors, tmp_path / "model.safetensors")
+    rows = json.loads(call("inspect", "--model", tmp_path, "--json")[1])
+    whole = 3 * 64 * 32
+    assert {row["bytes_per_token_dense"] for row in rows} == {whole // 2 + whole // 16}
+    assert {row["bytes_per_token_pruned"] for row in rows} == {whole // 2 + whole // 16}
+    out = call("inspect", "--model", tmp_path)[1]
+    words = out.split()
+    assert words[words.index("attention") + 1] == f"{3 * 3072 * (1 / 2 + 1 / 16) / 1000:.1f}"
+    assert words[words.index("lm_head") + 1] == f"{4 * 96 * 32 / 1000:.1f}"
+
+
 def test_inspect_of_an_unregistered_model_type_probes_its_structure(call, folder, monkeypatch):
     from pop_mm.adapters import registry
 
@@ -302,7 +331,7 @@ MISTAKES = {
     "dtype": (["inspect", "--model", "FOLDER", "--dtype", "int3"], "dtype must be one of"),
     "device": (["generate", "--model", "FOLDER", "--prompt", "w5", "--device", "abacus"], "device 'abacus'"),
     "no tokens": (["generate", "--model", "FOLDER", "--prompt", "w5", "--max-new-tokens", "0"], "--max-new-tokens"),
-    "context": (["generate", "--model", "FOLDER", "--prompt", "w5", "--max-new-tokens", "500"], "context is 128"),
+    "context": (["generate", "--model", "LEARNED", "--prompt", "w5", "--max-new-tokens", "500"], "context is 128"),
     "temperature": (["generate", "--model", "FOLDER", "--prompt", "w5", "--temperature", "-1"], "--temperature"),
     "temperature too low": (
         ["generate", "--model", "NONE", "--prompt", "w5", "--temperature", "1e-45"],
@@ -339,7 +368,10 @@ def test_mistake_ends_with_a_sentence_and_code_2(call, folder, tmp_path, mistake
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "impossible").mkdir()
     (tmp_path / "impossible" / "config.json").write_text('{"model_type": "llama", "intermediate_size": -4}')
+    if "LEARNED" in arguments:
+        save(tmp_path / "learned", "gpt2")
     places = {
+        "LEARNED": str(tmp_path / "learned"),
         "IMPOSSIBLE": str(tmp_path / "impossible"),
         "FOLDER": folder,
         "NONE": "no/such",

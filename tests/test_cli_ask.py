@@ -1,6 +1,7 @@
 """``pop-mm ask`` and its picture."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,6 @@ def test_json_on_stdout_is_nothing_else(call, folder, picture):
     [
         ({"--image": "nowhere.png"}, "nowhere.png"),
         ({"question": "  "}, "The question is empty"),
-        ({"--max-new-tokens": "600"}, "(images included) and --max-new-tokens asks for 600 more"),
         ({"--temperature": "1e-40"}, "too near 0 to sample"),
         ({"question": "\udce9"}, "not valid UTF-8"),
         ({"--ratio": "1.5"}, "ratio must lie in [0, 1)"),
@@ -110,6 +110,15 @@ def test_bad_input_is_one_plain_sentence(call, folder, picture, change, message)
     assert code != 0 and out == ""
     assert message in " ".join(err.split())
     assert "Traceback" not in err
+
+
+def test_a_prompt_beyond_the_context_is_answered_with_a_warning(call, folder, picture):
+    options = ("--model", folder, "--image", picture, "--max-new-tokens", 500)
+    code, out, err = call("ask", QUESTION, *options)
+    assert code == 0 and "pruned" in out
+    assert re.search(
+        r"Warning: .*\(images included\) and --max-new-tokens asks for 500 more, but .* context is 512", err
+    )
 
 
 def test_a_text_model_is_named_as_such(call, picture, tmp_path):

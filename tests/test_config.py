@@ -121,11 +121,20 @@ def test_an_own_scorer_is_written_by_its_name():
         ('{"ratio": 0.4, "zzz": 0.1}', r"Unknown setting 'zzz'; known: ratio, [^?]*$"),
         ('{"ratio": 0.4, "layer_ratios": {"first": 0.1}}', "a layer is an integer from 0; got {'first': 0.1}"),
         ('{"ratio": NaN}', "ratio must be a number"),
+        ('{"ratio": 0.4, "gamma": 0.1, "ratio": 0.5}', "the key 'ratio' is given more than once"),
+        ('{"ratio": 0.4, "layer_ratios": {"1": 0.1, "1": 0.2}}', "the key '1' is given more than once"),
+        ('{"ratio": 0.4, "layer_ratios": {"1": 0.1, "01": 0.2}}', "names layer 1 more than once"),
+        ("[" * 100_000, "Not a JSON config"),
     ],
 )
 def test_bad_json(text, message):
     with pytest.raises(ConfigError, match=message):
         PopConfig.from_json(text)
+
+
+def test_a_layer_that_is_named_twice():
+    with pytest.raises(ConfigError, match="names layer 1 more than once"):
+        PopConfig.from_dict({"ratio": 0.4, "layer_ratios": {1: 0.1, "1": 0.2}})
 
 
 def test_frozen_and_apart_from_what_it_was_made_from():

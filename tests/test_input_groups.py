@@ -11,9 +11,21 @@ from tiny_vlms import VLM_MODELS, image_inputs, tiny_vlm
 # model types of which some attention stays dense, and the share of its weights that is named
 PARTLY = {
     **dict.fromkeys(("minicpm3", "youtu", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4", "axk1"), 0.53),
-    **{"deepseek_v32": 0.47, "glm_moe_dsa": 0.47, "dots3_note_text": 0.46, "hy_v4": 0.37, "axk2": 0.33},  # and an indexer
+    **{
+        "deepseek_v32": 0.47,
+        "glm_moe_dsa": 0.47,
+        "dots3_note_text": 0.46,
+        "hy_v4": 0.37,
+        "axk2": 0.33,
+    },  # and an indexer
     **{"deepseek_v4": 0.07, "kimi_linear": 0.75, "bailing_hybrid": 0.66, "minimax": 0.88},
-    **{"lfm2": 0.42, "lfm2_moe": 0.27, "jamba": 0.17, "granitemoehybrid": 0.30, "nemotron_h": 0.41},  # Mamba, convolutions
+    **{
+        "lfm2": 0.42,
+        "lfm2_moe": 0.27,
+        "jamba": 0.17,
+        "granitemoehybrid": 0.30,
+        "nemotron_h": 0.41,
+    },  # Mamba, convolutions
     **{"qwen3_next": 0.31, "qwen3_5_moe_text": 0.47, "qwen4_exp_text": 0.21},  # linear attention
     **{"beam": 0.75, "afmoe": 0.75, "laguna": 0.96, "doge": 0.99},  # gates
 }

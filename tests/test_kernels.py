@@ -13,7 +13,8 @@ from pop_mm.kernels import MOST_TOKENS, Matvec, Rows
 from pop_mm.kernels.activations import ACTIVATIONS
 from pop_mm.kernels.ffn import FFNStep, Scratch
 from pop_mm.layout import FFN, Projection
-from pop_mm.partition import Sizes, dropped_candidates, shared_scores
+from pop_mm.ops.select import lowest, shared_scores
+from pop_mm.partition import Sizes
 from tiny_models import tiny
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -110,8 +111,9 @@ def by_torch(ffn, sizes, x, weight, valid=None):
     parts = [x @ w if b is None else x @ w + b for w, b in views]
     h = ffn.activation.forward(parts[0])
     h = h * parts[1] if len(parts) == 2 else h
-    scores = shared_scores(h[:, sizes.retained :].float(), weight, valid)
-    dropped = dropped_candidates(scores, sizes)
+    together = torch.zeros(len(h), dtype=torch.int64)
+    scores = shared_scores(h[:, sizes.retained :].float(), weight, together, 1, valid if len(h) > 1 else None)[0]
+    dropped = lowest(scores, sizes.candidates_dropped)
     kept = h.clone()
     kept[:, sizes.retained :].scatter_(1, dropped.expand(len(h), -1), 0)
     w, b = ffn.down.narrow_views(sizes.width)[0]

@@ -1,6 +1,7 @@
 """Thresholds from the prompt on dense models: the reference, and the invariants over every model type and way to decode."""
 
 import copy
+import warnings
 from functools import cache
 
 import pytest
@@ -301,14 +302,61 @@ def test_activations_that_are_not_finite_are_an_error():
         generate(model, prompt(1, LENGTH))
 
 
-def test_a_module_that_layers_share():
+@pytest.mark.parametrize("name", ["mlp", "self_attn.o_proj"])
+def test_a_module_that_layers_share_is_as_if_each_had_its_own(name):
     model = tiny("llama", torch.float64, num_hidden_layers=3)
-    model.model.layers[2].self_attn = model.model.layers[0].self_attn
-    names = [plan.record.name for plan in thresholds(model).plans]
-    assert [name for name in names if "self_attn" in name] == [
-        "model.layers.1.self_attn.{q_proj, k_proj, v_proj}",
-        "model.layers.1.self_attn.o_proj",
-    ]
+    holder, _, last = name.rpartition(".")
+    first, third = (model.model.layers[layer].get_submodule(holder) for layer in (0, 2))
+    setattr(third, last, getattr(first, last))
+    apart = copy.deepcopy(model)
+    setattr(apart.model.layers[2].get_submodule(holder), last, copy.deepcopy(getattr(first, last)))
+    found = []
+    for one in (model, apart):
+        with thresholds(one) as session:
+            found.append((generate(one, prompt(1, LENGTH)), [inputs.thresholds for inputs in session.report.inputs]))
+    same(found[0][0], found[1][0], 1e-9)
+    assert found[0][1] == found[1][1]
+
+
+def test_an_attention_module_that_was_compiled_is_masked_too():
+    model, twin = tiny("llama", torch.float64), tiny("llama", torch.float64)
+    model.model.layers[0].self_attn.o_proj.compile(backend="eager")
+    model.model.layers[1].self_attn.q_proj = torch.compile(model.model.layers[1].self_attn.q_proj, backend="eager")
+    generate(model, prompt(1, LENGTH))
+    found = []
+    for one in (model, twin):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with thresholds(one):
+                found.append(generate(one, prompt(1, LENGTH)))
+    same(found[0], found[1], 1e-9)
+
+
+def test_a_module_that_is_replaced_inside_the_session_is_masked_too(model):
+    layer = model.model.layers[0].self_attn
+    before, other = layer.v_proj, copy.deepcopy(layer.v_proj)
+    with thresholds(model):
+        expected = generate(model, prompt(1, LENGTH))
+        layer.v_proj = other
+        found = generate(model, prompt(1, LENGTH))
+        layer.v_proj = before
+        generate(model, prompt(1, LENGTH))
+    same(found, expected, 1e-9)
+
+
+@torch.no_grad()
+def test_what_is_cropped_off_a_cache_is_forgotten(model):
+    first, second, third = (prompt(1, LENGTH, seed=seed) for seed in (0, 3, 4))
+    with thresholds(model):
+        out = model(first, use_cache=True)
+        model(second, past_key_values=out.past_key_values)
+        out.past_key_values.crop(-LENGTH)
+        model(third, past_key_values=out.past_key_values)
+        found = model(torch.tensor([[5]]), past_key_values=out.past_key_values).logits
+        out = model(first, use_cache=True)
+        model(third, past_key_values=out.past_key_values)
+        expected = model(torch.tensor([[5]]), past_key_values=out.past_key_values).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -1,9 +1,11 @@
 import base64
 import copy
 import io
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -140,6 +142,82 @@ def test_transparent_colours_and_palettes_turn_white(mode, key):
     assert loaded.getpixel((1, 0)) == (255, 255, 255)
 
 
+def png(bits, colour_type, rows, **chunks):
+    """A PNG, written without Pillow: ``rows`` ``[H, W, samples]`` in the file's scale; chunks are PLTE and tRNS."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def line(row):
+        if bits >= 8:
+            return b"\0" + row.astype(">u2" if bits == 16 else np.uint8).tobytes()
+        return b"\0" + np.packbits([[v >> b & 1 for b in reversed(range(bits))] for v in row.flatten()]).tobytes()
+
+    rows = np.asarray(rows)
+    header = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], bits, colour_type, 0, 0, 0)
+    parts = [(b"IHDR", header), *((name.encode(), data) for name, data in chunks.items())]
+    parts += [(b"IDAT", zlib.compress(b"".join(line(row) for row in rows))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_of_any_depth_turns_white(bits):
+    largest = 2**bits - 1
+    greys = sorted({0, 1, largest // 3, largest * 3 // 4, largest})
+    for key in greys:
+        loaded = np.asarray(load_image(png(bits, 0, [[[v] for v in greys]] * 2, tRNS=struct.pack(">H", key))))
+        for value, pixel in zip(greys, loaded[1], strict=True):
+            assert abs(int(pixel[0]) - (255 if value == key else value * 255 / largest)) <= 0.5
+    opaque = np.asarray(load_image(png(bits, 0, [[[v] for v in greys]])))
+    assert np.abs(opaque[0, :, 0] - np.array(greys) * 255 / largest).max() <= 0.5
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_transparent_colour_turns_white_and_its_neighbours_do_not(bits):
+    unit = 257 if bits == 16 else 1
+    key = (32 * unit, 7 * unit, 200 * unit)
+    row = [key, (key[0] + 1, *key[1:]), (*key[:2], key[2] - 1), (0, 0, 0), key[::-1]]
+    data = png(bits, 2, [row, row[::-1]], tRNS=struct.pack(">HHH", *key))
+    loaded = np.asarray(load_image(data)).astype(int)
+    assert loaded[0, 0].tolist() == loaded[1, -1].tolist() == [255, 255, 255]
+    for value, pixel in zip(row[1:], loaded[0, 1:], strict=True):
+        assert np.abs(pixel - np.array(value) / unit).max() <= 1
+    if bits == 16:
+        unread, read = Image.open(io.BytesIO(data)), Image.open(io.BytesIO(data))
+        read.load()
+        for image in (unread, read):
+            with pytest.raises(InputError, match=r"16-bit PNG with a transparent colour.*Give the file"):
+                load_image(image)
+
+
+@pytest.mark.parametrize(("bits", "colour_type"), [(8, 4), (16, 4), (8, 6), (16, 6)])
+def test_alpha_channels_of_any_depth_are_laid_on_white(bits, colour_type):
+    largest, colours = 2**bits - 1, 1 if colour_type == 4 else 3
+    shares = [(0.25, 0), (0.25, 1), (0.5, 0.5), (0, 0.25)]
+    loaded = np.asarray(
+        load_image(png(bits, colour_type, [[[*[int(v * largest)] * colours, int(a * largest)] for v, a in shares]]))
+    )
+    for (value, alpha), pixel in zip(shares, loaded[0], strict=True):
+        assert np.abs(pixel - 255 * (alpha * value + 1 - alpha)).max() <= 2
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_transparent_entries_of_a_palette_turn_white(bits):
+    palette = bytes([9, 9, 9, 200, 0, 100])
+    loaded = np.asarray(load_image(png(bits, 3, [[[0], [1]]], PLTE=palette, tRNS=bytes([255, 0]))))
+    assert loaded.tolist() == [[[9, 9, 9], [255, 255, 255]]]
+    loaded = np.asarray(load_image(png(bits, 3, [[[0], [1]]], PLTE=palette, tRNS=bytes([255, 128]))))
+    assert np.abs(loaded[0, 1].astype(int) - [227, 127, 177]).max() <= 1
+
+
+def test_an_open_image_with_a_transparent_grey_is_not_changed():
+    for bits in (4, 16):
+        data = png(bits, 0, [[[1], [3], [15]]], tRNS=struct.pack(">H", 3))
+        image = Image.open(io.BytesIO(data))
+        assert np.asarray(load_image(image))[0, 1].tolist() == [255, 255, 255]
+        assert image.info["transparency"] == 3
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_are_scaled_and_not_clipped(kind):
     grey = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
@@ -253,6 +331,7 @@ def test_a_flipped_byte_gives_an_image_or_an_input_error(place, byte, kind):
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch):
     bomb, limit = encoded(Image.new("1", (3000, 3000))), Image.MAX_IMAGE_PIXELS
     huge = encoded(Image.new("1", (20_000, 10_000)))
+    Image.init()  # some of Pillow's plug-ins draw a palette as they are imported
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(InputError, match=r"3000 x 3000 = 9,000,000 pixels, more than the 8,999,999"):
         load_image(bomb, max_pixels=8_999_999)

@@ -235,6 +235,8 @@ class Asker:
         else:
             try:
                 inputs = tokenize(self.model, self._tokenizer, question)
+            except PopError:
+                raise
             except Exception as error:  # templates raise whatever they stumble over
                 raise AskError(f"The tokenizer cannot encode the question: {error}.") from error
         tokens = inputs["input_ids"].shape[1]

@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Generic, TypeVar, cast
+
 from torch import Tensor
 
+from ..engine import Engine
 from ..errors import PhaseError
 from ..experts import Experts
 from ..layout import FFN
 from ..phase import Forward, PhaseTracker
+
+T = TypeVar("T")
+
+
+class Turns(Generic[T]):
+    """Whose turn it is where several layers call one module: in each forward they do so in the order of the layers."""
+
+    def __init__(self, first: T) -> None:
+        self._users = [first]
+        self._calls: weakref.WeakKeyDictionary[Forward, int] = weakref.WeakKeyDictionary()
+
+    @property
+    def first(self) -> T:
+        """Of the first layer."""
+        return self._users[0]
+
+    def add(self, user: T) -> None:
+        """The next layer that calls the module."""
+        self._users.append(user)
+
+    def next(self, forward: Forward) -> T:
+        """Who calls now."""
+        if len(self._users) == 1:
+            return self._users[0]
+        calls = self._calls.get(forward, 0)
+        self._calls[forward] = calls + 1
+        return self._users[calls % len(self._users)]
 
 
 def current_forward(tracker: PhaseTracker, ffn: FFN | Experts) -> Forward:
@@ -19,6 +50,18 @@ def current_forward(tracker: PhaseTracker, ffn: FFN | Experts) -> Forward:
             "whether this is prefill or decode. Call the model that was given to prune(), or leave the session first."
         )
     return forward
+
+
+def apply(engine: Engine, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
+    """:meth:`Engine.apply` for the input of a dense FFN's down projection, ``[B, q, D]`` or ``[B * q, D]``."""
+    return engine.apply(index, forward, engine.step(forward, h.device), h.reshape(-1, h.shape[-1]), positions).view(
+        h.shape
+    )
+
+
+def dense_ffn(engine: Engine, index: int) -> FFN:
+    """Number ``index`` of the FFNs, which is not a set of experts."""
+    return cast(FFN, engine.ffns[index])
 
 
 def voices(forward: Forward) -> Tensor | None:

@@ -19,19 +19,21 @@ from torch import Tensor, nn
 
 from ..engine import Engine
 from ..errors import SessionError
+from ..events import tells
 from ..experts import Experts, ExpertViews
 from ..interrupts import uninterrupted
 from ..kernels import Matvec
 from ..layout import linear
-from ..partition import dropped_candidates
+from ..ops.select import choose
 from ..phase import Forward, PhaseTracker, set_instance_attribute
-from ..routed import ExpertsState, Slots
-from .base import current_forward
+from ..state import FFNState
+from .base import Turns, current_forward
+from .moved import MovedWeights
 from .order import ChannelOrder
 from .static import StaticSteps, fixed
 
 IMPLEMENTATION = "pop_mm"
-_HANDLERS: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
+_HANDLERS: weakref.WeakKeyDictionary[nn.Module, Turns[MaskedExperts]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -49,9 +51,9 @@ _SELECTED: dict[int, _Selection] = {}
 
 def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """What transformers calls for every module whose config names :data:`IMPLEMENTATION`."""
-    handler = _HANDLERS.get(module)
-    if handler is not None:
-        return handler(*args, **kwargs)
+    turns = _HANDLERS.get(module)
+    if turns is not None:
+        return turns.next(turns.first.forward)(*args, **kwargs)
     selection = _SELECTED.get(id(module.config))
     if selection is None:
         raise SessionError(
@@ -96,6 +98,7 @@ class MaskedExperts:
         record = engine.ffns[index]
         assert isinstance(record, Experts)
         self._engine = engine
+        self.events = engine.events
         self._index = index
         self._record = record
         self._module: Any = record.module
@@ -111,7 +114,10 @@ class MaskedExperts:
         """Take over the module. If that fails, :meth:`detach` undoes what was done."""
         module = self._module
         self._undo.append(_select(module.config))
-        _HANDLERS[module] = self
+        if module in _HANDLERS:
+            _HANDLERS[module].add(self)
+        else:
+            _HANDLERS[module] = Turns(self)
         self._undo.append(partial(_HANDLERS.pop, module, None))
         if module.has_gate:
             self._activate = own_gate = module._apply_gate
@@ -130,28 +136,31 @@ class MaskedExperts:
         while self._undo:
             self._undo.pop()()
 
+    @property
+    def forward(self) -> Forward:
+        """The forward that the experts run in."""
+        return current_forward(self._tracker, self._record)
+
     @torch.compiler.disable
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``: every forward of the experts."""
-        return self._reference(current_forward(self._tracker, self._record), hidden, ids, weights)
+        return self._reference(self.forward, hidden, ids, weights)
 
     def _look(self, h: Tensor) -> Tensor:
         between: Callable[[Tensor], Tensor] | None = getattr(self._local, "between", None)
         return h if between is None else between(h)
 
-    def _state(self, forward: Forward) -> ExpertsState:
-        state = forward.state.ffns[self._index]
-        assert isinstance(state, ExpertsState)
+    def _state(self, forward: Forward) -> FFNState:
+        state: FFNState = forward.state.ffns[self._index]
         return state
 
     def _reference(self, forward: Forward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The implementation that was selected before, with the engine's say on the down projections' inputs."""
         before = _SELECTED[id(self._module.config)].before
-        routed = self._engine.routed(self._index)
 
         def between(order: Tensor | None, h: Tensor) -> Tensor:
-            slots = Slots.of(forward, ids, weights, order, self._record.count)
-            return routed.apply(forward, self._state(forward), h, slots, self._positions)
+            step = self._engine.step(forward, h.device).routed(ids, weights, order, self._record.count)
+            return self._engine.apply(self._index, forward, step, h, self._positions)
 
         if before in (None, "eager"):
             size = self._record.size
@@ -171,18 +180,25 @@ class InplaceExperts(MaskedExperts):
     """Reorders the channels of an expert when a decode step first needs it, and decodes on narrow views."""
 
     def __init__(
-        self, engine: Engine, index: int, tracker: PhaseTracker, static: StaticSteps, matvec: Matvec | None = None
+        self,
+        engine: Engine,
+        index: int,
+        tracker: PhaseTracker,
+        static: StaticSteps,
+        moved: MovedWeights,
+        matvec: Matvec | None = None,
     ) -> None:
         super().__init__(engine, index, tracker)
         record = self._record
         self._static = static
         self._matvec = matvec
+        self.moved = moved
         self._orders = [
-            ChannelOrder(record.size, record.device, partial(record.swap, expert)) for expert in range(record.count)
+            ChannelOrder(record.size, record.device, partial(moved.exchange, expert=expert))
+            for expert in range(record.count)
         ]
         self._placed: set[int] = set()
         self._views: dict[int, ExpertViews] = {}
-        self._address: tuple[int, int] | None = None
         self._weight: Tensor | None = None  # [E, |C|], of the candidates as they stand in the weights
         self.seconds = 0.0
         self.moved_channels = 0
@@ -210,6 +226,7 @@ class InplaceExperts(MaskedExperts):
         self.forget_resident()
         for order in self._orders:
             order.restore()
+        self.moved.release()
         self._positions = None
 
     def forget_resident(self) -> None:
@@ -219,31 +236,28 @@ class InplaceExperts(MaskedExperts):
     @torch.compiler.disable
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``: every forward of the experts."""
-        forward = current_forward(self._tracker, self._record)
+        forward = self.forward
         if forward.fast:
             state = self._state(forward)
             if state.all_ready or self._ready(state, ids):
-                return self._narrow(forward, state, hidden, ids, weights)
-        return self._reference(forward, hidden, ids, weights)
+                return self.moved.guarded(self._narrow(forward, state, hidden, ids, weights))
+        return self.moved.guarded(self._reference(forward, hidden, ids, weights))
 
-    def _ready(self, state: ExpertsState, ids: Tensor) -> bool:
+    def _ready(self, state: FFNState, ids: Tensor) -> bool:
         assert state.ready is not None
         flat = ids.reshape(-1)
         return bool(state.ready[flat[flat < self._record.count]].all())
 
-    def _narrow(self, forward: Forward, state: ExpertsState, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _narrow(self, forward: Forward, state: FFNState, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """A decode step on R and C of the experts that it needs."""
         sizes = self._engine.sizes[self._index]
-        address = self._record.addresses
-        if address != self._address:
-            self._address = address
-            self._views.clear()
 
         def views(expert: int) -> ExpertViews:
             if expert not in self._placed:
                 self._place(state, expert)
             if expert not in self._views:
-                self._views[expert] = self._record.views(expert, sizes.width)
+                with torch.inference_mode(False), torch.enable_grad():  # views for forwards of every kind
+                    self._views[expert] = self._record.views(expert, sizes.width)
             return self._views[expert]
 
         def between(order: Tensor | None, h: Tensor) -> Tensor:
@@ -257,7 +271,7 @@ class InplaceExperts(MaskedExperts):
         alone = len(ids) == 1 and not self._module._is_expert_parallel
         matvec = self._matvec if alone and forward.few else None
         result = run_experts(self._record, hidden, ids, weights, views, between, alone, matvec)
-        state.count(ids if forward.valid is None else ids[forward.valid.reshape(-1)], state.decode_tokens)
+        state.count_tokens(ids if forward.valid is None else ids[forward.valid.reshape(-1)], state.decode_tokens)
         return result
 
     def prepare_traced(self, forward: Forward) -> bool:
@@ -278,7 +292,7 @@ class InplaceExperts(MaskedExperts):
         if sizes.candidates:
             assert self._weight is not None
             candidates = h[:, sizes.retained :]
-            dropped = dropped_candidates(candidates.abs() * self._weight[experts], sizes)
+            dropped = choose(candidates, self._weight[experts], sizes.candidates_dropped)
             h = torch.cat([h[:, : sizes.retained], candidates.scatter(1, dropped, 0)], 1)
         self._static.count(self._index, experts)
         out = chosen_product(h, *views.down, experts)
@@ -286,20 +300,21 @@ class InplaceExperts(MaskedExperts):
             out = self._module.post_expert_norm(out)
         return (out * weights[0].unsqueeze(1)).sum(0, keepdim=True).to(hidden.dtype)
 
+    @tells("selection")
     def _choose(
         self, forward: Forward, candidates: Tensor, ids: Tensor, weights: Tensor, order: Tensor | None
     ) -> Tensor:
         """``[N, n]``: which of the candidates (``[N, |C|]``, as they stand in the weights) each slot leaves out."""
         assert self._weight is not None
         if order is None:  # one token: nothing to share, and the router's weight changes no ranking
-            scores = candidates.detach().abs() * self._weight[ids[0]]
-            return dropped_candidates(scores, self._engine.sizes[self._index])
-        slots = Slots.of(forward, ids, weights, order, self._record.count)
-        routed = self._engine.routed(self._index)
-        return routed.choose(forward, candidates, self._weight[slots.expert], slots, slots.column)
+            return choose(candidates, self._weight[ids[0]], self._engine.sizes[self._index].candidates_dropped)
+        step = self._engine.step(forward, candidates.device).routed(ids, weights, order, self._record.count)
+        assert step.expert is not None
+        return self._engine.choose(self._index, forward, step, candidates, self._weight[step.expert])
 
+    @tells("reordering")
     @uninterrupted()
-    def _place(self, state: ExpertsState, expert: int) -> None:
+    def _place(self, state: FFNState, expert: int) -> None:
         """Bring R and C of an expert to the front."""
         started = time.perf_counter()
         assert state.partition is not None and state.candidate_weight is not None

@@ -13,7 +13,7 @@ from ..kernels import Matvec
 from ..kernels.ffn import FFNStep, Scratch
 from ..kernels.gpu import FusedStep, fits
 from ..phase import Forward
-from .base import voices
+from .base import dense_ffn, voices
 
 if TYPE_CHECKING:
     from .inplace import ResidentCandidates
@@ -33,7 +33,7 @@ def triton_forward(engine: Engine, index: int, resident: Mapping[int, ResidentCa
     stock : callable
         What computes the same by torch's kernels, as :func:`.inplace.direct_forward` makes it.
     """
-    ffn, sizes = engine.ffn(index), engine.sizes[index]
+    ffn, sizes = dense_ffn(engine, index), engine.sizes[index]
     if not fits(ffn):
         return stock
     step = FusedStep(ffn, sizes)
@@ -67,7 +67,7 @@ def compiled_forward(
     stock: Compute,
 ) -> Compute:
     """The same on a CPU by the compiled library."""
-    ffn, sizes = engine.ffn(index), engine.sizes[index]
+    ffn, sizes = dense_ffn(engine, index), engine.sizes[index]
     if not FFNStep.fits(ffn):
         return stock
     step = FFNStep(matvec, ffn, sizes, scratch)

@@ -18,7 +18,7 @@ from ..kernels.gpu import MAX_ROWS, GatheredStep, fits
 from ..layout import FFN, Projection
 from ..partition import Partition
 from ..phase import Forward, PhaseTracker
-from .base import current_forward
+from .base import apply, current_forward, dense_ffn
 from .inplace import direct_forward_fits
 
 
@@ -35,7 +35,7 @@ class GatheredBackend:
 
     def attach(self, index: int) -> None:
         """Take over FFN number ``index`` of the engine, one that :func:`gathered_fits`."""
-        ffn = self._engine.ffn(index)
+        ffn = dense_ffn(self._engine, index)
         holder = ffn.holder
         assert holder is not None
         if _store_by_column(ffn.down):
@@ -62,17 +62,17 @@ class GatheredBackend:
                 step.follow(forward)
 
     def _down_forward(self, index: int) -> Callable[[Tensor], Tensor]:
-        ffn, engine, tracker = self._engine.ffn(index), self._engine, self._tracker
+        ffn, engine, tracker = dense_ffn(self._engine, index), self._engine, self._tracker
         module, own_forward = ffn.down.module, type(ffn.down.module).forward
 
         def forward(h: Tensor) -> Tensor:
-            return own_forward(module, engine.apply(index, current_forward(tracker, ffn), h, None))
+            return own_forward(module, apply(engine, index, current_forward(tracker, ffn), h, None))
 
         return forward
 
     def _holder_forward(self, index: int) -> Callable[..., Tensor]:
         """Hooks on the projections are respected: then the module's own forward runs, on all channels."""
-        ffn, tracker, resident = self._engine.ffn(index), self._tracker, self._steps[index]
+        ffn, tracker, resident = dense_ffn(self._engine, index), self._tracker, self._steps[index]
         holder = ffn.holder
         assert holder is not None
         own_forward = type(holder).forward
@@ -94,7 +94,7 @@ class _ResidentStep:
 
     def __init__(self, engine: Engine, index: int) -> None:
         self._index = index
-        self._ffn, self._sizes = engine.ffn(index), engine.sizes[index]
+        self._ffn, self._sizes = dense_ffn(engine, index), engine.sizes[index]
         self._parameters: list[Any] = [module._parameters for module in self._ffn.modules]
         self._read()
 

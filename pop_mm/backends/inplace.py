@@ -16,17 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine import Engine, PromptState
+from ..engine import Engine
+from ..events import tells
 from ..experts import Experts
 from ..interrupts import uninterrupted
 from ..kernels import MOST_TOKENS, Matvec, View, traced
 from ..kernels.ffn import Scratch
 from ..layout import FFN, Projection, linear
 from ..partition import Partition
-from ..phase import Forward, PhaseTracker
-from .base import current_forward, voices
+from ..phase import Forward, PhaseTracker, set_instance_attribute
+from ..state import PromptState
+from .base import apply, current_forward, dense_ffn, voices
 from .experts import InplaceExperts
 from .fused import compiled_forward, triton_forward
+from .moved import MovedWeights, Versions
 from .order import ChannelOrder
 from .packing import PackedDown
 from .static import StaticSteps
@@ -78,13 +81,21 @@ class InplaceBackend:
     name = "inplace"
 
     def __init__(
-        self, engine: Engine, tracker: PhaseTracker, matvec: Matvec | None = None, triton: bool = False
+        self,
+        engine: Engine,
+        tracker: PhaseTracker,
+        versions: Versions,
+        matvec: Matvec | None = None,
+        triton: bool = False,
     ) -> None:
         self._engine = engine
+        self.events = engine.events
+        self._versions = versions
         self._tracker = tracker
         self._matvec = matvec
         self._triton = triton
         self._orders: dict[int, ChannelOrder] = {}
+        self._moved: dict[int, MovedWeights] = {}
         self._experts: dict[int, InplaceExperts] = {}
         self._placed: dict[int, _Placed] = {}
         self._candidates: dict[int, ResidentCandidates] = {}
@@ -114,19 +125,25 @@ class InplaceBackend:
         """Channels moved so far."""
         return self._moved_channels + sum(experts.moved_channels for experts in self._experts.values())
 
+    def count_on(self, before: InplaceBackend) -> None:
+        """Time and channels moved so far are those of another backend."""
+        self._seconds, self._moved_channels = before.seconds, before.moved_channels
+
     def attach(self, index: int) -> None:
         """Take over FFN number ``index`` of the engine."""
         record = self._engine.ffns[index]
         if isinstance(record, Experts):
+            moved = MovedWeights(record, self._versions)
             self._experts[index] = experts = InplaceExperts(
-                self._engine, index, self._tracker, self.static, self._matvec
+                self._engine, index, self._tracker, self.static, moved, self._matvec
             )
             self.static.load_experts(index)
             experts.attach()
             restore = experts.restore
         else:
-            order = self._orders[index] = ChannelOrder(record.size, record.device, record.swap)
-            self._downs[index] = PackedDown(record.down, self._engine.sizes[index].width)
+            moved = self._moved[index] = MovedWeights(record, self._versions)
+            order = self._orders[index] = ChannelOrder(record.size, record.device, moved.exchange)
+            self._downs[index] = PackedDown(record.down, self._engine.sizes[index].width, moved)
             self._replace_forwards(index, record)
             restore = order.restore
 
@@ -135,10 +152,17 @@ class InplaceBackend:
             self._resident = None
             self._placed.pop(index, None)
             restore()
+            moved.release()
 
         for module in record.modules:
             self._undo.append(module.register_state_dict_pre_hook(canonical).remove)
             self._undo.append(module.register_load_state_dict_pre_hook(canonical).remove)
+            self._undo.append(set_instance_attribute(module, "_apply", _after(canonical, module._apply)))
+
+    def moved_weights(self) -> dict[str, MovedWeights]:
+        """Name of an FFN -> its weights, of those with channels that are not in their own places."""
+        every = {**self._moved, **{index: experts.moved for index, experts in self._experts.items()}}
+        return {self._engine.ffns[index].name: moved for index, moved in every.items() if moved.holds}
 
     def _replace_forwards(self, index: int, ffn: FFN) -> None:
         replaced = [(p.module, self._input_forward(index, p)) for p in ffn.inputs]
@@ -154,8 +178,9 @@ class InplaceBackend:
         self.unpack()
         self._resident = None
         self._placed.clear()
-        for order in self._orders.values():
+        for index, order in self._orders.items():
             order.restore()
+            self._moved[index].release()
         for experts in self._experts.values():
             experts.detach()
         while self._undo:
@@ -164,9 +189,9 @@ class InplaceBackend:
     def begin(self, forward: Forward) -> None:
         """Before a decode step: say how the FFNs may compute it."""
         forward.fast = self.place(forward.state)
-        if not forward.fast:
+        if not forward.fast or torch.is_grad_enabled():  # gradients of packed weights would be packed
             self.unpack()
-        else:
+        if forward.fast:
             self._steps += 1
             ours = self._matvec is not None or self._triton or self._static_loaded
             if self._steps == _PACK_AFTER and not ours and not torch.is_grad_enabled():
@@ -204,6 +229,7 @@ class InplaceBackend:
             self._static_loaded = True
         return all(experts.prepare_traced(forward) for experts in self._experts.values())
 
+    @tells("reordering")
     def place(self, state: PromptState) -> bool:
         """Bring a prompt's R and C to the front, if it may be the resident one.
 
@@ -236,6 +262,7 @@ class InplaceBackend:
         yield
         self._seconds += time.perf_counter() - started
 
+    @tells("reordering")
     def _pack(self) -> None:
         with self._moving():
             for down in self._downs.values():
@@ -243,6 +270,7 @@ class InplaceBackend:
                     self._packed = True
                     down.pack()
 
+    @tells("reordering")
     def unpack(self) -> None:
         """Before anything but a step of the resident prompt reads or moves weights."""
         self._steps = 0
@@ -257,7 +285,7 @@ class InplaceBackend:
         parts = {index: self._engine.partition(index, state) for index in self._orders}
         missing = {index: part for index, part in parts.items() if not self._is_placed(index, part)}
         if missing:
-            zones = [part.zones() for part in missing.values()]
+            zones = [part.zones()[0] for part in missing.values()]
             # one transfer to the host for all FFNs: how many channels move is not known before
             on_host = torch.cat([z.to(zones[0].device) for z in zones]).cpu().split([len(z) for z in zones])
             for (index, part), zone in zip(missing.items(), on_host, strict=True):
@@ -265,7 +293,7 @@ class InplaceBackend:
         for index in parts:
             ranks, weight = self._placed[index].ranks, state.ffns[index].candidate_weight
             assert weight is not None
-            weight = weight[ranks]
+            weight = weight[0, ranks]
             leave_out = self._engine.chooser(index, state, weight, ranks)
             slot = self._engine.step_slot(index, state, ranks)
             self._candidates[index] = ResidentCandidates(ranks, weight, leave_out, slot)
@@ -275,7 +303,7 @@ class InplaceBackend:
         """Rank the channels of one FFN, and move them, within a prefill."""
         part = self._engine.partition(index, state)
         with self._moving():
-            self._move(index, part, part.zones().cpu())
+            self._move(index, part, part.zones()[0].cpu())
 
     def _is_placed(self, index: int, part: Partition) -> bool:
         return index in self._placed and self._placed[index].partition is part
@@ -305,13 +333,13 @@ class InplaceBackend:
         return forward
 
     def _down_forward(self, index: int) -> Callable[[Tensor], Tensor]:
-        ffn, sizes = self._engine.ffn(index), self._engine.sizes[index]
+        ffn, sizes = dense_ffn(self._engine, index), self._engine.sizes[index]
         tracker, module = self._tracker, ffn.down.module
         own_forward = type(module).forward
         narrow, down = ffn.down.narrow(sizes.width), self._downs[index]
         engine, order = self._engine, self._orders[index]
         has_candidates = sizes.candidates > 0
-        static, compiled = self.static, self._matvec is not None
+        static, compiled, guarded = self.static, self._matvec is not None, self._moved[index].guarded
 
         def forward(h: Tensor) -> Tensor:
             if static.active:
@@ -322,14 +350,14 @@ class InplaceBackend:
             if current.partial:
                 return narrow(self._front_of_prompt(index, current, h))
             if not current.fast:
-                if sizes.dense:
-                    return own_forward(module, h)
-                return own_forward(module, engine.apply(index, current, h, order.position_of if order.moved else None))
+                if not sizes.dense:
+                    h = apply(engine, index, current, h, positions_of(order))
+                return guarded(own_forward(module, h))
             if has_candidates:
                 if h.requires_grad:
                     h = h.clone()
                 zero_dropped(h, current)
-            return down(h) if down.packed else narrow(h)
+            return down(h) if down.packed else guarded(narrow(h))
 
         zero_dropped = self._zero_dropped(index)
         return forward
@@ -337,21 +365,19 @@ class InplaceBackend:
     def _front_of_prompt(self, index: int, forward: Forward, h: Tensor) -> Tensor:
         """Rank and move an FFN's channels within a prefill: of ``[..., D]`` activations those of R and C, ``[..., K]``."""
         order, width = self._orders[index], self._engine.sizes[index].width
-        before, moved = order.position_of, order.moved
-        tokens = h.view(forward.rows, forward.length, -1)
-        self._engine.observe(index, forward, tokens, before if moved else None)
+        before, rows = order.position_of, h.flatten(0, -2)
+        self._engine.observe(index, forward, self._engine.step(forward, h.device), rows, positions_of(order))
         self._place_prompt(index, forward.state)
         places = before[order.front(width)]
-        rows = h.flatten(0, -2)
         return rows.gather(1, places.expand(len(rows), -1)).view(*h.shape[:-1], width)
 
     def _probed_prompt(self, index: int, forward: Forward, x: Tensor) -> Tensor:
         """The whole FFN in a prefill: the probe tokens on all channels, to rank them, then every token on R and C."""
-        ffn, order, sizes = self._engine.ffn(index), self._orders[index], self._engine.sizes[index]
+        ffn, order, sizes = dense_ffn(self._engine, index), self._orders[index], self._engine.sizes[index]
         assert forward.probes is not None
         rows, probes = x.reshape(-1, x.shape[-1]), forward.probes.to(x.device)
         h = down_input(ffn, rows[probes], sizes.channels)
-        self._engine.observe(index, forward, h, order.position_of if order.moved else None, probes)
+        self._engine.observe(index, forward, self._engine.step(forward, x.device), h, positions_of(order), probes)
         self._place_prompt(index, forward.state)
         h = down_input(ffn, rows, sizes.width)
         return linear(h, *ffn.down.narrow_views(sizes.width)[0]).view(x.shape)
@@ -366,18 +392,20 @@ class InplaceBackend:
             if current.length == 1:  # the common step
                 here.leave_out(h if h.dim() == 2 else h.view(current.rows, -1), voices(current))
                 return
-            candidates = h.view(current.rows, current.length, -1)[..., retained:]
-            dropped = engine.select(index, current, candidates, here.weight, here.ranks)
-            candidates.scatter_(-1, dropped.expand(current.rows, -1, -1), 0)
+            candidates = h.view(-1, h.shape[-1])[:, retained:]
+            step = engine.step(current, h.device)
+            candidates.scatter_(1, engine.choose(index, current, step, candidates, here.weight, here.ranks), 0)
 
         return zero_dropped
 
+    @torch.inference_mode(False)  # views for forwards of every kind
+    @torch.enable_grad()
     def _direct_forward(
         self, index: int, zero_dropped: Callable[[Tensor, Forward], None] | None
     ) -> Callable[[Tensor, Forward | None], Tensor]:
         """The FFN on narrow views of its weights as they are now, by the kernels of this session."""
         sizes, down = self._engine.sizes[index], self._downs[index].view()
-        stock = direct_forward(self._engine.ffn(index), sizes.width, zero_dropped, down)
+        stock = direct_forward(dense_ffn(self._engine, index), sizes.width, zero_dropped, down)
         if self._triton:
             return triton_forward(self._engine, index, self._candidates, stock)
         if self._matvec is not None:
@@ -390,20 +418,19 @@ class InplaceBackend:
         Calling three modules costs as much as a fifth of a small FFN: their Python objects have left the cache since
         the layer before. Hooks on the projections are respected: then the module's own forward runs.
         """
-        ffn, sizes, tracker = self._engine.ffn(index), self._engine.sizes[index], self._tracker
+        ffn, sizes, tracker = dense_ffn(self._engine, index), self._engine.sizes[index], self._tracker
         holder = ffn.holder
         assert holder is not None
         own_forward = type(holder).forward
         bypassed = [*(p.module for p in ffn.projections), ffn.activation]
         hooks = [h for m in bypassed if m is not None for h in (m._forward_hooks, m._forward_pre_hooks)]
-        parameters: list[Any] = [p.module._parameters for p in ffn.projections]
         zero_dropped = self._zero_dropped(index) if sizes.candidates else None
         compute = self._direct_forward(index, zero_dropped)
-        static, down = self.static, self._downs[index]
-        where = [down.packed, *(p["weight"].data_ptr() for p in parameters)]
+        static, down, guarded = self.static, self._downs[index], self._moved[index].guarded
+        packed = down.packed
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            nonlocal compute, where
+            nonlocal compute, packed
             if static.active:  # the compiler sees through modules
                 return own_forward(holder, x, *args, **kwargs)
             current = tracker.current
@@ -411,13 +438,25 @@ class InplaceBackend:
                 return self._probed_prompt(index, current, x)
             if current is None or not current.fast or any(hooks):
                 return own_forward(holder, x, *args, **kwargs)
-            now = [down.packed, *(p["weight"].data_ptr() for p in parameters)]
-            if now != where:
-                where = now
+            if down.packed is not packed:
+                packed = down.packed
                 compute = self._direct_forward(index, zero_dropped)
-            return compute(x, current)
+            return guarded(compute(x, current))
 
         return forward
+
+
+def positions_of(order: ChannelOrder) -> Tensor | None:
+    """``[1, D]``: the position of each original channel of an FFN; None if all are in their own places."""
+    return order.position_of.unsqueeze(0) if order.moved else None
+
+
+def _after(first: Callable[[], None], own: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return own(*args, **kwargs)
+
+    return call
 
 
 def down_input(ffn: FFN, rows: Tensor, width: int) -> Tensor:

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..asking import asking
 from ..engine import Engine
 from ..experts import Experts
 from ..phase import PhaseTracker
-from .base import current_forward
+from .base import Turns, apply, current_forward, dense_ffn
 from .experts import MaskedExperts
 
 
@@ -29,6 +30,7 @@ class MaskedBackend:
     def __init__(self, engine: Engine, tracker: PhaseTracker) -> None:
         self._engine = engine
         self._tracker = tracker
+        self._turns: dict[nn.Module, Turns[int]] = {}
         self._undo: list[Callable[[], object]] = []
 
     def attach(self, index: int) -> None:
@@ -38,17 +40,24 @@ class MaskedBackend:
             self._undo.append(experts.detach)
             experts.attach()
             return
-        ffn = self._engine.ffn(index)
+        ffn = dense_ffn(self._engine, index)
+        module = ffn.down.module
+        if module in self._turns:
+            self._turns[module].add(index)
+            return
+        turns = self._turns[module] = Turns(index)
 
         @torch.compiler.disable
         def before_down(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            if asking():  # its norms are being read: these are unit vectors
+                return args, kwargs
             forward = current_forward(self._tracker, ffn)
-            h: Tensor = self._engine.apply(index, forward, args[0], None)
-            return (h, *args[1:]), kwargs
+            return (apply(self._engine, turns.next(forward), forward, args[0], None), *args[1:]), kwargs
 
-        self._undo.append(ffn.down.module.register_forward_pre_hook(before_down, with_kwargs=True).remove)
+        self._undo.append(module.register_forward_pre_hook(before_down, with_kwargs=True).remove)
 
     def detach(self) -> None:
         """Remove the hooks."""
         while self._undo:
             self._undo.pop()()
+        self._turns.clear()

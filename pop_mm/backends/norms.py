@@ -20,7 +20,7 @@ class FewTokensNorms(FewTokens):
         weight = parameters.get("weight")
         names = ("variance_epsilon", "eps")
         eps = next((name for name in names if isinstance(getattr(module, name, None), float)), None)
-        if "RMSNorm" not in type(module).__name__ or weight is None or eps is None:
+        if weight is None or weight.dim() != 1 or eps is None:
             return None
         kind = self._kind(module, weight.detach(), getattr(module, eps))
         if kind is None:

@@ -6,12 +6,15 @@ At one token torch multiplies 16-bit numbers row by row on a CPU with AVX2 alone
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from ..interrupts import uninterrupted
 from ..kernels import View
 from ..layout import Projection, as_integers, linear
+from .moved import MovedWeights
 
 _ROWS = 64  # moved through a copy while what is free in front of them is too small
 
@@ -19,15 +22,22 @@ _ROWS = 64  # moved through a copy while what is free in front of them is too sm
 class PackedDown:
     """A down projection on its first ``width`` columns.
 
+    Parameters
+    ----------
+    moved : MovedWeights, optional
+        Told of what is moved within the weight.
+
     Attributes
     ----------
     packed : bool
         Whether these lie side by side, so that nothing but :meth:`view` says where they are.
     """
 
-    def __init__(self, down: Projection, width: int) -> None:
+    def __init__(self, down: Projection, width: int, moved: MovedWeights | None = None) -> None:
         self._down = down
         self._width = width
+        self._moved = moved
+        self._stored: Tensor | None = None  # what is packed, which may be the weight no more
         self.packed = False
 
     def fits(self) -> bool:
@@ -54,10 +64,20 @@ class PackedDown:
         return out.view(*h.shape[:-1], -1)
 
     @uninterrupted()
+    @torch.inference_mode(False)
     @torch.no_grad()
     def pack(self) -> None:
         """Move the first columns together, and the others behind them."""
-        weight, width = as_integers(self._down.weight), self._width
+        with self._rearranging():
+            weight = as_integers(self._down.weight)
+            self._pack(weight, self._width)
+            self._stored, self.packed = weight, True
+
+    def _rearranging(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._moved is None else self._moved.rearranging()
+
+    @staticmethod
+    def _pack(weight: Tensor, width: int) -> None:
         (rows, size), flat = weight.shape, weight.view(-1)
         rest = weight[:, width:].clone()
         first = 0
@@ -68,15 +88,20 @@ class PackedDown:
             flat[first * width : last * width].view_as(block).copy_(block if last - first <= free else block.clone())
             first = last
         flat[rows * width :].view_as(rest).copy_(rest)
-        self.packed = True
 
     @uninterrupted()
+    @torch.inference_mode(False)
     @torch.no_grad()
     def unpack(self) -> None:
         """Undo :meth:`pack`, if it was done."""
-        if not self.packed:
+        if self._stored is None:
             return
-        weight, width = as_integers(self._down.weight), self._width
+        with self._rearranging():
+            self._unpack(self._stored, self._width)
+            self._stored, self.packed = None, False
+
+    @staticmethod
+    def _unpack(weight: Tensor, width: int) -> None:
         (rows, size), flat = weight.shape, weight.view(-1)
         rest = flat[rows * width :].view(rows, -1).clone()
         last = rows
@@ -87,4 +112,3 @@ class PackedDown:
             weight[first:last, :width].copy_(block if first >= free else block.clone())
             last = first
         weight[:, width:].copy_(rest)
-        self.packed = False

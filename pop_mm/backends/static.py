@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..engine import Engine, FFNState, PromptState
-from ..partition import dropped_candidates
+from ..engine import Engine
+from ..ops.select import choose
 from ..phase import Forward
-from ..routed import ExpertsState
+from ..state import PromptState
 
 _STEPS = 32  # kept before they are handed to the step logs
 
@@ -84,12 +84,9 @@ class StaticSteps:
         """Hand the steps so far to the logs of their prompt."""
         if self._state is not None and self._count:
             for index, log in self._logs.items():
-                ffn = self._state.ffns[index]
-                assert isinstance(ffn, FFNState)
-                ffn.steps.add(log[: self._count].clone(), self._ranks[index])
+                self._state.ffns[index].steps.add(log[: self._count].clone(), self._ranks[index])
             for index, tokens in self._tokens.items():
                 experts = self._state.ffns[index]
-                assert isinstance(experts, ExpertsState)
                 experts.decode_tokens = [a + b for a, b in zip(experts.decode_tokens, tokens.tolist(), strict=True)]
                 tokens.zero_()
         self._count, self._state = 0, None
@@ -99,18 +96,17 @@ class StaticSteps:
         self._tokens[index].index_add_(0, experts, torch.ones_like(experts))
 
     def without_dropped(self, index: int, h: Tensor) -> Tensor:
-        """``[N, K]``, zero on the candidates that this step leaves out: what :meth:`Engine.select` does, traceable.
+        """``[N, K]``, zero on the candidates that this step leaves out: what :meth:`Engine.choose` does, traceable.
 
         N are the rows of a batch that share one choice.
         """
         sizes, weight = self._engine.sizes[index], self._weights[index]
         candidates = h[:, sizes.retained :]
-        if len(h) == 1:
-            scores = (candidates * weight).abs()
-        else:
-            squared = candidates.to(weight.dtype).square().masked_fill(~self._valid[h.device], 0)
-            scores = squared.sum(0, keepdim=True).sqrt() * weight
-        dropped = dropped_candidates(scores, sizes)
+        together = valid = None
+        if len(h) > 1:
+            together = torch.zeros(len(h), dtype=torch.int64, device=h.device)
+            valid = self._valid[h.device].squeeze(1)
+        dropped = choose(candidates, weight, sizes.candidates_dropped, together, 1, valid)
         self._logs[index].index_copy_(0, self._slots[h.device], dropped)
         kept = candidates.scatter(1, dropped.expand(len(h), -1), 0)
         return torch.cat([h[:, : sizes.retained], kept], 1)

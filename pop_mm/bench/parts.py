@@ -1,7 +1,8 @@
 """Time by part of a decode step and of a prefill, in runs of their own: looking at parts costs time too.
 
-Forwards and methods are wrapped on their instances for one run, and put back exactly. A part's time is its own: what a part
-inside it takes is not in it. On a GPU every part waits for the device, so that what overlaps in a real step adds up here.
+Forwards are wrapped on their instances for one run, and put back exactly; a session tells its own parts. A part's time is its
+own: what a part inside it takes is not in it. On a GPU every part waits for the device, so that what overlaps in a real step adds
+up here.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, adapter_for
-from ..engine import PromptState
 from ..experts import Experts
 from ..layout import FFN
 from ..phase import set_instance_attribute
@@ -106,6 +105,15 @@ class PartClock:
 
         return call
 
+    def now(self) -> float:
+        """Seconds on a clock, once the device has done what it was given."""
+        synchronise(self._device)
+        return time.perf_counter()
+
+    def took(self, part: str, seconds: float) -> None:
+        """A choice within an FFN took so long."""
+        self.chosen += seconds
+
     def put(self, value: Tensor) -> None:
         """One more token."""
         self._charge()
@@ -146,7 +154,7 @@ def measure_parts(
     session : Session or None
         That which is attached to the model.
     """
-    clock = PartClock(model.device, (lambda: 0.0) if session is None else (lambda: session._inplace.choosing_seconds))
+    clock = PartClock(model.device, (lambda: 0.0) if session is None else (lambda: session.choosing_seconds))
     with watched(model, records, session, clock):
         generate(model, ids, new_tokens, clock, **options)
     return clock.parts()
@@ -157,12 +165,11 @@ def watched(model: Any, records: Sequence[FFN | Experts], session: Session | Non
     """Within: the clock is told of every part."""
     undo: list[Callable[[], object]] = []
     try:
-        targets = [*_model_targets(model, records), *(_session_targets(session) if session is not None else [])]
-        for instance, name, part in targets:
+        for instance, name, part in _model_targets(model, records):
             own = getattr(instance, name)
             undo.append(set_instance_attribute(instance, name, clock.timed(part, own)))
         if session is not None:
-            undo.append(_watch_chooser(session, clock))
+            undo.append(set_instance_attribute(session.events, "listener", clock))
         before = model.register_forward_pre_hook(lambda *_: clock.push("framework"), prepend=True)
         after = model.register_forward_hook(lambda *_: clock.pop())
         undo += [before.remove, after.remove]
@@ -194,51 +201,9 @@ def attention_modules(model: Any, adapter: Adapter, records: Sequence[FFN | Expe
         child
         for layer in adapter.layers(model)[1]
         for child in layer.children()
-        if "Norm" not in type(child).__name__
-        and any(True for _ in child.parameters())
+        if any(parameter.dim() >= 2 for parameter in child.parameters())
         and not any(module in ffn for module in child.modules())
     ]
-
-
-def _session_targets(session: Session) -> Iterator[tuple[Any, str, str]]:
-    engine, inplace = session._engine, session._inplace
-    for name in ("observe", "count_tokens", "check_finite"):
-        yield engine, name, "statistics"
-    yield engine, "partition_all", "partition"
-    yield engine, "select", "selection"
-    for name in ("place", "_pack", "unpack"):
-        yield inplace, name, "reordering"
-    for index, record in enumerate(engine.ffns):
-        if isinstance(record, Experts):
-            routed = engine.routed(index)
-            yield routed, "observe", "statistics"
-            yield routed, "choose", "selection"
-            if (experts := inplace._experts.get(index)) is not None:
-                yield experts, "_choose", "selection"
-                yield experts, "_place", "reordering"
-
-
-def _watch_chooser(session: Session, clock: PartClock) -> Callable[[], object]:
-    """The engine makes a function for each FFN and prompt, which chooses when one token of each sequence decodes."""
-    engine = session._engine
-    own = engine.chooser
-
-    def chooser(
-        index: int, state: PromptState, weight: Tensor, ranks: Tensor
-    ) -> Callable[[Tensor, Tensor | None], None]:
-        leave_out = own(index, state, weight, ranks)
-        wait = (lambda: None) if weight.is_cpu else partial(synchronise, weight.device)
-
-        def call(h: Tensor, valid: Tensor | None) -> None:  # a few operations: the clock's own work would be as much
-            wait()
-            started = time.perf_counter()
-            leave_out(h, valid)
-            wait()
-            clock.chosen += time.perf_counter() - started
-
-        return call
-
-    return set_instance_attribute(engine, "chooser", chooser)
 
 
 __all__ = ["PROMPT_PARTS", "STEP_PARTS", "Parts", "measure_parts"]

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..inputs import unknown_token
 from ..passages import load_passages
+from .errors import BenchError
 
 
 class Prompts:
@@ -19,6 +21,11 @@ class Prompts:
     model : PreTrainedModel
     tokenizer : PreTrainedTokenizerBase or None
     seed : int
+
+    Raises
+    ------
+    BenchError
+        The tokenizer has a token that the model's embedding has no row for.
     """
 
     def __init__(self, model: Any, tokenizer: Any, seed: int = 0) -> None:
@@ -27,6 +34,9 @@ class Prompts:
         if tokenizer is not None:
             texts = load_passages().values()
             self._passages = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+            every = torch.tensor([token for passage in self._passages for token in passage])
+            if (message := unknown_token(model, every, tokenizer)) is not None:
+                raise BenchError(message)
         configs = (model.config, model.config.get_text_config())
         special = [value for config in configs for key, value in config.to_dict().items() if key.endswith("token_id")]
         ids = torch.ones(configs[1].vocab_size, dtype=torch.bool)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..adapters import adapter_for
 from ..experts import Experts
+from ..inputs import Context, context_of
 from ..session import plan_ffns
 from .errors import BenchError
 from .limits import amdahl_limit, step_bytes
@@ -34,19 +35,26 @@ def check(model: Any, setup: Setup) -> None:
     Raises
     ------
     BenchError
-        A prompt and its new tokens are more than the model's context.
+        A prompt and its new tokens are more than the model's table of positions has.
     AdapterError, ConfigError
         The model cannot be pruned, or not by such a ratio.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(setup.prompts)
-    if context is not None and longest + setup.new_tokens > context:
-        raise BenchError(
-            f"Prompts of {longest} tokens and {setup.new_tokens} new ones are {longest + setup.new_tokens}, but the model's "
-            f"context is {context} tokens (max_position_embeddings). Take shorter prompts or fewer new tokens."
-        )
+    context = context_of(model)
+    if context is not None and context.fixed and (beyond := _beyond_context(context, setup)):
+        raise BenchError(f"{beyond}, and it has no positions beyond. Take shorter prompts or fewer new tokens.")
     for _, variant in setup.jobs():
         plan_ffns(model, setup.config(variant))
+
+
+def _beyond_context(context: Context, setup: Setup) -> str | None:
+    """The beginning of a sentence about prompts and new tokens that are more than the context; None if they are not."""
+    longest = max(setup.prompts)
+    if (tokens := longest + setup.new_tokens) <= context.tokens:
+        return None
+    return (
+        f"Prompts of {longest} tokens and {setup.new_tokens} new ones are {tokens}, but the model's context is {context.tokens} "
+        "tokens"
+    )
 
 
 def steps(setup: Setup) -> int:
@@ -201,6 +209,9 @@ def _by_part(runs: list[tuple[Parts, Parts | None]]) -> dict[str, Any]:
 def _notes(model: Any, tokenizer: Any, setup: Setup) -> list[str]:
     """What must be known to read the figures."""
     notes = []
+    context = context_of(model)
+    if context is not None and (beyond := _beyond_context(context, setup)):
+        notes.append(f"{beyond}: the speeds are right, but its answers get worse beyond them.")
     if tokenizer is None:
         notes.append(
             "The prompts are random token ids, which no domain has in common: each prompt reorders as much as there can be."

@@ -5,14 +5,22 @@ Heavy modules are imported inside the commands, so that ``pop-mm --help`` is fas
 
 from __future__ import annotations
 
+import errno
+import io
+import logging
+import os
 import sys
-from collections.abc import Sequence
+import textwrap
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, cast
 
 import typer
 
 from .. import __version__
-from ..errors import PopError
+from ..errors import PopError, one_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 models_app = typer.Typer(no_args_is_help=True, help="Sample models that need no model hub.")
@@ -20,7 +28,9 @@ app.add_typer(models_app, name="models")
 
 # click's base class of such errors, of whichever click (an own one, lately) typer uses
 _USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)  # of stdout
 
+_MOST = 2**31 - 1  # of anything that is counted
 Model = Annotated[str, typer.Option(help="A sample's name (smollm2-135m), a folder, or a hub id.", show_default=False)]
 Ratio = Annotated[
     float | None, typer.Option(help="Share that POP leaves out while decoding, in [0, 1).", show_default=False)
@@ -36,9 +46,12 @@ Backend = Annotated[str, typer.Option(metavar="auto|masked|inplace", help="inpla
 Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16", help="auto: the checkpoint's own.")]
 Prefill = Annotated[str, typer.Option(metavar="dense|partition", help="partition: as in the paper.")]
 ProbeTokens = Annotated[
-    int, typer.Option(metavar="N", help="With --prefill partition: tokens that choose the channels; 0: all of them.")
+    int,
+    typer.Option(
+        max=_MOST, metavar="N", help="With --prefill partition: tokens that choose the channels; 0: all of them."
+    ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=_MOST, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, max=100, help="0 is greedy; above 0 the answer is sampled.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For sampling.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto: a GPU if there is one.")]
@@ -57,7 +70,7 @@ Budgets = Annotated[
 ]
 Gammas = Annotated[list[float], typer.Option(metavar="SHARE", help="Of pop: candidates, in [0, 1]; repeat it.")]
 Prefills = Annotated[list[str], typer.Option(metavar="dense|partition", help="Repeat it for both.")]
-Counts = Annotated[list[int], typer.Option(min=1, metavar="N", help="Repeat it for more.")]
+Counts = Annotated[list[int], typer.Option(min=1, max=_MOST, metavar="N", help="Repeat it for more.")]
 _METHODS, _RATIOS, _GAMMAS, _PREFILLS = ["static", "pop", "full"], [0.2, 0.4], [0.1], ["dense"]  # of `eval`
 _BATCHES, _PROMPTS, _BENCH_METHODS, _CACHES = [1], [128], ["pop"], ["dynamic"]  # of `bench`
 JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Save as JSON; - is stdout.")]
@@ -166,17 +179,17 @@ def evaluate(
     subset: Annotated[str | None, typer.Option(metavar="NAME", help="The data set's configuration.")] = None,
     split: Annotated[str, typer.Option(help="The data set's split.")] = "test",
     column: Annotated[str, typer.Option(help="The data set's column of text.")] = "text",
-    limit: Annotated[int | None, typer.Option(min=1, help="Most pieces of text to score.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Most pieces of text to score.")] = None,
     calibration: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Calibration text of wanda_sp.")] = None,
-    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens of each piece.")] = 256,
-    continuation: Annotated[int, typer.Option(min=1, help="Decode steps scored.")] = 128,
+    prompt: Annotated[int, typer.Option(min=1, max=_MOST, help="Prompt tokens of each piece.")] = 256,
+    continuation: Annotated[int, typer.Option(min=1, max=_MOST, help="Decode steps scored.")] = 128,
     generate_tokens: Annotated[
-        int, typer.Option("--generate", min=0, help="Greedy tokens that are compared; 0: none.")
+        int, typer.Option("--generate", min=0, max=_MOST, help="Greedy tokens that are compared; 0: none.")
     ] = 16,
     batch: Annotated[str, typer.Option(metavar="per_sequence|shared", help="shared: a batch has one partition.")] = (
         "per_sequence"
     ),
-    batch_size: Annotated[int, typer.Option(min=1, help="Pieces of text at once.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, max=_MOST, help="Pieces of text at once.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of random and the bootstrap.")] = 0,
     output: Annotated[
         str | None, typer.Option(metavar="DIR", help="Keep results here; an interrupted run goes on from it.")
@@ -200,7 +213,7 @@ def evaluate(
 def web_app(
     model: Model = "tiny-vlm",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of 127.0.0.1; no other machine can reach it.")] = 7860,
-    ratio: Ratio = 0.4,
+    ratio: Annotated[float, typer.Option(help="Share to leave out while decoding, in [0, 1).")] = 0.4,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -221,13 +234,17 @@ def inspect(
     backend: Backend = "auto",
     dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one row per FFN.", show_default=False)] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Load the weights and probe the adapter; code 1 if it is broken.")
+    ] = False,
 ) -> None:
-    """Show what would be pruned, and what a decoded token would read. The weights are not loaded."""
+    """Show what would be pruned, and what a decoded token would read. The weights are loaded for --check alone."""
     from ..config import PopConfig
     from .inspect import run
 
     config = PopConfig(ratio, scope, gamma, budget=budget, method=method, backend=backend)  # type: ignore[arg-type]
-    run(model, config, dtype, as_json)
+    if not run(model, config, dtype, as_json, check):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -237,10 +254,10 @@ def bench(
         str | None, typer.Option(metavar="NAME", help="Published dimensions instead: llama3.2-1b, mixtral-8x7b, ...")
     ] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Of --config; built on the device.")] = False,
-    layers: Annotated[int | None, typer.Option(min=1, help="Of --config: build fewer layers.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Of --config: build fewer layers.")] = None,
     batch: Counts = _BATCHES,
     prompt: Counts = _PROMPTS,
-    new_tokens: Annotated[int, typer.Option(min=4, help="Decoded tokens, exactly.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=4, max=_MOST, help="Decoded tokens, exactly.")] = 128,
     ratio: Ratios = _RATIOS,
     method: Annotated[list[str], typer.Option(metavar="pop|static", help="Repeat it for both.")] = _BENCH_METHODS,
     gamma: Gamma = 0.1,
@@ -257,7 +274,7 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile, dense and pruned; needs --cache static.")
     ] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one to warm up.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, max=_MOST, help="Rounds that count, after one to warm up.")] = 7,
     memory: Annotated[
         bool, typer.Option("--memory", help="Peak memory on a CPU too, each in a fresh process.")
     ] = False,
@@ -354,26 +371,65 @@ def models_upcycle(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``pop-mm``. A user's mistake ends with code 2 and a plain sentence, Ctrl-C with 130 and nothing.
+    """Run ``pop-mm``.
+
+    A user's mistake ends with a plain sentence and code 2, any other failure with one and code 1, Ctrl-C with code 130 and
+    nothing. ``POP_MM_TRACEBACK=1`` prints the traceback of such other failures. What the encoding of stdout does not have is
+    replaced by ``?``.
 
     Parameters
     ----------
     arguments : sequence of str, optional
         Instead of the process's own.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="replace")
+    with _without_logs():
+        code = _run(arguments)
+    sys.exit(code)
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Keep out of the output what packages log and warn of; those that transformers imports do so for what they miss."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """The exit code."""
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="pop-mm", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        return 130
     except PopError as error:
-        code = _say(str(error))
+        return _say(str(error), 2)
     except _USAGE_ERROR as error:
-        code = _say(error.format_message()) if str(error) else 2
-    except OSError as error:  # of stdout; what a command reads and writes has errors of its own
-        code = _say(f"The output cannot be written: {error.strerror or error}.")
-    sys.exit(code if isinstance(code, int) else 0)
+        return _say(error.format_message(), 2) if str(error) else 2
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT_ERRORS:
+            return _say(f"The output cannot be written: {error.strerror}.", 2)
+        return _say(_unexpected(error), 1)
+    return code if isinstance(code, int) else 0
 
 
-def _say(message: str) -> int:
+def _unexpected(error: Exception) -> str:
+    shown = os.environ.get("POP_MM_TRACEBACK", "") not in ("", "0")
+    if shown:
+        traceback.print_exception(error)
+    said = textwrap.shorten(one_line(error), 400, placeholder=" ...")
+    hint = "" if shown else " (set POP_MM_TRACEBACK=1 to see where)"
+    return f"{type(error).__name__}: {said}{hint}." if str(error) else f"{type(error).__name__}{hint}."
+
+
+def _say(message: str, code: int) -> int:
     print("Error:", " ".join(message.split()), file=sys.stderr)
-    return 2
+    return code

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
 from ..config import PopConfig
 from ..modality import MODALITIES
 from ..samples import load_vision, resolve
 from ..threshold_report import ThresholdReport
 from ..vision import load_image, prepare
-from .generate import Sampling, check_outputs, check_words, compare, exceeded_context, find_device, torch_dtype
-from .terminal import CommandError, quiet, spinner
+from .generate import Sampling, check_context, check_outputs, check_words, compare, find_device, torch_dtype
+from .terminal import quiet, spinner
 
 
 def run(
@@ -37,7 +35,9 @@ def run(
         with spinner(f"Loading {name}"):
             model, processor = load_vision(name, dtype=kind, device=where)
         inputs = prepare(processor, pictures, question, model=model)
-        check_context(model, inputs["input_ids"].shape[1], sampling)
+        length = inputs["input_ids"].shape[1]
+        needs = f"The prompt has {length} tokens (images included) and {sampling.asks_for}"
+        check_context(model, length + sampling.max_new_tokens, needs, "for fewer tokens, or give a smaller image")
         both = compare(model, processor.tokenizer, inputs, inputs, config, sampling)
 
     def draw() -> Path:
@@ -51,12 +51,3 @@ def run(
     counts = {modality: both.report.modality_tokens.get(modality, 0) for modality in MODALITIES}
     asked = {"model": name, "image": list(images), "question": question, "tokens": counts}
     both.show(asked, json_file, None if plot is None else draw)
-
-
-def check_context(model: PreTrainedModel, tokens: int, sampling: Sampling) -> None:
-    """Complain about a prompt that leaves no room for the answer."""
-    if (context := exceeded_context(model, tokens, sampling.max_new_tokens)) is not None:
-        raise CommandError(
-            f"The prompt has {tokens} tokens (images included) and --max-new-tokens asks for {sampling.max_new_tokens} "
-            f"more, but the model's context is {context} tokens. Give a smaller image or ask for fewer tokens."
-        )

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,7 +18,7 @@ from ..bench.memory import Job, measure_memory
 from ..bench.variants import kernels_for
 from .generate import check_outputs, find_device, torch_dtype
 from .inspect import skeleton
-from .terminal import CommandError, quiet, spinner, write_json
+from .terminal import CommandError, quiet, save_then, spinner, write_json
 
 _REPEATS = 3  # processes for each peak
 
@@ -50,12 +51,19 @@ def run(
             results = measure(model, tokenizer, setup, tick, peaks)
     results = {"model": source.label, "layers": source.layers, **results}
     results["notes"] = [*source.notes, *results["notes"]]
-    console.print(machine_line(machine_facts()), highlight=False, markup=False, soft_wrap=True, style="dim")
-    show.print_tables(console, results)
-    if plot is not None:
-        console.print(f"Picture: {show.plot(results, plot)}", highlight=False, markup=False, soft_wrap=True)
+    saves: list[Callable[[], object]] = []
     if json_file is not None:
-        write_json(results, json_file)
+        saves.append(lambda: write_json(results, json_file))
+    if plot is not None:
+        saves.append(lambda: show.plot(results, plot))
+
+    def print_all() -> None:
+        console.print(machine_line(machine_facts()), highlight=False, markup=False, soft_wrap=True, style="dim")
+        show.print_tables(console, results)
+
+    save_then(saves, print_all)
+    if plot is not None:
+        console.print(f"Picture: {Path(plot).expanduser()}", highlight=False, markup=False, soft_wrap=True)
 
 
 def source_of(model: str | None, config: str | None, random_weights: bool, layers: int | None, dtype: str) -> Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from ..evaluation.run import UNITS, EvaluationError, Run, Setup, grid
 from ..evaluation.texts import Window
 from ..passages import load_passages
 from ..session import Session, plan_ffns
-from .generate import exceeded_context, find_device, load_model
-from .terminal import CommandError, check_writable, quiet, write_json
+from .generate import check_context, find_device, load_model
+from .terminal import CommandError, check_writable, path_errors, quiet, save_then, write_json, write_text
 
 _FEW = 2000  # calibration tokens
 
@@ -62,7 +62,7 @@ def run(
     """The command; all of it is checked before the model is loaded."""
     if output == "":
         raise CommandError("--output is empty: name a folder.")
-    if source.files and source.dataset:
+    if source.files and source.dataset is not None:
         raise CommandError("Give --text or --dataset, not both.")
     if "thresholds" in methods and not budgets:
         budgets = [DEFAULT_BUDGET]
@@ -73,21 +73,12 @@ def run(
         for gamma in gammas:
             for prefill in prefills:
                 PopConfig(ratio, setup.scope, gamma, prefill=prefill, batch=setup.batch)  # type: ignore[arg-type]
-    folder = None if output is None else Path(output).expanduser()
-    if folder is not None:
-        if folder.exists() and not folder.is_dir():
-            raise CommandError(f"--output must be a folder; {folder} is a file.")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CommandError(f"The folder {folder} cannot be made: {error.strerror or error}.") from error
-        for name in (UNITS, "results.json", "results.md", "quality.png"):
-            check_writable(folder / name)
+    folder = None if output is None else _make_folder(output)
     if json_file not in (None, "-"):
         check_writable(json_file)
     where = find_device(device)
-    named = texts.read_files(source.files)
-    if source.dataset:
+    named: dict[str, str | texts.Chats] = dict(texts.read_files(source.files))
+    if source.dataset is not None:
         named = texts.read_dataset(source.dataset, source.split, source.column, source.subset)
     extra = texts.read_files(source.calibration)
     if "wanda_sp" in methods and named and not extra:
@@ -95,17 +86,16 @@ def run(
     console = Console(stderr=json_file == "-")
     with quiet():
         model, tokenizer = load_model(setup.model, dtype, where)
-        context = exceeded_context(model, setup.prompt, max(setup.continuation, setup.generate))
-        if context is not None:
-            raise CommandError(
-                f"--prompt and --continuation or --generate ask for more tokens than the model's context of {context}."
-            )
+        tokens = setup.prompt + max(setup.continuation, setup.generate)
+        asked = f"--prompt and --continuation or --generate ask for {tokens} tokens"
+        check_context(model, tokens, asked, "for fewer")
         windows = texts.windows(named or load_passages(), tokenizer, setup.tokens, source.limit)
         calibration: list[Window] = []
         if "wanda_sp" in methods:
             known = {window.name for window in windows} if not extra else set()
             every = texts.pieces(extra or load_passages(), tokenizer, setup.tokens)
             calibration = [window for window in every if window.name not in known]  # what is not scored
+        texts.check_tokens(model, [*windows, *calibration], tokenizer)
         work = Run(model, setup, windows, calibration, folder)
         for ratio in ratios:  # one that does not fit the model is found before the first forward
             plan_ffns(model, PopConfig(ratio, setup.scope))  # type: ignore[arg-type]
@@ -118,19 +108,42 @@ def run(
             task = progress.add_task("evaluating", total=work.total(points))
             work.work(points, lambda: progress.advance(task))
     results = work.results(points)
-    show.print_table(console, results)
-    tokens = results["setup"]["calibration_tokens"]
-    if "wanda_sp" in methods and tokens < _FEW:
-        console.print(
-            f"wanda_sp was calibrated on {tokens} tokens only: give more text (--calibration).", style="yellow"
-        )
+    saves: list[Callable[[], object]] = []
+    if json_file is not None:
+        saves.append(lambda: write_json(results, json_file))
     if folder is not None:
-        command = "pop-mm " + shlex.join(sys.argv[1:])
-        write_json(results, str(folder / "results.json"))
-        (folder / "results.md").write_text(show.markdown(results, command), encoding="utf-8")
-        show.plot(results, folder / "quality.png")
+        page = show.markdown(results, "pop-mm " + shlex.join(sys.argv[1:]))
+        saves += [
+            lambda: write_json(results, str(folder / "results.json")),
+            lambda: write_text(page, folder / "results.md"),
+            lambda: show.plot(results, folder / "quality.png"),
+        ]
+
+    def print_all() -> None:
+        show.print_table(console, results)
+        tokens = results["setup"]["calibration_tokens"]
+        if "wanda_sp" in methods and tokens < _FEW:
+            console.print(
+                f"wanda_sp was calibrated on {tokens} tokens only: give more text (--calibration).", style="yellow"
+            )
+
+    save_then(saves, print_all)
+    if folder is not None:
         console.print(
             f"Saved in {folder}: results.json, results.md, quality.png", highlight=False, markup=False, soft_wrap=True
         )
-    if json_file is not None:
-        write_json(results, json_file)
+
+
+def _make_folder(output: str) -> Path:
+    """The folder for the results, in which all of them can be written."""
+    with path_errors(output):
+        folder = Path(output).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise CommandError(f"--output must be a folder; {folder} is a file.")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CommandError(f"The folder {folder} cannot be made: {error.strerror or error}.") from error
+        for name in (UNITS, "results.json", "results.md", "quality.png"):
+            check_writable(folder / name)
+    return folder

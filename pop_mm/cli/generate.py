@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import PopConfig
+from ..errors import PopError
+from ..inputs import check_tokens, context_of
 from ..report import Report
 from ..samples import load, resolve
 from ..session import prune
 from ..tables import answers_table, report_summary
 from ..threshold_report import ThresholdReport, threshold_summary
-from .terminal import CommandError, check_writable, quiet, spinner, write_json
+from .terminal import CommandError, check_writable, path_errors, quiet, save_then, spinner, warn, write_json
 
 _WARM_UP = 4  # tokens of the prompt and of the answer in a warm-up
 _COLDEST = 0.001  # logits divided by less overflow
@@ -45,6 +47,11 @@ class Sampling:
     temperature: float
     seed: int
     chat: bool
+
+    @property
+    def asks_for(self) -> str:
+        """The length that was asked for, within a sentence."""
+        return f"--max-new-tokens asks for {self.max_new_tokens} more"
 
     def settings(self) -> dict[str, Any]:
         """Arguments of ``model.generate``."""
@@ -118,17 +125,26 @@ class Comparison:
         return {"dense": self.dense, f"pruned, {self.report.config.label}": self.pruned}
 
     def show(self, asked: dict[str, Any], json_file: str | None, draw: Callable[[], Path] | None) -> None:
-        """Print, and save where asked: JSON begins with ``asked``, and ``draw`` saves a picture."""
+        """Save where asked, then print: JSON begins with ``asked``, and ``draw`` saves a picture."""
+        answers = {"config": self.report.config.to_dict(), "dense": self.dense, "pruned": self.pruned}
+        values = {**asked, **answers, "report": self.report.to_dict()}
         console = Console(stderr=json_file == "-")
-        console.print(answers_table(self.titled))
-        console.print("Decode speed without prefill, one run each: a rough figure.\n", style="dim")
-        summary = threshold_summary if isinstance(self.report, ThresholdReport) else report_summary
-        console.print(summary(self.report))  # type: ignore[arg-type]
-        if draw is not None:
-            console.print(f"Picture: {draw()}", highlight=False, markup=False, soft_wrap=True)
+        saves: list[Callable[[], object]] = []
+        pictures: list[Path] = []
         if json_file is not None:
-            answers = {"config": self.report.config.to_dict(), "dense": self.dense, "pruned": self.pruned}
-            write_json({**asked, **answers, "report": self.report.to_dict()}, json_file)
+            saves.append(lambda: write_json(values, json_file))
+        if draw is not None:
+            saves.append(lambda: pictures.append(draw()))
+
+        def print_all() -> None:
+            console.print(answers_table(self.titled))
+            console.print("Decode speed without prefill, one run each: a rough figure.\n", style="dim")
+            summary = threshold_summary if isinstance(self.report, ThresholdReport) else report_summary
+            console.print(summary(self.report))  # type: ignore[arg-type]
+            for picture in pictures:
+                console.print(f"Picture: {picture}", highlight=False, markup=False, soft_wrap=True)
+
+        save_then(saves, print_all)
 
 
 def compare(
@@ -154,7 +170,8 @@ def check_outputs(json_file: str | None, plot: str | None) -> None:
     if plot is not None:
         from ..plotting import check_path
 
-        check_writable(check_path(plot))
+        with path_errors(plot):
+            check_writable(check_path(plot))
     if json_file is not None and json_file != "-":
         check_writable(json_file)
 
@@ -211,6 +228,8 @@ def encode(
     """The prompt's ``input_ids`` and ``attention_mask``, ``[1, tokens]``, within the model's context."""
     try:
         inputs = tokenize(model, tokenizer, prompt, sampling.chat)
+    except PopError:
+        raise
     except Exception as error:
         raise CommandError(
             f"The tokenizer cannot encode the prompt: {error} (--no-chat leaves out its template)."
@@ -218,11 +237,12 @@ def encode(
     tokens = inputs["input_ids"].shape[1]
     if tokens == 0:
         raise CommandError("The prompt has no tokens.")
-    if (context := exceeded_context(model, tokens, sampling.max_new_tokens)) is not None:
-        raise CommandError(
-            f"The prompt has {tokens} tokens and --max-new-tokens asks for {sampling.max_new_tokens} more, but the "
-            f"model's context is {context} tokens."
-        )
+    check_context(
+        model,
+        tokens + sampling.max_new_tokens,
+        f"The prompt has {tokens} tokens and {sampling.asks_for}",
+        "for fewer tokens",
+    )
     return inputs
 
 
@@ -231,7 +251,10 @@ def tokenize(
 ) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask``, ``[1, tokens]``, of a text, as a chat's turn if there is a template for it.
 
-    A template raises whatever it stumbles over.
+    Raises
+    ------
+    TokenError
+        The tokenizer knows a token that the model's embedding has no row for. A template raises whatever it stumbles over.
     """
     if chat and tokenizer.chat_template:
         turns = [{"role": "user", "content": text}]
@@ -240,13 +263,34 @@ def tokenize(
         )
     else:
         encoded = tokenizer(text, return_tensors="pt")
+    check_tokens(model, encoded["input_ids"], tokenizer)
     return {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}
 
 
 def exceeded_context(model: PreTrainedModel, tokens: int, max_new_tokens: int) -> int | None:
     """The model's context in tokens if a prompt and its answer do not fit in, else None."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return context if context and tokens + max_new_tokens > context else None
+    context = context_of(model)
+    return context.tokens if context and tokens + max_new_tokens > context.tokens else None
+
+
+def check_context(model: PreTrainedModel, tokens: int, asked: str, remedy: str) -> None:
+    """Complain about more tokens than the model has positions for; warn where they only cost quality.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    tokens : int
+        Of the prompt and what follows.
+    asked, remedy : str
+        "The prompt has ... more" and what to ask for instead.
+    """
+    context = context_of(model)
+    if context is None or tokens <= context.tokens:
+        return
+    found = f"{asked}, but the model's context is {context.tokens} tokens"
+    if context.fixed:
+        raise CommandError(f"{found}, and it has no positions beyond. Ask {remedy}.")
+    warn(f"{found}: beyond them its answers get worse.")
 
 
 def answer(

@@ -12,37 +12,47 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from ..adapters import Adapter, adapter_for, registered_adapters
+from ..adapters import Adapter, Check, adapter_for, check, registered_adapters
 from ..config import PopConfig
+from ..errors import ConfigError
 from ..report import FFNPlan
 from ..samples import SampleError, load_config, resolve, takes_images
 from ..session import PART_NAMES, plan_ffns, weights_per_token
 from ..tables import footprint_table, plan_table
 from .generate import load_model, torch_dtype
 from .inspect_thresholds import inspect_thresholds
+from .stored import StoredBytes, bits_of, stored_tensors
 from .terminal import quiet, spinner
 
 
-def run(name: str, config: PopConfig, dtype: str, as_json: bool) -> None:
-    """The command."""
+def run(name: str, config: PopConfig, dtype: str, as_json: bool, contract: bool = False) -> bool:
+    """The command; false if the adapter's contract was asked for (``contract``) and is broken."""
     with quiet():
-        model, packed = skeleton(name, dtype)
+        model, quantisation = skeleton(name, dtype)
         adapter = adapter_for(model)
         if config.chosen_method == "thresholds":
+            if contract:
+                raise ConfigError("--check shows what an adapter finds for POP. Give --ratio, or --method pop.")
+            packed = None if quantisation is None else str(quantisation.get("quant_method", "quantised"))
             inspect_thresholds(model, config, adapter, packed, as_json)
-            return
+            return True
         plans = plan_ffns(model, config, adapter)
-    if packed is not None:
-        plans = [_packed(plan, packed) for plan in plans]
+        checked = check(load_model(name, dtype)[0]) if contract else None
+    stored = None
+    if quantisation is not None:
+        plans = [_packed(plan, str(quantisation.get("quant_method", "quantised"))) for plan in plans]
+        bits = bits_of(quantisation, model.dtype.itemsize)
+        stored = StoredBytes(model, stored_tensors(resolve(name)), bits)
     if as_json:
-        size = model.dtype.itemsize
-        print(json.dumps([_row(plan, size) for plan in plans], indent=2))
-        return
+        found = {} if checked is None else _contracts(checked)
+        rows = [{**_row(p, _ffn_bytes(p, model, stored)), **found.get(p.ffn.name, {})} for p in plans]
+        print(json.dumps(rows, indent=2))
+        return checked is None or checked.ok
     layers = adapter.layer_weights(model, [plan.ffn for plan in plans]).values()
     largest = floor(1000 * sum(w.ffn for w in layers) / sum(w.ffn + w.attention for w in layers)) / 1000
     console = Console()
     console.print(plan_table(plans))
-    console.print(footprint_table(footprint(model, adapter, plans)))
+    console.print(footprint_table(footprint(model, adapter, plans, stored)))
     layouts = " / ".join(dict.fromkeys(plan.ffn.layout for plan in plans))
     console.print(
         f"{type(model).__name__}: {len(plans)} FFNs of {layouts}, found by {type(adapter).__name__}.\n"
@@ -52,10 +62,15 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool) -> None:
     )
     for reason in dict.fromkeys(plan.reason for plan in plans if plan.backend == "masked"):
         console.print(f"Masked, without speed-up: {reason}.", style="yellow", highlight=False, markup=False)
+    if checked is not None:
+        console.print(
+            f"\n{checked}", style=None if checked.ok else "yellow", highlight=False, markup=False, soft_wrap=True
+        )
+    return checked is None or checked.ok
 
 
-def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, str | None]:
-    """The model without weights, from its config alone, and how its checkpoint is quantised (None if it is not).
+def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any] | None]:
+    """The model without weights, from its config alone, and its ``quantization_config`` (None if it is not quantised).
 
     A model type without a registered adapter is loaded, since its structure has to be probed.
     """
@@ -78,35 +93,59 @@ def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, str | None]:
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is None:
         return model, None
-    values = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
-    return model, str(values.get("quant_method", "quantised"))
+    return model, quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
 
 
-def footprint(model: PreTrainedModel, adapter: Adapter, plans: Sequence[FFNPlan]) -> dict[str, tuple[int, int]]:
+def footprint(
+    model: PreTrainedModel, adapter: Adapter, plans: Sequence[FFNPlan], stored: StoredBytes | None = None
+) -> dict[str, tuple[int, int]]:
     """Bytes of weight matrices that one decoded token reads, dense and pruned; no biases, norms or KV cache.
 
     An FFN in place is read on its K = |R| + |C| channels, a masked one whole. Of routed experts, those count that a
-    token uses.
+    token uses. Packed weights count as the checkpoint stores them.
     """
     size = model.dtype.itemsize
-    parts = {name: (size * count, size * count) for name, count in weights_per_token(model, adapter, plans).items()}
+    counts = weights_per_token(model, adapter, plans)
+    parts = {name: (size * count, size * count) for name, count in counts.items()}
     for role, name in PART_NAMES.items():
         if name in parts:
-            read = sum(plan.ffn.weight_count * _share_read(plan) for plan in plans if plan.ffn.role == role)
-            parts[name] = parts[name][0], round(size * read)
+            mine = [(_ffn_bytes(plan, model, stored), _share_read(plan)) for plan in plans if plan.ffn.role == role]
+            parts[name] = round(sum(whole for whole, _ in mine)), round(sum(whole * share for whole, share in mine))
+    if stored is not None:
+        attention = round(stored.of_attention(model, adapter, counts["attention"]))
+        head = model.get_output_embeddings()
+        lm_head = 0 if head is None else round(stored.of_head(head, counts["lm_head"], size))
+        parts |= {"attention": (attention, attention), "lm_head": (lm_head, lm_head)}
     return parts
+
+
+def _ffn_bytes(plan: FFNPlan, model: PreTrainedModel, stored: StoredBytes | None) -> float:
+    if stored is None:
+        return model.dtype.itemsize * plan.ffn.weight_count
+    return stored.of_ffn(plan.ffn)
 
 
 def _share_read(plan: FFNPlan) -> float:
     return plan.sizes.width / plan.sizes.channels if plan.backend == "inplace" else 1.0
 
 
-def _row(plan: FFNPlan, size: int) -> dict[str, Any]:
-    whole = size * plan.ffn.weight_count
+def _row(plan: FFNPlan, whole: float) -> dict[str, Any]:
     return {
         **plan.to_dict(),
-        "bytes_per_token_dense": whole,
+        "bytes_per_token_dense": round(whole),
         "bytes_per_token_pruned": round(whole * _share_read(plan)),
+    }
+
+
+def _contracts(checked: Check) -> dict[str, dict[str, str | None]]:
+    """Name of an FFN -> what the probe of its adapter found."""
+    return {
+        name: {
+            "contract": "broken" if group.broken else "holds" if group.not_probed is None else "not probed",
+            "finding": group.reason if group.broken else group.not_probed,
+        }
+        for group in checked.groups
+        for name in group.names
     }
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..errors import PopError
+from ..errors import PopError, one_line
 
 
 class CommandError(PopError):
@@ -45,33 +45,76 @@ def spinner(text: str) -> AbstractContextManager[Any]:
     return Console(stderr=True).status(text)
 
 
+@contextmanager
+def path_errors(path: object) -> Iterator[None]:
+    """Turn whatever a path raises that no system takes (too long, a null byte, an unknown ``~user``) into a sentence."""
+    try:
+        yield
+    except PopError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CommandError(
+            f"The path {str(path)!r} cannot be used: {getattr(error, 'strerror', None) or one_line(error)}."
+        ) from error
+
+
 def check_writable(path: str | os.PathLike[str]) -> Path:
     """The path with ``~`` expanded, if a file can be written there.
 
     Raises
     ------
     CommandError
-        It is a folder, its folder does not exist, or the system refuses.
+        It is a folder, its folder does not exist, the system refuses, or it is no path at all.
     """
-    target = Path(path).expanduser()
-    existed = target.exists()
-    try:
-        with target.open("ab"):
-            pass
-    except OSError as error:
-        raise CommandError(f"The file {target} cannot be written: {error.strerror or error}.") from error
-    if not existed:
-        target.unlink()
+    with path_errors(path):
+        target = Path(path).expanduser()
+        existed = target.exists()
+        try:
+            with target.open("ab"):
+                pass
+        except OSError as error:
+            raise CommandError(f"The file {target} cannot be written: {error.strerror or error}.") from error
+        if not existed:
+            target.unlink()
     return target
+
+
+def save_then(saves: Sequence[Callable[[], object]], show: Callable[[], object]) -> None:
+    """Save all results and only then show them. What cannot be saved keeps nothing else from being saved or shown.
+
+    Parameters
+    ----------
+    saves : sequence of callable
+    show : callable
+        Prints; the first error of ``saves`` is raised after it.
+    """
+    errors = []
+    for save in saves:
+        try:
+            save()
+        except Exception as error:
+            errors.append(error)
+    show()
+    if errors:
+        raise errors[0]
+
+
+def warn(message: str) -> None:
+    """A sentence on stderr about something that goes on all the same."""
+    Console(stderr=True).print(f"Warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_text(text: str, path: str | os.PathLike[str]) -> None:
+    """Write a UTF-8 file; half characters, which names of files in other encodings have, are escaped as in JSON."""
+    try:
+        Path(path).expanduser().write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise CommandError(f"The file {path} cannot be written: {error.strerror or error}.") from error
 
 
 def write_json(value: object, path: str) -> None:
     """Write JSON to a file, or to stdout if the path is ``-`` (in ASCII, whatever the terminal's encoding)."""
     if path == "-":
-        print(json.dumps(value, indent=2))
-        return
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    try:
-        Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"The file {path} cannot be written: {error.strerror or error}.") from error
+        print(json.dumps(value, indent=2), flush=True)
+    else:
+        write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)

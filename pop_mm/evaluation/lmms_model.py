@@ -15,11 +15,12 @@ from lmms_eval.api.model import lmms
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..config import PopConfig
+from ..config import PopConfig, unique_keys
 from ..errors import ConfigError
 from ..samples import load_vision
 from ..session import Session
 from ..vision import decode, prepare_chats
+from ..vision.qwen import is_qwen
 from .harness_tally import Counting
 from .lmms_requests import Until, chat_of, cut, document_of, extended, generate_settings, settings_of
 
@@ -210,16 +211,16 @@ def _read_mappings(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("modality_weights", "layer_ratios"):
         if isinstance(value := read.get(name), str):
             try:
-                read[name] = json.loads(value)
-            except json.JSONDecodeError:
-                raise ConfigError(f'{name} must be JSON such as {{"image": 0.5}}; got {value!r}.') from None
+                read[name] = json.loads(value, object_pairs_hook=unique_keys)
+            except ValueError as error:
+                raise ConfigError(f'{name} must be JSON such as {{"image": 0.5}}; got {value!r} ({error}).') from None
     return read
 
 
 def _limit_pixels(image_processor: Any, fewest: int | None, most: int | None) -> None:
     limits = {"shortest_edge": fewest, "longest_edge": most}
     limits = {name: pixels for name, pixels in limits.items() if pixels is not None}
-    if limits and "Qwen" not in type(image_processor).__name__:
+    if limits and not is_qwen(image_processor):
         raise ConfigError(f"min_pixels and max_pixels are for Qwen-VL; this is a {type(image_processor).__name__}.")
     if limits:
         image_processor.size = {

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends.base import current_forward
+from ..asking import asking
+from ..backends.base import Turns, current_forward
 from ..backends.experts import MaskedExperts
 from ..experts import Experts
 from ..layout import FFN
-from ..phase import Forward, PhaseTracker
-from ..threshold_engine import RecordState, ThresholdEngine
+from ..phase import PhaseTracker
+from ..threshold_engine import ThresholdEngine
 
 
 class MaskedInputs:
@@ -27,6 +28,7 @@ class MaskedInputs:
     def __init__(self, engine: ThresholdEngine, tracker: PhaseTracker) -> None:
         self._engine = engine
         self._tracker = tracker
+        self._turns: dict[nn.Module, Turns[int]] = {}
         self._undo: list[Callable[[], object]] = []
 
     def attach(self, index: int) -> None:
@@ -46,12 +48,18 @@ class MaskedInputs:
             self._hook(index, "x", module)
 
     def _hook(self, index: int, which: str, module: nn.Module) -> None:
+        if module in self._turns:  # a module of several layers
+            self._turns[module].add(index)
+            return
         record: Any = self._engine.ffns[index]
+        turns = self._turns[module] = Turns(index)
 
         @torch.compiler.disable
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            if asking():  # its norms are being read: these are unit vectors
+                return args, kwargs
             forward = current_forward(self._tracker, record)
-            return (self._engine.mask(index, which, forward, args[0]), *args[1:]), kwargs
+            return (self._engine.mask(turns.next(forward), which, forward, args[0]), *args[1:]), kwargs
 
         self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
 
@@ -59,6 +67,7 @@ class MaskedInputs:
         """Remove the hooks."""
         while self._undo:
             self._undo.pop()()
+        self._turns.clear()
 
 
 class _MaskedExperts(MaskedExperts):
@@ -71,9 +80,5 @@ class _MaskedExperts(MaskedExperts):
     @torch.compiler.disable
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``: every forward of the experts."""
-        forward = current_forward(self._tracker, self._record)
-        hidden = self._thresholds.mask(self._index, "x", forward, hidden)
-        return self._reference(forward, hidden, ids, weights)
-
-    def _state(self, forward: Forward) -> RecordState:  # type: ignore[override]
-        return self._thresholds.state(self._index, forward)
+        forward = self.forward
+        return self._reference(forward, self._thresholds.mask(self._index, "x", forward, hidden), ids, weights)

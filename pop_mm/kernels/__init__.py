@@ -165,7 +165,7 @@ class Matvec:
         return out
 
     def chooser(self, weight: Tensor, sizes: Sizes, slot: Callable[[], int], otherwise: LeaveOut) -> LeaveOut:
-        """As :func:`pop_mm.partition.step_chooser`; what the library does not take goes to ``otherwise``.
+        """As :func:`pop_mm.ops.select.step_chooser`; what the library does not take goes to ``otherwise``.
 
         Parameters
         ----------

@@ -64,19 +64,21 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, max_bytes: 
     ------
     InputError
         No such file, a folder, an http(s) URL, nothing in it, no image or a format that is not a raster image, damaged
-        or truncated, too large, without area, or of a pixel type that has no defined white (32-bit).
+        or truncated, too large, without area, of a pixel type that has no defined white (32-bit), or an open 16-bit colour
+        PNG with a transparent colour (of which Pillow keeps 8 bits: give the file).
     """
     from PIL import Image
 
     if isinstance(source, Image.Image):
         name, image = f"the {source.mode} image of {source.width} x {source.height}", source
         _check_size(name, image, max_pixels)
+        data = None
     else:
         name, data = _read(source, max_bytes)
         image = _open(name, data, max_pixels)
     try:
-        image.load()
-        return _to_rgb(name, _upright(image))
+        image = _keyed(name, image, data)
+        return _to_rgb(_eight_bits(name, _upright(image)))
     except InputError:
         raise
     except Exception as error:  # decoders raise whatever they stumble over
@@ -205,20 +207,69 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(name: str, image: Image.Image) -> Image.Image:
+def _keyed(name: str, image: Image.Image, data: bytes | None) -> Image.Image:
+    """The image, loaded; where one value of a PNG is transparent (tRNS), that value is in the scale of the pixels.
+
+    Pillow makes 8 bits of pixels of 2 and 4 bits, and of 16-bit colours, but leaves the transparent value in the file's scale.
+    """
+    key = image.info.get("transparency")
+    tiles = getattr(image, "tile", None) if image.format == "PNG" else None  # empty once the image is loaded
+    raw = tiles[0][3] if tiles else None
+    image.load()
+    if isinstance(key, int) and raw in ("L;2", "L;4"):
+        image = image.copy()
+        image.info["transparency"] = key * (85 if raw == "L;2" else 17)
+    elif isinstance(key, tuple) and data is not None and raw == "RGB;16B":
+        image = _without_colour(image, data, key)
+    elif isinstance(key, tuple) and data is None and (raw == "RGB;16B" or max(key) > 0xFF):
+        raise InputError(
+            f"{_start(name)} comes from a 16-bit PNG with a transparent colour, and an open image keeps 8 bits of it. Give "
+            "the file instead."
+        )
+    return image
+
+
+def _without_colour(image: Image.Image, data: bytes, colour: tuple[int, int, int]) -> Image.Image:
+    """A 16-bit colour PNG, of which Pillow kept the upper bytes, with an alpha channel that is 0 at one 16-bit colour."""
+    from io import BytesIO
+
+    import numpy as np
     from PIL import Image
 
-    if image.mode.startswith("I") or image.mode == "F":
-        import numpy as np
+    lower = Image.open(BytesIO(data), formats=["PNG"])
+    lower.tile = [lower.tile[0]._replace(args="RGB;16L")]  # read as little-endian: the other byte
+    values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
+    opaque = (values != np.array(colour, np.uint16)).any(-1)
+    image = image.copy()
+    del image.info["transparency"]
+    image.putalpha(Image.fromarray(255 * opaque.astype(np.uint8)))
+    return image
 
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
-            raise InputError(
-                f"{_start(name)} has 32-bit pixels (mode {image.mode}, {values.min():g} to {values.max():g}), and "
-                "nothing says which value is white. Scale it to 8 bits."
-            )
-        grey = (values.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF
-        image = Image.fromarray(grey.astype(np.uint8))
+
+def _eight_bits(name: str, image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey, with an alpha channel if one value is transparent; other images as they are."""
+    from PIL import Image
+
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image
+    import numpy as np
+
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+        raise InputError(
+            f"{_start(name)} has 32-bit pixels (mode {image.mode}, {values.min():g} to {values.max():g}), and "
+            "nothing says which value is white. Scale it to 8 bits."
+        )
+    grey = Image.fromarray(((values.astype(np.uint32) * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8))
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey.putalpha(Image.fromarray(255 * (values != key).astype(np.uint8)))
+    return grey
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

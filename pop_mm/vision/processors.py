@@ -7,6 +7,7 @@ from functools import cache
 from importlib import import_module, metadata
 from typing import Any
 
+from ..classes import is_a
 from ..samples import SampleError, _loading, load_config, resolve
 from .images import PIP_LINE, InputError
 
@@ -138,7 +139,8 @@ def _without_videos(kind: Any) -> Any:
                 raise InputError(f"This {kind.__name__} takes no videos, since torchvision is missing: `{PIP_LINE}`.")
             super().validate_inputs(*args, videos=videos, **kwargs)
 
-    if kind.__name__ == "SmolVLMProcessor":  # its own asks the video processor for frame rates, even without videos
+    # its own asks the video processor for frame rates, even without videos
+    if is_a(kind, "transformers.models.smolvlm.processing_smolvlm:SmolVLMProcessor"):
         ImagesOnly.apply_chat_template = ProcessorMixin.apply_chat_template
     ImagesOnly.__name__ = ImagesOnly.__qualname__ = kind.__name__
     return ImagesOnly

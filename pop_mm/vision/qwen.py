@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from ..classes import is_a
 from ..errors import one_line
 from .images import PIP_LINE, InputError, is_url
 from .processors import has_torchvision
@@ -24,7 +25,7 @@ def resolve_media(processor: Any, parts: list[dict[str, Any]]) -> dict[str, Any]
     InputError
         A URL, a size or a video without the extra, or for a processor of another family; or qwen_vl_utils failed.
     """
-    qwen = "Qwen" in type(processor.image_processor).__name__
+    qwen = is_qwen(processor.image_processor)
     utils = _qwen_vl_utils() if parts and qwen else None
     if utils is None:
         for part in parts:
@@ -53,6 +54,13 @@ def resolve_media(processor: Any, parts: list[dict[str, Any]]) -> dict[str, Any]
     if videos:
         settings["video_metadata"] = [metadata for _, metadata in videos]
     return {"do_resize": False, **(settings if videos else {})}
+
+
+def is_qwen(image_processor: Any) -> bool:
+    """Whether an image processor is that of Qwen2-VL and its successors, whichever library it resizes with."""
+    folder = "transformers.models.qwen2_vl.image_processing"
+    names = f"{folder}_qwen2_vl:Qwen2VLImageProcessor", f"{folder}_pil_qwen2_vl:Qwen2VLImageProcessorPil"
+    return is_a(type(image_processor), *names)
 
 
 def _check_plain(processor: Any, part: dict[str, Any], qwen: bool) -> None:

@@ -1,0 +1,189 @@
+"""What of a model a session relies on, and whether it is still so.
+
+Before every forward: the modules at their places, the tensors in them, their memory and their version counters. Before a
+prompt also the settings of modules that are made of others (adapters), and one line of each down projection, since writing to
+``weight.data`` leaves no trace anywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backends.moved import Versions
+from .experts import Experts
+from .groups import InputGroup
+from .layout import FFN, as_integers
+
+_version = attrgetter("_version")
+_data_ptr = torch.Tensor.data_ptr
+_OF_EVERY_MODULE = set(vars(nn.Module()))
+_SIMPLE = (bool, int, float, str, type(None))
+
+
+class Watch:
+    """The FFNs of one model as they were when the watch began.
+
+    Parameters
+    ----------
+    model : nn.Module
+    records : iterable of FFN, Experts or InputGroup
+        Those that are pruned.
+    versions : Versions
+        Gets the version counters of now; the session writes those that it causes there.
+    """
+
+    def __init__(self, model: nn.Module, records: Iterable[Any], versions: Versions) -> None:
+        records = list(records)
+        watched = dict.fromkeys(module for record in records for module in _modules(record))
+        self._watched = [module for module in watched if not _is_offloaded(module)]
+        self._places = list(_places(model, watched))
+        self._parents: list[Any] = [parent for parent, _, _ in self._places]
+        self._children = [name for _, name, _ in self._places]
+        self._modules = [child for *_, child in self._places]
+        self._slots = [
+            (f"{type(m).__name__}.{name}", tensors, name)
+            for m in self._watched
+            for tensors in (m._parameters, m._buffers)
+            for name in tensors
+        ]
+        self._dicts: list[Any] = [tensors for _, tensors, _ in self._slots]
+        self._names = [name for *_, name in self._slots]
+        self._composed = [m for record in records for m in record.modules if m._modules]
+        self._lines = [record for record in records if _has_line(record)]
+        self._versions = versions
+        self._note()
+
+    def _note(self) -> None:
+        self._tensors = list(map(dict.get, self._dicts, self._names))
+        present = {id(t): t for t in self._tensors if t is not None}
+        self._counted = [t for t in present.values() if not t.is_inference()]
+        buffers = {id(t) for m in self._watched for t in m._buffers.values()}
+        self._buffers = [t for t in self._counted if id(t) in buffers]
+        self._addressed = [
+            t for t in present.values() if type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided
+        ]
+        self._addresses = list(map(_data_ptr, self._addressed))
+        self._versions.of.clear()
+        self._versions.of.update(zip(map(id, self._counted), map(_version, self._counted), strict=True))
+        self._settings = self._settings_now()
+        self._sums = self._sums_now()
+
+    def forward_done(self) -> None:
+        """After a forward, which may itself have changed buffers and settings (observers of a quantisation do)."""
+        for buffer in self._buffers:
+            self._versions.of[id(buffer)] = buffer._version
+        if self._composed:
+            self._settings = self._settings_now()
+
+    def change(self) -> str | None:
+        """The first thing that is not as it was, of those that cost next to nothing to look at; None if all is."""
+        if not all(map(is_, map(dict.get, self._parents, self._children), self._modules)):
+            for parent, name, child in self._places:
+                if parent.get(name) is not child:
+                    return f"the module {name!r}, a {type(child).__name__}, was replaced by a {type(parent.get(name)).__name__}"
+        if not all(map(is_, map(dict.get, self._dicts, self._names), self._tensors)):
+            where = next(
+                where for (where, d, name), t in zip(self._slots, self._tensors, strict=True) if d.get(name) is not t
+            )
+            return f"{where} was replaced"
+        if list(map(_data_ptr, self._addressed)) != self._addresses:
+            return "the data of a weight was replaced"
+        if list(map(_version, self._counted)) != list(self._versions.of.values()):
+            return "a weight was written to"
+        return None
+
+    def settings_changed(self) -> bool:
+        """Whether a module that is made of others has other settings."""
+        return self._settings_now() != self._settings
+
+    def rewritten(self) -> list[FFN | Experts]:
+        """FFNs whose down projections hold other values in the lines that are looked at."""
+        now = self._sums_now()
+        return [record for record, a, b in zip(self._lines, now, self._sums, strict=True) if a != b]
+
+    def _settings_now(self) -> list[Any]:
+        return [
+            (key, plain)
+            for composed in self._composed
+            for module in composed.modules()
+            for key, value in vars(module).items()
+            if key not in _OF_EVERY_MODULE and (plain := _plain(value)) is not None
+        ]
+
+    @torch.no_grad()
+    def _sums_now(self) -> list[int]:
+        """Of each down projection, the sum of one output's weights as integers: the same in every order of the channels."""
+        alike: dict[Any, list[int]] = {}
+        lines = [_line(record) for record in self._lines]
+        for number, line in enumerate(lines):
+            alike.setdefault((line.shape, line.dtype, line.device), []).append(number)
+        sums = [0] * len(lines)
+        for numbers in alike.values():
+            together = as_integers(torch.stack([lines[number] for number in numbers])).flatten(1).sum(1)
+            for number, total in zip(numbers, together.tolist(), strict=True):
+                sums[number] = int(total)
+        return sums
+
+
+def _modules(record: FFN | Experts | InputGroup) -> Iterator[nn.Module]:
+    more = [m for m in (record.holder, record.activation) if m is not None] if isinstance(record, FFN) else []
+    for module in record.modules:
+        yield from module.modules()
+    yield from more
+
+
+def _places(model: nn.Module, watched: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
+    """Where the watched modules, and those above them, stand: the children of the one above, a name there, and the module."""
+    wanted, seen = set(watched), dict[nn.Module, bool]()
+    found: list[tuple[dict[str, Any], str, nn.Module]] = []
+
+    def holds(module: nn.Module) -> bool:
+        if module not in seen:
+            seen[module] = False
+            below = [(name, child) for name, child in module._modules.items() if child is not None and holds(child)]
+            found.extend((module._modules, name, child) for name, child in below)
+            seen[module] = module in wanted or bool(below)
+        return seen[module]
+
+    holds(model)
+    yield from found
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether its tensors come and go with every forward."""
+    return any(getattr(hook, "offload", False) for hook in _hooks(module))
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    yield from getattr(hook, "hooks", [] if hook is None else [hook])
+
+
+def _has_line(record: FFN | Experts | InputGroup) -> bool:
+    if isinstance(record, InputGroup):  # no statistics hang on its weights
+        return False
+    weight: Any = record.down if isinstance(record, Experts) else getattr(record.down.module, "weight", None)
+    plain = type(weight) is nn.Parameter and weight.layout is torch.strided and weight.device.type != "meta"
+    return plain and weight.dim() > 1 and weight.is_floating_point() and weight.element_size() in (2, 4, 8)
+
+
+def _line(record: FFN | Experts) -> Tensor:
+    if isinstance(record, Experts):
+        return record.down.select(2 if record.module.is_transposed else 1, 0)
+    return record.down.linear_weight()[0]
+
+
+def _plain(value: Any) -> Any:
+    """A value that compares: of simple types, or made of these; None for other things, which are of no account."""
+    if isinstance(value, _SIMPLE):
+        return value
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value).__name__, [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return [(str(key), _plain(item)) for key, item in value.items()]
+    return None

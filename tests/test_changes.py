@@ -1,0 +1,404 @@
+"""What changes in a model while a session lasts, or between two: followed exactly, or refused with what to do."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from modes import BACKENDS, STEPS, backends, fresh, generate, pruned
+from observe import partitions, prompt, same_afterwards
+from pop_mm import SessionError, prune
+from reference import down_projections
+
+FAMILIES = ("llama", "mixtral")
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def random(shape, seed=3):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
+
+
+def experts(model, layer):
+    return model.model.layers[layer].mlp.experts
+
+
+def replaced(path, name):
+    """A change: another Parameter in the place of one."""
+
+    def change(model):
+        module = model.get_submodule(path)
+        setattr(module, name, nn.Parameter(random(getattr(module, name).shape)))
+
+    return change
+
+
+def other_data(path, name):
+    def change(model):
+        parameter = getattr(model.get_submodule(path), name)
+        parameter.data = random(parameter.shape)
+
+    return change
+
+
+def loaded(model, **settings):
+    other = fresh(model.config.model_type, seed=7)
+    model.load_state_dict(other.state_dict(), **settings)
+
+
+def other_module(path):
+    def change(model):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, fresh(model.config.model_type, seed=7).get_submodule(path))
+
+    return change
+
+
+def other_activation(path):
+    return lambda model: setattr(model.get_submodule(path), "act_fn", nn.GELU())
+
+
+MLP, EXPERTS = "model.layers.1.mlp", "model.layers.1.mlp.experts"
+CHANGES = {
+    ("llama", "gate"): replaced(f"{MLP}.gate_proj", "weight"),
+    ("llama", "up"): replaced(f"{MLP}.up_proj", "weight"),
+    ("llama", "down"): replaced(f"{MLP}.down_proj", "weight"),
+    ("llama", "data of gate"): other_data(f"{MLP}.gate_proj", "weight"),
+    ("llama", "data of down"): other_data(f"{MLP}.down_proj", "weight"),
+    ("starcoder2", "bias"): replaced(f"{MLP}.c_fc", "bias"),
+    ("starcoder2", "data of bias"): other_data(f"{MLP}.c_fc", "bias"),
+    ("starcoder2", "bias of down"): replaced(f"{MLP}.c_proj", "bias"),
+    ("llama", "activation"): other_activation(MLP),
+    ("llama", "projection"): other_module(f"{MLP}.down_proj"),
+    ("llama", "mlp"): other_module(MLP),
+    ("llama", "layer"): other_module("model.layers.1"),
+    ("llama", "assigned"): lambda model: loaded(model, assign=True),
+    ("llama", "dtype"): lambda model: model.float().double(),
+    ("mixtral", "gate and up"): replaced(EXPERTS, "gate_up_proj"),
+    ("mixtral", "down"): replaced(EXPERTS, "down_proj"),
+    ("mixtral", "data of down"): other_data(EXPERTS, "down_proj"),
+    ("mixtral", "activation"): other_activation(EXPERTS),
+    ("mixtral", "experts"): other_module(EXPERTS),
+    ("mixtral", "assigned"): lambda model: loaded(model, assign=True),
+    ("mixtral", "dtype"): lambda model: model.float().double(),
+    ("gpt_oss", "bias"): replaced(EXPERTS, "gate_up_proj_bias"),
+}
+
+
+def same_weights(model, other):
+    for (name, a), (_, b) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@backends
+@pytest.mark.parametrize(("family", "what"), CHANGES)
+def test_a_change_inside_a_session_is_followed(family, what, backend):
+    twin, model = fresh(family), fresh(family)
+    CHANGES[family, what](twin)
+    with pruned(twin) as other:
+        expected = generate(twin, prompt())
+    with pruned(model, backend) as session:
+        before = generate(model, prompt(1, 12, seed=5))
+        CHANGES[family, what](model)
+        found = generate(model, prompt())
+        assert partitions(session) == partitions(other)
+        again = generate(model, prompt(1, 12, seed=5))
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9)
+    assert not torch.allclose(again[1], before[1], rtol=0, atol=1e-9) or what == "dtype"
+    same_weights(model, twin)
+
+
+@backends
+@pytest.mark.parametrize(("family", "what"), CHANGES)
+def test_a_change_that_no_forward_followed_stays_when_the_session_ends(family, what, backend):
+    twin, model = fresh(family), fresh(family)
+    CHANGES[family, what](twin)
+    with pruned(model, backend):
+        generate(model, prompt(1, 12, seed=5))
+        CHANGES[family, what](model)
+    same_weights(model, twin)
+
+
+@backends
+@families
+def test_a_weight_that_was_replaced_gets_its_own_order_back(family, backend):
+    model = fresh(family)
+    down = down_projections(model)[-1] if family == "llama" else experts(model, 1)
+    name = "weight" if family == "llama" else "down_proj"
+    own = getattr(down, name)
+    bits = own.detach().clone()
+    with pruned(model, backend):
+        expected = generate(model, prompt(1, 12, seed=5))[1]
+        setattr(down, name, nn.Parameter(random(own.shape)))
+        generate(model, prompt())
+        assert torch.equal(own, bits)
+        setattr(down, name, own)
+        torch.testing.assert_close(generate(model, prompt(1, 12, seed=5))[1], expected, rtol=0, atol=1e-9)
+    assert torch.equal(own, bits)
+
+
+@backends
+@families
+def test_the_running_prompt_keeps_its_channels(family, backend):
+    model = fresh(family)
+    with pruned(model, backend) as session, torch.no_grad():
+        out = model(prompt(), use_cache=True)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        model(token, past_key_values=out.past_key_values)
+        before = partitions(session)
+        CHANGES[family, "down"](model)
+        model(token, past_key_values=out.past_key_values)
+        assert partitions(session) == before
+
+
+# --- writing in place -----------------------------------------------------------------------------------------------
+
+
+def weight_of(model):
+    return experts(model, 1).down_proj if model.config.model_type == "mixtral" else down_projections(model)[1].weight
+
+
+@torch.no_grad()
+def multiplied(model):
+    weight = weight_of(model)
+    weight.mul_(torch.linspace(0.2, 3, weight.shape[-1], dtype=weight.dtype).flip(0))
+
+
+def multiplied_behind_autograd(model):
+    weight = weight_of(model)
+    weight.data.copy_(random(weight.shape))
+
+
+WRITINGS = pytest.mark.parametrize("write", [multiplied, multiplied_behind_autograd])
+
+
+@WRITINGS
+@backends
+@families
+def test_writing_while_no_channels_are_moved_counts(family, backend, write):
+    model, twin = fresh(family), fresh(family)
+    write(twin)
+    with pruned(twin):
+        expected = generate(twin, prompt())
+    with pruned(model, backend):
+        if backend == "masked":
+            generate(model, prompt(1, 12, seed=5))
+        write(model)
+        found = generate(model, prompt())
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9)
+    same_weights(model, twin)
+
+
+@WRITINGS
+@families
+def test_writing_to_moved_channels_is_refused(family, write):
+    model = fresh(family)
+    session = pruned(model, "inplace").attach()
+    generate(model, prompt(1, 12, seed=5))
+    write(model)
+    for _ in range(2):
+        with pytest.raises(SessionError, match=r"was written to inside the session.*Leave the session"):
+            generate(model, prompt())
+    with pytest.warns(UserWarning, match="written to inside the session"):
+        session.detach()
+
+
+def test_a_write_to_moved_channels_that_no_forward_saw_is_told_at_the_end():
+    model = fresh()
+    session = pruned(model, "inplace").attach()
+    generate(model, prompt())
+    with torch.no_grad():
+        down_projections(model)[0].weight.mul_(2)
+    with pytest.warns(UserWarning, match="written to inside the session"):
+        session.detach()
+    twin = fresh()
+    with torch.no_grad():
+        down_projections(twin)[0].weight.mul_(2)
+    same_weights(model, twin)
+
+
+# --- between sessions -----------------------------------------------------------------------------------------------
+
+
+@backends
+@families
+def test_a_session_attached_again_takes_the_weights_of_now(family, backend):
+    model, twin = fresh(family), fresh(family, seed=7)
+    with pruned(twin):
+        expected = generate(twin, prompt())[1]
+    session = pruned(model, backend)
+    with session:
+        generate(model, prompt())
+    loaded(model)
+    with same_afterwards(model), session:
+        torch.testing.assert_close(generate(model, prompt())[1], expected, rtol=0, atol=1e-9)
+
+
+def test_a_session_plans_again_when_it_is_attached():
+    peft = pytest.importorskip("peft")
+    model = fresh()
+    session = prune(model, ratio=0.4, scope="ffn", kernels="stock")
+    assert {plan.backend for plan in session.plans} == {"inplace"}
+    expected = lora_logits(adapted(peft, fresh(), ["down_proj"]))
+    adapted(peft, model, ["down_proj"])
+    with session:
+        assert {plan.backend for plan in session.plans} == {"masked"}
+        torch.testing.assert_close(generate(model, prompt())[1], expected, rtol=0, atol=1e-9)
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+def adapted(peft, model, targets, seed=0):
+    """A model with LoRA adapters, injected into it."""
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, config).eval()
+
+
+def lora_logits(model):
+    merged = copy.deepcopy(model).merge_and_unload().eval()
+    with pruned(merged):
+        return generate(merged, prompt())[1]
+
+
+@backends
+@pytest.mark.parametrize("targets", [["down_proj"], ["gate_proj", "up_proj"], ["gate_proj", "up_proj", "down_proj"]])
+def test_adapters_come_and_go_inside_a_session(backend, targets):
+    peft = pytest.importorskip("peft")
+    model = fresh()
+    expected = [lora_logits(adapted(peft, fresh(), targets, seed)) for seed in (0, 1)]
+    with pruned(model, "auto" if backend == "inplace" else backend):
+        plain = generate(model, prompt())[1]
+
+        def check(wanted):
+            torch.testing.assert_close(generate(model, prompt())[1], wanted, rtol=0, atol=1e-9)
+
+        wrapper = adapted(peft, model, targets)
+        check(expected[0])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+            wrapper.add_adapter("other", config)
+        wrapper.eval()
+        check(expected[0])
+        wrapper.set_adapter("other")
+        check(expected[1])
+        wrapper.merge_adapter()
+        check(expected[1])
+        wrapper.unmerge_adapter()
+        wrapper.set_adapter("default")
+        check(expected[0])
+        with wrapper.disable_adapter():
+            check(plain)
+        wrapper.unload()
+        check(plain)
+    torch.testing.assert_close(
+        torch.cat([t.flatten() for t in model.state_dict().values()]),
+        torch.cat([t.flatten() for t in fresh().state_dict().values()]),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+
+def loss(model, ids):
+    """Of decode steps: the prompt's own forward has no part in the gradients."""
+    with torch.no_grad():
+        out = model(ids, use_cache=True)
+        model(ids[:, :1], past_key_values=out.past_key_values)
+    return model(ids[:, :2], past_key_values=out.past_key_values).logits.square().mean()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@families
+@pytest.mark.parametrize("attach_in", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_gradients_are_in_the_original_order_after_the_session(family, attach_in):
+    found = []
+    for backend in BACKENDS:
+        model = fresh(family)
+        with attach_in():
+            session = pruned(model, backend).attach()
+            generate(model, prompt(1, 8, seed=9))
+        loss(model, prompt()).backward()
+        loss(model, prompt(1, 12, seed=5)).backward()  # on top, while other channels are in front
+        if backend == "inplace":
+            assert any(
+                not torch.equal(p, q) for p, q in zip(model.parameters(), fresh(family).parameters(), strict=True)
+            )
+        session.detach()
+        found.append(gradients(model))
+        same_weights(model, fresh(family))
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) > 8
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=0, atol=1e-9)
+
+
+@families
+def test_gradients_that_were_there_before_the_session_stay(family):
+    model = fresh(family)
+    model(prompt()).logits.square().mean().backward()
+    before = gradients(model)
+    with same_afterwards(model), pruned(model, "inplace"):
+        generate(model, prompt())
+        generate(model, prompt(1, 12, seed=5))
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters() if p.grad is not None)
+
+
+@families
+def test_differentiating_a_forward_whose_channels_have_moved_is_an_error(family):
+    model = fresh(family)
+    with pruned(model, "inplace"):
+        late = loss(model, prompt())
+        generate(model, prompt(1, 12, seed=5))
+        with pytest.raises((SessionError, RuntimeError), match=r"have moved since the forward|modified by an inplace"):
+            late.backward()
+
+
+def test_gradients_of_frozen_inputs_are_refused_too_when_channels_have_moved():
+    model = fresh().requires_grad_(False)
+    down_projections(model)[-1].weight.requires_grad_(True)
+    with pruned(model, "inplace"):
+        late = loss(model, prompt())
+        generate(model, prompt(1, 12, seed=5))
+        with pytest.raises(SessionError, match="backward"):
+            late.backward()
+
+
+# --- copies ---------------------------------------------------------------------------------------------------------
+
+
+@backends
+@families
+@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps, lambda module: torch.save(module, io.BytesIO())])
+def test_copies_inside_a_session_are_refused(load, family, backend, take):
+    model = load(family)
+    with pruned(model, backend):
+        generate(model, prompt())
+        for module in (model, model.model.layers[0].mlp):
+            with pytest.raises(SessionError, match=r"Leave the session first.*state_dict"):
+                take(module)
+        generate(model, prompt())
+    assert torch.equal(generate(copy.deepcopy(model), prompt())[1], generate(model, prompt())[1])
+
+
+@families
+def test_decode_steps_are_counted_on_through_a_change(family):
+    model = fresh(family)
+    with pruned(model, "inplace") as session:
+        generate(model, prompt(), STEPS)
+        moved = session.report.moved_channels
+        CHANGES[family, "down"](model)
+        generate(model, prompt(), STEPS)
+        assert session.report.moved_channels > moved

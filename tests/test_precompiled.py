@@ -1,0 +1,153 @@
+"""Models of which something was compiled before the session: pruned as their uncompiled twins, and compiled again afterwards."""
+
+import warnings
+
+import pytest
+import torch
+from test_compiled import generate as generate_static
+
+from modes import BACKENDS, fresh, generate, padded, pruned
+from observe import partitions, prompt, same_afterwards
+from tiny_models import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*compiled before the session")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def every_layer(do):
+    def compile_parts(model):
+        for layer in model.model.layers:
+            do(layer)
+
+    return compile_parts
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def forward_compiled(module):
+    module.forward = compiled(module.forward)
+
+
+def children_wrapped(name):
+    return lambda layer: setattr(layer, name, compiled(getattr(layer, name)))
+
+
+def layers_wrapped(model):
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = compiled(layer)
+
+
+def in_mlp(do):
+    return every_layer(lambda layer: do(layer.mlp))
+
+
+COMPILERS = {
+    "model.compile()": lambda model: model.compile(backend="eager"),
+    "mlp.compile()": in_mlp(lambda mlp: mlp.compile(backend="eager")),
+    "model.forward": forward_compiled,
+    "compile(layer)": layers_wrapped,
+    "attention.compile()": every_layer(lambda layer: layer.self_attn.compile(backend="eager")),
+}
+DENSE = {
+    "compile(mlp)": every_layer(children_wrapped("mlp")),
+    "compile(down)": in_mlp(children_wrapped("down_proj")),
+}
+MOE = {
+    "experts.forward": in_mlp(lambda mlp: forward_compiled(mlp.experts)),
+    "compile(experts)": in_mlp(children_wrapped("experts")),
+}
+CASES = [
+    *(("llama", what) for what in (*COMPILERS, *DENSE)),
+    *(("mixtral", what) for what in (*COMPILERS, *MOE)),
+]
+cases = pytest.mark.parametrize(("family", "what"), CASES)
+
+
+def compile_parts(model, what):
+    {**COMPILERS, **DENSE, **MOE}[what](model)
+    generate(model, prompt(), 2)  # what the session must not go on with
+
+
+@cases
+def test_a_compiled_model_is_pruned_as_its_uncompiled_twin(family, what):
+    twin, model = fresh(family), fresh(family)
+    with pruned(twin) as other:
+        expected = generate(twin, prompt(), 3)
+    dense = generate(twin, prompt(), 2)[1]
+    compile_parts(model, what)
+    for backend in BACKENDS:
+        with same_afterwards(model), pruned(model, backend) as session:
+            found = generate(model, prompt(), 3)
+            assert partitions(session) == partitions(other)
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(generate(model, prompt(), 2)[1], dense, rtol=0, atol=1e-9)  # and dense it is again
+
+
+@pytest.mark.parametrize("what", ["model.forward", "mlp.compile()"])
+def test_rows_that_choose_alone_do_so_in_a_compiled_model(what):
+    twin, model = fresh(), fresh()
+    with pruned(twin, batch="per_sequence"):
+        expected = padded(twin)[1]
+    compile_parts(model, what)
+    with pruned(model, batch="per_sequence"):
+        torch.testing.assert_close(padded(model)[1], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernels", ["stock", "compiled"])
+@pytest.mark.parametrize("what", ["model.forward", "attention.compile()"])
+def test_compiled_kernels_serve_a_compiled_model(what, kernels):
+    twin, model = tiny("llama", torch.float32), tiny("llama", torch.float32)
+    with pruned(twin, "inplace", kernels=kernels):
+        expected = generate(twin, prompt())
+    compile_parts(model, what)
+    with same_afterwards(model), pruned(model, "inplace", kernels=kernels):
+        found = generate(model, prompt())
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-4)
+
+
+def test_compiled_steps_of_generate_go_on_working_in_a_compiled_model():
+    twin, model = tiny("llama", torch.float32), tiny("llama", torch.float32)
+    with pruned(twin, "inplace"):
+        expected = generate_static(twin, prompt(), False)
+    forward_compiled(model)
+    model.model.layers[0].compile(backend="eager")
+    generate(model, prompt())
+    with pruned(model, "inplace"):
+        found = generate_static(model, prompt(), True)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-4)
+
+
+def test_one_warning_says_what_runs_eagerly():
+    model = fresh()
+    compile_parts(model, "mlp.compile()")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        session = pruned(model)
+        assert not caught
+        with session:
+            generate(model, prompt())
+    [message] = [str(w.message) for w in caught if "compiled before" in str(w.message)]
+    assert "model.layers.0.mlp and 1 more" in message
+    assert "eagerly" in message
+
+
+def test_what_is_compiled_beside_the_ffns_stays_compiled():
+    model = fresh()
+    compile_parts(model, "attention.compile()")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pruned(model):
+            assert model.model.layers[0].self_attn._compiled_call_impl is not None
+            generate(model, prompt())
