@@ -161,7 +161,7 @@ def test_any_size(dtype, hidden, size):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_roundings_and_ties_are_those_of_modules(dtype, threads):
-    """Sums of multiples of 1/64 are exact, so bits must be equal; the thresholds are magnitudes that occur: those are left out."""
+    """Sums of multiples of 1/64 are exact, so bits are equal; the thresholds are magnitudes that occur: those are left out."""
     make = Maker(dtype, 1, exact=True)
     weights = make.ffn(40, 56, act="relu", bias=True, norms=False)
     x = make(40)

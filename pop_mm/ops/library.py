@@ -18,7 +18,7 @@ OPTIONS = {
     torch.float16: "-DFLOAT16",
     torch.float64: "-DFLOAT64",
 }
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c",))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "histogram.c", "transpose.c"))
 HEADERS = (*(Path(__file__).with_name(name) for name in ("scalar.h", "activate.h")), *kernels._HEADERS)
 
 
@@ -36,6 +36,9 @@ class Library:
         self.dtype = dtype
         self.rows = function(found, "rows", ctypes.c_char_p, INTEGER, INTEGER, POINTER, INTEGER, *[POINTER] * 5, INT)
         self.ffn = function(found, "ffn", ctypes.c_char_p, INTEGER, POINTER, POINTER, INT, *[POINTER] * 6, INT)
+        self.histogram = function(found, "histogram", POINTER, *[INTEGER] * 3, *[POINTER] * 3, INT)
+        self.transpose = function(found, "transpose", *[POINTER, INTEGER, INTEGER] * 2, *[INTEGER] * 3, INT)
+        self.want_large_pages = function(found, "want_large_pages", POINTER, INTEGER)
         self.rows_room, self.ffn_room = found.rows_room, found.ffn_room
         for room in (self.rows_room, self.ffn_room):
             room.argtypes, room.restype = [INTEGER] * 4, INTEGER

@@ -6,9 +6,9 @@ Which entries count
     product rounded to float32.
 
 Rounding
-    ``x``, the outputs of gate and up (biases included), ``act(gate)`` and ``h`` are each rounded to the model's dtype before they are
-    used or compared, as torch's modules return them; an output is rounded once, behind its bias. Sums are float32 (float64 for
-    float64), so kernels and reference may differ by the order of a sum, but not by a rule.
+    ``x``, the outputs of gate and up (biases included), ``act(gate)`` and ``h`` are each rounded to the model's dtype before they
+    are used or compared, as torch's modules return them; an output is rounded once, behind its bias. Sums are float32 (float64
+    for float64), so kernels and reference may differ by the order of a sum, but not by a rule.
 """
 
 from __future__ import annotations
@@ -216,5 +216,5 @@ def histogram(x: Tensor, counts: Tensor, norms: Tensor | None = None, valid: Ten
 
 
 def bin_edges(device: torch.device | None = None) -> Tensor:
-    """Where each bin of :func:`histogram` begins, ``[BINS]``, float32: zero first; from infinity on they hold no finite number."""
+    """Where each bin of :func:`histogram` begins, ``[BINS]``, float32; bins from that of infinity on hold no finite number."""
     return (torch.arange(BINS, dtype=torch.int32, device=device) << BIN_SHIFT).view(torch.float32)

@@ -59,21 +59,37 @@ typedef struct {
     int64_t rows, slot;
 } Job;
 
-/* sums[o] += value[t] * r[t][o], t = 0, 1 ...; what comes next is asked for on the way */
+#define STEP (2 * WIDTH)
+
+/* sums[o] += value[t] * r[t][o], t = 0, 1 ...; whole steps as widen_two() orders them. What comes next is asked for on the way. */
 static inline __attribute__((always_inline)) void add_some(
     const T *const *r, const T *const *next, const S *value, const int count, int64_t n, S *restrict sums) {
     int64_t o = 0;
-    for (; o + WIDTH <= n; o += WIDTH) {
-        Sums v = load_sums(sums + o);
-        _Pragma("GCC unroll 8") for (int t = 0; t < count; t++) v += widen(r[t] + o) * value[t];
-        store_sums(sums + o, v);
-        if (o % (LINE / (int64_t)sizeof(T)) == 0)
-            _Pragma("GCC unroll 8") for (int t = 0; t < count; t++) __builtin_prefetch(next[t] + o);
+    for (; o + STEP <= n; o += STEP) {
+        Sums a = load_sums(sums + o), b = load_sums(sums + o + WIDTH);
+        _Pragma("GCC unroll 16") for (int t = 0; t < count; t++) {
+            Sums u, v;
+            widen_two(r[t] + o, &u, &v);
+            a += u * value[t], b += v * value[t];
+        }
+        store_sums(sums + o, a), store_sums(sums + o + WIDTH, b);
+        _Pragma("GCC unroll 16") for (int t = 0; next && t < count; t++)
+            for (int64_t line = 0; line < STEP * (int64_t)sizeof(T); line += LINE)
+                __builtin_prefetch((const char *)(next[t] + o) + line);
     }
     for (; o < n; o++) {
         S v = sums[o];
         for (int t = 0; t < count; t++) v += from_T(r[t][o]) * value[t];
         sums[o] = v;
+    }
+}
+
+/* Sums as their outputs are numbered */
+static void put_in_order(S *sums, int64_t n) {
+    for (int64_t o = 0; INTERLEAVED && o + STEP <= n; o += STEP) {
+        S kept[STEP];
+        memcpy(kept, sums + o, sizeof kept);
+        for (int64_t i = 0; i < WIDTH; i++) sums[o + 2 * i] = kept[i], sums[o + 2 * i + 1] = kept[WIDTH + i];
     }
 }
 
@@ -92,7 +108,7 @@ static void add_rows(const Job *job, int64_t from, int64_t to, S *restrict sums)
         }
         for (; j < to; j++) {
             r[0] = job->weight + job->row[j] * job->stride + first;
-            add_some(r, r, job->value + j, 1, n, sums + first);
+            add_some(r, 0, job->value + j, 1, n, sums + first);
         }
     }
 }
@@ -112,14 +128,18 @@ static int64_t elements(const Job *jobs, int64_t count) {
 /* What a thread has to do of all jobs */
 static void multiply(const Job *jobs, int64_t count, int64_t me, int64_t all, S *sums) {
     const int64_t total = elements(jobs, count);
-    int64_t before = 0, cleared = -1;
+    int64_t before = 0, slot = -1, outputs = 0;
     for (int64_t i = 0; i < count; before += jobs[i].rows * jobs[i].outputs, i++) {
         const int64_t from = cut(jobs + i, before, total, me, all), to = cut(jobs + i, before, total, me + 1, all);
         if (from == to) continue;
-        if (cleared != jobs[i].slot) memset(sums + jobs[i].slot, 0, jobs[i].outputs * sizeof(S));
-        cleared = jobs[i].slot;
-        add_rows(jobs + i, from, to, sums + cleared);
+        if (slot != jobs[i].slot) {
+            if (slot >= 0) put_in_order(sums + slot, outputs);
+            slot = jobs[i].slot, outputs = jobs[i].outputs;
+            memset(sums + slot, 0, outputs * sizeof(S));
+        }
+        add_rows(jobs + i, from, to, sums + slot);
     }
+    if (slot >= 0) put_in_order(sums + slot, outputs);
 }
 
 /* out[i] = the sums of all threads at slot + from + i, for i < n; step: from one thread's sums to the next one's */
