@@ -84,7 +84,7 @@ def assert_close(found, expected, dtype):
 def run_ffn(weights, x, threshold_x, threshold_h, threads=1):
     kept = torch.zeros(2, dtype=torch.int64)
     with threads_of_torch(threads):
-        return RowsFFN(weights)(x, threshold_x, threshold_h, kept.data_ptr()), kept.tolist()
+        return RowsFFN(weights)(x, threshold_x, threshold_h, kept), kept.tolist()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -97,7 +97,7 @@ def test_linears_are_those_of_float64(dtype, threads, hidden, outputs):
     threshold = between(x.abs(), 0.6) if hidden > 1 else torch.tensor([0.0])
     kept = torch.full((1,), 5)
     with threads_of_torch(threads):
-        found = RowsLinear(matrices)(x, threshold, None, kept.data_ptr())
+        found = RowsLinear(matrices)(x, threshold, None, kept)
     above = x.flatten().abs().float() > threshold
     assert kept.item() == 5 + int(above.sum())
     assert [len(y) for y in found] == list(outputs)
@@ -116,7 +116,7 @@ def test_each_matrix_may_have_its_own_input(dtype, threads):
     threshold = torch.cat([between(v.abs().float() * n, 0.5) for v, n in zip(x, norms, strict=True)])
     kept = torch.zeros(1, dtype=torch.int64)
     with threads_of_torch(threads):
-        found = RowsLinear(matrices)(x, threshold, norms, kept.data_ptr())
+        found = RowsLinear(matrices)(x, threshold, norms, kept)
     above = x.abs().float() * norms > threshold[:, None]
     assert kept.item() == int(above.sum())
     for y, v, mask, (weight, bias) in zip(found, x, above, matrices, strict=True):
@@ -196,7 +196,7 @@ def test_nan_stays_visible_and_infinity_is_a_magnitude(dtype):
         x[2] = NAN
         for threshold, nan_alone in ((0.1, False), (INF, True)):
             kept = torch.zeros(1, dtype=torch.int64)
-            (y,) = RowsLinear([(matrix, None)])(x, torch.tensor([threshold]), None, kept.data_ptr())
+            (y,) = RowsLinear([(matrix, None)])(x, torch.tensor([threshold]), None, kept)
             assert y.isnan().all()
             assert kept.item() == (1 if nan_alone else 1 + int((x.abs().float() > threshold).sum()))
         x[2] = INF
@@ -248,7 +248,7 @@ def test_experts_are_those_of_float64(dtype, threads, wide):
     threshold_x, threshold_h = thresholds(weights, x)
     kept = torch.zeros(2, dtype=torch.int64)
     with threads_of_torch(threads):
-        found = RowsFFN(weights).experts(x, ids, router, threshold_x, threshold_h, kept.data_ptr())
+        found = RowsFFN(weights).experts(x, ids, router, threshold_x, threshold_h, kept)
     each = [naive_ffn(weights, x, threshold_x, threshold_h, e) for e in ids.tolist()]
     expected = sum(y * w for (y, *_), w in zip(each, router.double(), strict=True))
     assert_close(found, expected, dtype)
@@ -345,5 +345,5 @@ def test_every_number_of_two_bytes_is_read_and_rounded_right(monkeypatch, dtype,
     assert ((found == expected) | (found.isnan() & expected.isnan())).all()
     kept = torch.zeros(1, dtype=torch.int64)
     threshold = torch.tensor([0.37])
-    RowsLinear([(torch.ones(1 << 16, 1, dtype=dtype), None)])(every, threshold, None, kept.data_ptr())
+    RowsLinear([(torch.ones(1 << 16, 1, dtype=dtype), None)])(every, threshold, None, kept)
     assert kept.item() == int((~(every.float().abs() <= threshold)).sum())

@@ -107,7 +107,7 @@ class RowsLinear(_Step):
 
     @untraced
     def __call__(
-        self, x: Tensor, threshold: Tensor, norms: Tensor | None = None, kept: int | None = None
+        self, x: Tensor, threshold: Tensor, norms: Tensor | None = None, kept: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """As :func:`.reference.rows`.
 
@@ -119,8 +119,8 @@ class RowsLinear(_Step):
             ``[1]``, or with several vectors ``[matrices]``: float32 on the CPU, contiguous.
         norms : Tensor, optional
             ``[in]`` or ``[matrices, in]``, float32 on the CPU, contiguous: factors of the magnitudes.
-        kept : int, optional
-            Address of an int64, to which the number of entries kept is added.
+        kept : Tensor, optional
+            ``[1]``, int64 on the CPU: the number of entries kept is added to it.
 
         Returns
         -------
@@ -142,7 +142,7 @@ class RowsLinear(_Step):
             None if norms is None else norms.data_ptr(),
             threshold.data_ptr(),
             out.data_ptr(),
-            kept,
+            None if kept is None else kept.data_ptr(),
             self._room.address(size),
             threads,
         )
@@ -176,7 +176,7 @@ class RowsFFN(_Step):
         self._wide = torch.promote_types(self.dtype, torch.float32)
 
     @untraced
-    def __call__(self, x: Tensor, threshold_x: Tensor, threshold_h: Tensor, kept: int | None = None) -> Tensor:
+    def __call__(self, x: Tensor, threshold_x: Tensor, threshold_h: Tensor, kept: Tensor | None = None) -> Tensor:
         """The first FFN, as :func:`.reference.ffn`.
 
         Parameters
@@ -185,8 +185,8 @@ class RowsFFN(_Step):
             ``[..., H]`` of one token, that :meth:`takes`.
         threshold_x, threshold_h : Tensor
             ``[1]``, ``[E]``: float32 on the CPU, contiguous.
-        kept : int, optional
-            Address of two int64, to which the numbers of entries kept are added: of x, of h.
+        kept : Tensor, optional
+            ``[2]``, int64 on the CPU, contiguous: the numbers of entries kept are added to it, of x and of h.
 
         Returns
         -------
@@ -203,7 +203,7 @@ class RowsFFN(_Step):
         router: Tensor,
         threshold_x: Tensor,
         threshold_h: Tensor,
-        kept: int | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """The experts of one token, as :func:`.reference.experts`; the other parameters as in :meth:`__call__`.
 
@@ -228,7 +228,7 @@ class RowsFFN(_Step):
         wide: bool,
         threshold_x: Tensor,
         threshold_h: Tensor,
-        kept: int | None,
+        kept: Tensor | None,
     ) -> Tensor:
         x, threads = x.contiguous(), torch.get_num_threads()
         if (size := self._sizes.get((count, threads))) is None:
@@ -245,7 +245,7 @@ class RowsFFN(_Step):
             threshold_x.data_ptr(),
             threshold_h.data_ptr(),
             out.data_ptr(),
-            kept,
+            None if kept is None else kept.data_ptr(),
             self._room.address(size),
             threads,
         )
