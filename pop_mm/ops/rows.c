@@ -11,12 +11,8 @@
 
 #include "activate.h"
 
-#ifndef AT_ONCE
-#define AT_ONCE 8 /* rows that are read at once */
-#endif
-#ifndef BLOCK
-#define BLOCK (16384 / (int64_t)sizeof(S)) /* sums that stay in the first cache while they are */
-#endif
+#define AT_ONCE 8                           /* rows that are read at once */
+#define BLOCK (32768 / (int64_t)sizeof(S)) /* sums that stay in the first cache while they are */
 #define PIECE 512 /* channels or outputs that are finished at once */
 #define LINE 64   /* bytes */
 
@@ -61,7 +57,8 @@ typedef struct {
 
 #define STEP (2 * WIDTH)
 
-/* sums[o] += value[t] * r[t][o], t = 0, 1 ...; whole steps as widen_two() orders them. What comes next is asked for on the way. */
+/* sums[o] += value[t] * r[t][o], t = 0, 1 ...; whole steps as widen_two() orders them. What comes next is asked for on the way,
+ * into the second cache: the first one has fewer requests under way at once, and needs its room for the sums. */
 static inline __attribute__((always_inline)) void add_some(
     const T *const *r, const T *const *next, const S *value, const int count, int64_t n, S *restrict sums) {
     int64_t o = 0;
@@ -75,7 +72,7 @@ static inline __attribute__((always_inline)) void add_some(
         store_sums(sums + o, a), store_sums(sums + o + WIDTH, b);
         _Pragma("GCC unroll 16") for (int t = 0; next && t < count; t++)
             for (int64_t line = 0; line < STEP * (int64_t)sizeof(T); line += LINE)
-                __builtin_prefetch((const char *)(next[t] + o) + line);
+                __builtin_prefetch((const char *)(next[t] + o) + line, 0, 2);
     }
     for (; o < n; o++) {
         S v = sums[o];
@@ -96,19 +93,17 @@ static void put_in_order(S *sums, int64_t n) {
 static void add_rows(const Job *job, int64_t from, int64_t to, S *restrict sums) {
     for (int64_t first = 0; first < job->outputs; first += BLOCK) {
         const int64_t n = job->outputs - first < BLOCK ? job->outputs - first : BLOCK;
-        int64_t j = from;
         const T *r[AT_ONCE], *next[AT_ONCE];
-        for (; j + AT_ONCE <= to; j += AT_ONCE) {
-            for (int64_t t = 0; t < AT_ONCE; t++) {
-                const int64_t ahead = j + AT_ONCE + t < to ? j + AT_ONCE + t : to - 1;
+        for (int64_t j = from, some; j < to; j += some) {
+            some = to - j >= AT_ONCE ? AT_ONCE : to - j >= 4 ? 4 : 1;
+            for (int64_t t = 0; t < some; t++) {
+                const int64_t later = j + AT_ONCE + t < to ? j + AT_ONCE + t : to - 1;
                 r[t] = job->weight + job->row[j + t] * job->stride + first;
-                next[t] = job->weight + job->row[ahead] * job->stride + first;
+                next[t] = job->weight + job->row[later] * job->stride + first;
             }
-            add_some(r, next, job->value + j, AT_ONCE, n, sums + first);
-        }
-        for (; j < to; j++) {
-            r[0] = job->weight + job->row[j] * job->stride + first;
-            add_some(r, 0, job->value + j, 1, n, sums + first);
+            if (some == AT_ONCE) add_some(r, next, job->value + j, AT_ONCE, n, sums + first);
+            else if (some == 4) add_some(r, 0, job->value + j, 4, n, sums + first);
+            else add_some(r, 0, job->value + j, 1, n, sums + first);
         }
     }
 }
