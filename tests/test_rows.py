@@ -123,6 +123,25 @@ def test_each_matrix_may_have_its_own_input(dtype, threads):
         assert_close(y, (v.double() * mask) @ weight.double() + bias.double(), dtype)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_only_some_matrices_may_take_part(threads):
+    """The experts of a token, by two calls with something else between them."""
+    make = Maker(torch.float64)
+    weights = make.ffn(20, 24, experts=4, act="relu", bias=True)
+    x, ids, router = make(20), [3, 1], torch.tensor([0.25, 0.75], dtype=torch.float64)
+    threshold_x, threshold_h = thresholds(weights, x)
+    gate, up, down = (list(zip(*view, strict=True)) for view in weights.views)
+    inward, outward = RowsLinear([view for pair in zip(gate, up, strict=True) for view in pair]), RowsLinear(down)
+    kept = torch.zeros(2, dtype=torch.int64)
+    with threads_of_torch(threads):
+        found = inward(x, threshold_x, None, kept, [n for e in ids for n in (2 * e, 2 * e + 1)])
+        h = torch.stack([F.relu(g) * u for g, u in (found[:2], found[2:])])
+        y = outward(h, threshold_h[ids], weights.norms[ids], kept[1:], ids)
+    expected, counts = reference.experts(weights, x, torch.tensor(ids), router, threshold_x, threshold_h)
+    assert_close(y[0] * router[0] + y[1] * router[1], expected, torch.float64)
+    assert kept.tolist() == counts.tolist()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [True, False])

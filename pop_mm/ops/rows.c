@@ -108,12 +108,12 @@ static void add_rows(const Job *job, int64_t from, int64_t to, S *restrict sums)
     }
 }
 
-/* How many rows of a job thread `me` of `all` leaves to those before it; `before`: elements of earlier jobs */
-static inline int64_t cut(const Job *job, int64_t before, int64_t total, int64_t me, int64_t all) {
-    const int64_t at = total / all * me + total % all * me / all - before;
-    const int64_t rows = at <= 0 ? 0 : at / job->outputs;
-    return rows < job->rows ? rows : job->rows;
+/* How many of some rows lie in front of element `at`, if their first one begins at 0 */
+static inline int64_t rows_before(int64_t at, int64_t rows, int64_t outputs) {
+    return at <= 0 ? 0 : at >= rows * outputs ? rows : at / outputs;
 }
+/* The element at which thread `me` of `all` begins */
+static inline int64_t share(int64_t total, int64_t me, int64_t all) { return total / all * me + total % all * me / all; }
 static int64_t elements(const Job *jobs, int64_t count) {
     int64_t total = 0;
     for (int64_t i = 0; i < count; i++) total += jobs[i].rows * jobs[i].outputs;
@@ -122,10 +122,11 @@ static int64_t elements(const Job *jobs, int64_t count) {
 
 /* What a thread has to do of all jobs */
 static void multiply(const Job *jobs, int64_t count, int64_t me, int64_t all, S *sums) {
-    const int64_t total = elements(jobs, count);
+    const int64_t total = elements(jobs, count), start = share(total, me, all), end = share(total, me + 1, all);
     int64_t before = 0, slot = -1, outputs = 0;
-    for (int64_t i = 0; i < count; before += jobs[i].rows * jobs[i].outputs, i++) {
-        const int64_t from = cut(jobs + i, before, total, me, all), to = cut(jobs + i, before, total, me + 1, all);
+    for (int64_t i = 0; i < count && before < end; before += jobs[i].rows * jobs[i].outputs, i++) {
+        const int64_t from = rows_before(start - before, jobs[i].rows, jobs[i].outputs);
+        const int64_t to = rows_before(end - before, jobs[i].rows, jobs[i].outputs);
         if (from == to) continue;
         if (slot != jobs[i].slot) {
             if (slot >= 0) put_in_order(sums + slot, outputs);
@@ -141,13 +142,15 @@ static void multiply(const Job *jobs, int64_t count, int64_t me, int64_t all, S 
 static void collect(const Job *jobs, int64_t count, int64_t all, const S *sums, int64_t step, int64_t slot, int64_t from,
                     int64_t n, S *restrict out) {
     const int64_t total = elements(jobs, count);
-    int found = 0;
-    for (int64_t t = 0; t < all; t++) {
-        int64_t before = 0, rows = 0;
-        for (int64_t i = 0; i < count; before += jobs[i].rows * jobs[i].outputs, i++)
-            if (jobs[i].slot == slot) rows += cut(jobs + i, before, total, t + 1, all) - cut(jobs + i, before, total, t, all);
-        if (!rows) continue;
+    int64_t before = 0, rows = 0, outputs = 1, found = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (jobs[i].slot == slot) rows += jobs[i].rows, outputs = jobs[i].outputs;
+        else if (!rows) before += jobs[i].rows * jobs[i].outputs;
+    for (int64_t t = total ? before * all / total : all; rows && t < all && share(total, t, all) < before + rows * outputs; t++) {
         const S *restrict part = sums + t * step + slot + from;
+        if (rows_before(share(total, t, all) - before, rows, outputs) ==
+            rows_before(share(total, t + 1, all) - before, rows, outputs))
+            continue;
         if (found++) for (int64_t i = 0; i < n; i++) out[i] += part[i];
         else memcpy(out, part, n * sizeof(S));
     }

@@ -42,7 +42,7 @@ def why_not(weights: Sequence[View]) -> str | None:
 
 
 class Room:
-    """Memory that calls use in turn, so that it stays in the cache."""
+    """Memory that calls use in turn, so that it stays in the cache; never two at once."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -99,15 +99,20 @@ class RowsLinear(_Step):
 
     def __init__(self, matrices: Sequence[View], room: Room | None = None) -> None:
         super().__init__(matrices, room)
-        self._blocks = b"".join(
+        self._blocks = [
             pack("=4q", w.data_ptr(), 0 if b is None else b.data_ptr(), w.stride(0), w.shape[1]) for w, b in matrices
-        )
+        ]
+        self._all = b"".join(self._blocks)
         self._outputs = [weight.shape[1] for weight, _ in matrices]
-        self._total = sum(self._outputs)
 
     @untraced
     def __call__(
-        self, x: Tensor, threshold: Tensor, norms: Tensor | None = None, kept: Tensor | None = None
+        self,
+        x: Tensor,
+        threshold: Tensor,
+        norms: Tensor | None = None,
+        kept: Tensor | None = None,
+        only: Sequence[int] | None = None,
     ) -> tuple[Tensor, ...]:
         """As :func:`.reference.rows`.
 
@@ -121,6 +126,9 @@ class RowsLinear(_Step):
             ``[in]`` or ``[matrices, in]``, float32 on the CPU, contiguous: factors of the magnitudes.
         kept : Tensor, optional
             ``[1]``, int64 on the CPU: the number of entries kept is added to it.
+        only : sequence of int, optional
+            Numbers of the matrices that take part, in this order: of a token's experts, where something of torch's stands
+            between their gates and their down projections. All other parameters are of these.
 
         Returns
         -------
@@ -128,14 +136,15 @@ class RowsLinear(_Step):
             ``[out_i]`` each: views of one tensor.
         """
         x = x.contiguous()
-        columns, count, threads = self.columns, len(self._outputs), torch.get_num_threads()
-        lists = 1 if x.numel() == columns else count
-        if (size := self._sizes.get((lists, threads))) is None:
-            size = self._sizes[lists, threads] = self._library.rows_room(lists, columns, self._total, threads)
-        out = torch.empty(self._total, dtype=self.dtype, device="cpu")
+        columns, threads = self.columns, torch.get_num_threads()
+        outputs = self._outputs if only is None else [self._outputs[number] for number in only]
+        total, lists = sum(outputs), 1 if x.numel() == columns else len(outputs)
+        if (size := self._sizes.get((lists, total, threads))) is None:
+            size = self._sizes[lists, total, threads] = self._library.rows_room(lists, columns, total, threads)
+        out = torch.empty(total, dtype=self.dtype, device="cpu")
         self._library.rows(
-            self._blocks,
-            count,
+            self._all if only is None else b"".join([self._blocks[number] for number in only]),
+            len(outputs),
             lists,
             x.data_ptr(),
             columns,
@@ -146,7 +155,7 @@ class RowsLinear(_Step):
             self._room.address(size),
             threads,
         )
-        return out.split(self._outputs)
+        return out.split(outputs)
 
 
 class RowsFFN(_Step):

@@ -86,7 +86,7 @@ def turn(parameter: nn.Parameter) -> Turned | None:
 @torch.no_grad()
 def _move(parameter: nn.Parameter, turned: bool) -> None:
     """Give parameter and gradient memory of their own, in the one order or the other: both, or neither if one fails."""
-    moved = [parameter]
+    moved: list[Tensor] = [parameter]
     if (grad := parameter.grad) is not None and grad.layout is torch.strided and grad.stride() == parameter.stride():
         moved.append(grad)
     with torch.inference_mode(False):
