@@ -11,10 +11,10 @@
 
 #include "activate.h"
 
-#define AT_ONCE 8                           /* rows that are read at once */
+#define AT_ONCE 8                          /* rows that are read at once */
 #define BLOCK (32768 / (int64_t)sizeof(S)) /* sums that stay in the first cache while they are */
-#define PIECE 512 /* channels or outputs that are finished at once */
-#define LINE 64   /* bytes */
+#define PIECE 512                          /* channels or outputs that are finished at once */
+#define LINE 64                            /* bytes */
 
 /* What is kept: magnitudes above the threshold, and NaN, which has to stay visible. Of scalars and of vectors. */
 #define KEPT(magnitude, threshold) (((magnitude) <= (threshold)) == 0)
@@ -222,11 +222,11 @@ void rows(const Matrix *matrices, int64_t count, int64_t lists, const T *x, int6
 
 /* FFNs of one shape at equal distances: the experts of a layer, or one FFN (experts = 1). */
 typedef struct {
-    const T *gate, *up, *down;                /* [H, D], or null; [H, D]; [D, H]: of the first */
-    const T *gate_bias, *up_bias, *down_bias; /* or null */
-    const float *norms;                       /* null, or [experts, D] */
-    int64_t gate_stride, up_stride, down_stride;                         /* elements from row to row */
-    int64_t gate_step, up_step, down_step;                               /* from expert to expert */
+    const T *gate, *up, *down;                   /* [H, D], or null; [H, D]; [D, H]: of the first */
+    const T *gate_bias, *up_bias, *down_bias;    /* or null */
+    const float *norms;                          /* null, or [experts, D] */
+    int64_t gate_stride, up_stride, down_stride; /* elements from row to row */
+    int64_t gate_step, up_step, down_step;       /* from expert to expert */
     int64_t gate_bias_step, up_bias_step, down_bias_step;
     int64_t hidden, size, experts, activation;
 } FFN;
@@ -272,7 +272,8 @@ void ffn(const FFN *f, int64_t count, const int64_t *ids, const void *weights, i
         multiply(jobs, inward * count, me, all, my.sums);
         _Pragma("omp barrier");
         for (int64_t c = 0; c < count; c++) { /* h of some channels, and which of them are kept */
-            const int64_t e = number[c], before = channels_before(channels, me, all), after = channels_before(channels, me + 1, all);
+            const int64_t e = number[c];
+            const int64_t before = channels_before(channels, me, all), after = channels_before(channels, me + 1, all);
             int64_t a = before > c * D ? before - c * D : 0, to = after < (c + 1) * D ? after - c * D : D;
             int64_t *n = found + c * all + me, at = c * D + a;
             *n = 0;
@@ -297,7 +298,8 @@ void ffn(const FFN *f, int64_t count, const int64_t *ids, const void *weights, i
                 /* what does not fit behind the channels of this thread is scratch of the next: so not into them */
                 int32_t some_rows[PIECE + LANES];
                 S some_values[PIECE + LANES];
-                const int64_t k = choose(h, piece, f->norms ? f->norms + e * D + a : 0, threshold_h[e], a, some_rows, some_values);
+                const float *norms = f->norms ? f->norms + e * D + a : 0;
+                const int64_t k = choose(h, piece, norms, threshold_h[e], a, some_rows, some_values);
                 memcpy(row + at + *n, some_rows, k * sizeof *some_rows);
                 memcpy(value + at + *n, some_values, k * sizeof *some_values);
                 *n += k;

@@ -33,9 +33,11 @@ void transpose(const T *from, int64_t from_step, int64_t from_stride, T *to, int
         const T *source = from + t / across * from_step + t % across * TILE;
         T *target = to + t / across * to_step + t % across * TILE * to_stride;
         const int64_t left = columns - t % across * TILE;
-        for (int64_t i = 0; i < down; i++)
-            tile(source + i * TILE * from_stride, from_stride, source + (i + 2 < down ? i + 1 : i) * TILE * from_stride, target + i * TILE, to_stride,
-                 rows - i * TILE < TILE ? rows - i * TILE : TILE, left < TILE ? left : TILE);
+        for (int64_t i = 0; i < down; i++) {
+            const T *here = source + i * TILE * from_stride, *next = i + 2 < down ? here + TILE * from_stride : here;
+            tile(here, from_stride, next, target + i * TILE, to_stride, rows - i * TILE < TILE ? rows - i * TILE : TILE,
+                 left < TILE ? left : TILE);
+        }
     }
 }
 
