@@ -38,8 +38,8 @@ from .experts import Experts
 from .interrupts import uninterrupted
 from .kernels import gpu
 from .layout import FFN, linear_weight_count
-from .methods import get_method
-from .methods.pop import budget_ratios, ffn_sizes
+from .methods import Method, get_method
+from .methods.budget import budget_ratios, ffn_sizes
 from .modality import MODALITIES
 from .partition import Sizes
 from .phase import Forward, Phase, PhaseTracker, set_instance_attribute
@@ -219,7 +219,8 @@ class Session:
     def __new__(cls, model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> Session:
         """A session of the class that runs the config's method."""
         if cls is Session:
-            module, name = get_method(config.chosen_method).session.split(":")
+            method = config.method if isinstance(config.method, Method) else get_method(config.chosen_method)
+            module, name = method.session.split(":")
             cls = getattr(import_module(module), name)
         return super().__new__(cls)
 
@@ -404,6 +405,7 @@ class Session:
         """In the place of the model's ``get_compiled_call``."""
         if self._steps is None:
             traceable = all(plan.backend in ("inplace", "dense") for plan in self.plans)
+            traceable = traceable and self._engine.own_choice is None
             self._steps = CompiledSteps(self.model, self._tracker, self._inplace if traceable else None)
         return self._steps.get_compiled_call(compile_config)
 

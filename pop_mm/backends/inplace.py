@@ -389,7 +389,7 @@ class InplaceBackend:
 
         def zero_dropped(h: Tensor, current: Forward) -> None:
             here = resident[index]
-            if current.length == 1:  # the common step
+            if current.length == 1 and engine.own_choice is None:  # the common step
                 here.leave_out(h if h.dim() == 2 else h.view(current.rows, -1), voices(current))
                 return
             candidates = h.view(-1, h.shape[-1])[:, retained:]
@@ -406,6 +406,8 @@ class InplaceBackend:
         """The FFN on narrow views of its weights as they are now, by the kernels of this session."""
         sizes, down = self._engine.sizes[index], self._downs[index].view()
         stock = direct_forward(dense_ffn(self._engine, index), sizes.width, zero_dropped, down)
+        if self._engine.own_choice is not None:
+            return stock
         if self._triton:
             return triton_forward(self._engine, index, self._candidates, stock)
         if self._matvec is not None:

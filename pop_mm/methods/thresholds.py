@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..modality import TEXT
+from .base import Method
 
 BINS = 4096
 MIN_PROMPT_TOKENS = 4  # fewer say too little: such a prompt decodes dense
@@ -33,6 +34,14 @@ PASS_ALL = -1.0  # a threshold that every magnitude passes
 _SHIFT = 19  # bits of a float32's mantissa that do not count
 _FIRST_NOT_FINITE = 255 << 4  # bins of infinity and NaN begin here
 _BLOCK = 1 << 22  # magnitudes that are binned at once
+
+
+class Thresholds(Method):
+    """Entries of each matrix's input above a threshold from the prompt."""
+
+    name = "thresholds"
+    about = "entries of each matrix's input above a threshold from the prompt"
+    session = "pop_mm.threshold_session:ThresholdSession"
 
 
 def hidden_share(rho: float) -> float:
@@ -159,6 +168,7 @@ __all__ = [
     "BINS",
     "MIN_PROMPT_TOKENS",
     "PASS_ALL",
+    "Thresholds",
     "hidden_share",
     "histogram",
     "magnitudes",
