@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from math import lcm
 from typing import Any
 
@@ -280,7 +281,7 @@ class Session:
         if has_unloaded_weights(self.model):
             raise SessionError("The model is on the meta device, without weights; load it first.")
         compiled = CompiledParts(self.model, self._adapter.projections(self.model))
-        self._build(self._plan())
+        self._build(self._plan(self.config))
         self._require_free()
         compiled.warn()
         compiled.suspend()
@@ -298,11 +299,11 @@ class Session:
             raise
         return self
 
-    def _plan(self) -> list[FFNPlan]:
+    def _plan(self, config: PopConfig) -> list[FFNPlan]:
         """Plan for the model as it is now."""
         records = [without_wrappers(record) for record in self._adapter.projections(self.model)]
-        fixed = {} if self.config.backend == "masked" else fixed_weights(self.model, records)
-        return plan_ffns(self.model, self.config, self._adapter, fixed)
+        fixed = {} if config.backend == "masked" else fixed_weights(self.model, records)
+        return plan_ffns(self.model, config, self._adapter, fixed)
 
     def _require_free(self) -> None:
         if any(plan.ffn.modules[-1] in _PRUNED_MODULES for plan in self.plans):
@@ -552,8 +553,10 @@ class Session:
         """Plan and take over the FFNs anew. Prompts keep what is known about them; new ones are ranked by the weights of now."""
         self._release()
         before = self._outline(self.plans)
+        asked = self.config.backend
+        config = replace(self.config, backend="auto") if asked == "inplace" else self.config
         try:
-            plans = self._plan()
+            plans = self._plan(config)  # what cannot be in place any more goes on masked
         except PopError as error:
             raise SessionError(
                 f"Inside the session, {change}. The model as it is now cannot be pruned with this session's settings: {error}"
@@ -561,6 +564,11 @@ class Session:
         if self._outline(plans) != before:
             raise SessionError(
                 f"Inside the session, {change}, so that it has other FFNs. Leave the session and start a new one."
+            )
+        masked = next((plan for plan in plans if plan.backend == "masked"), None)
+        if asked == "inplace" and masked is not None:
+            warnings.warn(
+                f"Inside the session, {change}; now {masked.ffn.name} runs masked: {masked.reason}.", stacklevel=2
             )
         self._build(plans)
         try:

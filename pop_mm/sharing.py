@@ -134,5 +134,5 @@ def _all_modules() -> Iterator[nn.Module]:
     new: set[type] = {nn.Module}
     while new:
         kinds |= new
-        new = {sub for kind in new for sub in type.__subclasses__(kind)} - kinds
+        new = {sub for kind in new for sub in kind.__subclasses__()} - kinds
     return (thing for thing in gc.get_objects() if type(thing) in kinds)
