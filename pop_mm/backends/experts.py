@@ -225,6 +225,7 @@ class InplaceExperts(MaskedExperts):
     def restore(self) -> None:
         """Put every channel back."""
         self.forget_resident()
+        self.moved.adopt({e: order.position_of for e, order in enumerate(self._orders) if order.moved})
         for order in self._orders:
             order.restore()
         self.moved.release()
