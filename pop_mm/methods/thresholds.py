@@ -3,11 +3,12 @@
 A decode step multiplies vectors by matrices. An entry of the vector that is nearly zero makes one column of the matrix not
 worth reading. For an FFN with input ``x`` and ``h = act(W_gate x) * (W_up x)``::
 
-    prefill (dense)    t_x = the (1 - rho)   quantile of |x_i|                     over all prompt tokens and i
-                       t_h = the (1 - kappa) quantile of |h_j| * ||W_down[:, j]||  over all prompt tokens and j
+    prefill (dense)    t_x = the (1 - rho)   quantile of |x_i|                     over the prompt's tokens and i
+                       t_h = the (1 - kappa) quantile of |h_j| * ||W_down[:, j]||  over the prompt's tokens and j
     decode step        x is zero where |x_i| <= t_x, h where |h_j| * ||W_down[:, j]|| <= t_h
 
-The inputs of attention projections are treated as ``x``. Nothing is fixed for the prompt but the thresholds.
+The inputs of attention projections are treated as ``x``. Nothing is fixed for the prompt but the thresholds. A
+sequence's first token does not count: it is a sink of attention, with activations that no later token has.
 
 Sources. Leaving out inputs of small magnitude is TEAL's (Liu et al., arXiv 2408.14690), which calibrates its thresholds on
 other text beforehand; CATS (2404.08763) and CHESS (2409.01366) are of its family. Weighing an entry by the norm of its
