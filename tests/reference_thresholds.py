@@ -127,7 +127,9 @@ class Thresholds:
             self.tokens[row] += [kind for kind, valid in zip(row_kinds, row_mask, strict=True) if valid]
         self.kinds = kinds.tolist()
         self.firsts = {
-            row: valid.index(1) for row, valid in enumerate(new.tolist()) if 1 in valid and len(self.tokens[row]) == sum(valid)
+            row: valid.index(1)
+            for row, valid in enumerate(new.tolist())
+            if 1 in valid and len(self.tokens[row]) == sum(valid)
         }
         return self._forward("prefill", ids, new, inputs)
 

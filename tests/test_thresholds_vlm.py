@@ -66,7 +66,9 @@ def test_all_tokens_set_them_where_there_is_too_little_text():
     with prune(model, budget=0.6) as session:
         generate(model, inputs)
     for found in session.report.inputs:
-        share = (found.prompt_share["text"] * (FEWEST - 2) + found.prompt_share["image"] * int(image.sum())) / int(keep.sum() - 1)
+        share = (found.prompt_share["text"] * (FEWEST - 2) + found.prompt_share["image"] * int(image.sum())) / int(
+            keep.sum() - 1
+        )
         assert abs(share - found.share) < 2e-3
 
 
