@@ -293,10 +293,10 @@ def why_not() -> str | None:
     return made if isinstance(made, str) else None
 
 
-def build(sources: Sequence[Path], target: Path) -> str | None:
+def build(sources: Sequence[Path], target: Path, options: Sequence[str] = ()) -> str | None:
     """Compile C for this very machine into a shared library; why that failed, or None if it did not."""
     compiler = _compiler()
-    command = [*compiler, *_FLAGS, "-o", str(target), *map(str, sources), "-lm"]
+    command = [*compiler, *_FLAGS, *options, "-o", str(target), *map(str, sources), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if not done.returncode:
         return None
@@ -312,6 +312,20 @@ def _compiler() -> list[str]:
 @cache
 def _library() -> Matvec | str:
     """The library, made on first use; or why there is none."""
+    made = cached_library(_SOURCES, _HEADERS)
+    return made if isinstance(made, str) else Matvec(made)
+
+
+def cached_library(sources: Sequence[Path], headers: Sequence[Path], options: Sequence[str] = ()) -> ctypes.CDLL | str:
+    """A shared library of C sources, from the cache folder if it has been made before; or why there is none.
+
+    Parameters
+    ----------
+    sources, headers : sequence of Path
+        The headers are only part of the key.
+    options : sequence of str
+        For the compiler, behind the flags that all libraries have.
+    """
     from ..samples import cache_folder
 
     compiler = _compiler()
@@ -319,17 +333,18 @@ def _library() -> Matvec | str:
         return "none was found"
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-        facts = (*(source.read_text() for source in (*_SOURCES, *_HEADERS)), " ".join(_FLAGS), version, _cpu())
+        texts = (source.read_text() for source in (*sources, *headers))
+        facts = (*texts, " ".join((*_FLAGS, *options)), version, _cpu())
         key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
         path = cache_folder() / "kernels" / f"kernels-{key}.so"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 made = Path(folder, path.name)
-                if (reason := build(_SOURCES, made)) is not None:
+                if (reason := build(sources, made, options)) is not None:
                     return reason
                 made.replace(path)
-        return Matvec(ctypes.CDLL(str(path)))
+        return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, UnicodeError, subprocess.SubprocessError) as error:
         return f"{type(error).__name__}: {error}"
 

@@ -1,0 +1,44 @@
+/* How many magnitudes lie in each bin: the floats that agree in their first 12 bits behind the sign. */
+#include <omp.h>
+
+#include "scalar.h"
+
+#define BINS 4096
+#define BIN_SHIFT 19
+#define TABLES 4 /* counted into in turn: the next number often has the bin of the last one */
+#define PIECE 1024
+#define ALONE 16384 /* numbers that one thread counts sooner than two would begin */
+
+static inline int32_t bin_of(float magnitude) {
+    union { float value; uint32_t bits; } v = {.value = magnitude};
+    return magnitude != magnitude ? BINS - 1 : v.bits << 1 >> (BIN_SHIFT + 1);
+}
+
+/* First the bins of some numbers, by vectors; then they are counted: a number just written in a vector is slow to read alone. */
+static void count_row(const T *x, int64_t n, const float *norms, int64_t (*table)[BINS]) {
+    for (int64_t start = 0; start < n; start += PIECE) {
+        const int64_t some = n - start < PIECE ? n - start : PIECE;
+        int32_t bin[PIECE];
+        if (norms) for (int64_t i = 0; i < some; i++) bin[i] = bin_of(fabsf((float)from_T(x[start + i])) * norms[start + i]);
+        else for (int64_t i = 0; i < some; i++) bin[i] = bin_of(fabsf((float)from_T(x[start + i])));
+        int64_t i = 0;
+        for (; i + TABLES <= some; i += TABLES)
+            for (int64_t j = 0; j < TABLES; j++) table[j][bin[i + j]]++;
+        for (; i < some; i++) table[0][bin[i]]++;
+    }
+}
+
+/* x: [tokens, n], rows `stride` elements apart; norms: null, or [n] factors of the magnitudes, which are rounded to float
+ * before; valid: null, or which tokens count; counts: [BINS], added to. */
+void histogram(const T *x, int64_t tokens, int64_t n, int64_t stride, const float *norms, const uint8_t *valid, int64_t *counts,
+               int threads) {
+    _Pragma("omp parallel num_threads(tokens * n < ALONE ? 1 : threads)") {
+        int64_t table[TABLES][BINS] = {{0}};
+        _Pragma("omp for schedule(static) nowait")
+        for (int64_t t = 0; t < tokens; t++)
+            if (!valid || valid[t]) count_row(x + t * stride, n, norms, table);
+        _Pragma("omp critical")
+        for (int64_t i = 0; i < BINS; i++)
+            for (int64_t j = 0; j < TABLES; j++) counts[i] += table[j][i];
+    }
+}
