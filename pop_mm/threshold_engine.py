@@ -21,7 +21,7 @@ from .events import Events, tells
 from .experts import Experts
 from .groups import InputGroup
 from .layout import FFN
-from .methods.thresholds import PASS_ALL, histogram, magnitudes, not_finite, threshold
+from .methods.thresholds import PASS_ALL, histogram, kept, magnitudes, not_finite, threshold
 from .modality import added
 from .phase import Forward, Phase
 from .state import PromptState
@@ -266,7 +266,7 @@ class ThresholdEngine(Engine):
         if step.phase is Phase.PREFILL:
             return values
         bound = self._decide(index, which, forward.state).to(values.device)
-        keep = scores > bound.expand(step.rows)[row].unsqueeze(1)
+        keep = kept(scores, bound.expand(step.rows)[row].unsqueeze(1))
         decode = step.number >= 0
         if first:
             counted = decode if step.valid is None else decode & step.valid

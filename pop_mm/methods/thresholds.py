@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from ..modality import TEXT
+from ..ops.histogram import BINS
+from ..ops.histogram import histogram as count_bins
+from ..ops.reference import BIN_SHIFT, kept, magnitudes
 
-BINS = 4096
 MIN_PROMPT_TOKENS = 4  # fewer say too little: such a prompt decodes dense
 PASS_ALL = -1.0  # a threshold that every magnitude passes
-_SHIFT = 19  # bits of a float32's mantissa that do not count
 _FIRST_NOT_FINITE = 255 << 4  # bins of infinity and NaN begin here
 _BLOCK = 1 << 22  # magnitudes that are binned at once
 
@@ -42,12 +43,6 @@ def hidden_share(rho: float) -> float:
     Towards both ends it meets what it must: half of rho below 0.4, and 1 at 1.
     """
     return max(rho / 2, rho - 0.2, 2 * rho - 1)
-
-
-def magnitudes(values: Tensor, weight: Tensor | None = None) -> Tensor:
-    """``float32(|values|)``, times ``float32(weight)`` along the last axis where there is one: what is binned and compared."""
-    found = values.detach().to(torch.float32).abs()
-    return found if weight is None else found * weight.to(torch.float32)
 
 
 def histogram(scores: Tensor, row: Tensor, rows: int) -> Tensor:
@@ -66,13 +61,13 @@ def histogram(scores: Tensor, row: Tensor, rows: int) -> Tensor:
     Tensor
         ``[rows, BINS]``, int64.
     """
-    counts = torch.zeros(rows * BINS, dtype=torch.int64, device=scores.device)
-    lines = max(1, _BLOCK // max(1, scores.shape[1]))
-    for part, where in zip(scores.split(lines), row.split(lines), strict=True):
-        bins = (part.contiguous().view(torch.int32) >> _SHIFT).long() & (BINS - 1)  # a NaN may have a sign
-        bins += BINS * where.unsqueeze(1)
-        counts += torch.bincount(bins.flatten(), minlength=rows * BINS)
-    return counts.view(rows, BINS)
+    counts = torch.zeros(rows, BINS, dtype=torch.int64, device=scores.device)
+    for number, own in enumerate(counts):
+        mine = None if rows == 1 else row == number
+        for start in range(0, len(scores), step := max(1, _BLOCK // max(1, scores.shape[1]))):
+            part = slice(start, start + step)
+            count_bins(scores[part], own, None, None if mine is None else mine[part])
+    return counts
 
 
 def not_finite(counts: Tensor) -> Tensor:
@@ -149,7 +144,7 @@ def threshold(counts: Mapping[int, Tensor], tokens: Mapping[int, Tensor], share:
 
 def _edges(device: torch.device) -> Tensor:
     """``[BINS + 1]``, float64: where bins begin and end; what is not finite ends at the largest float32."""
-    bits = torch.arange(BINS + 1, dtype=torch.int64).clamp_(max=_FIRST_NOT_FINITE) << _SHIFT
+    bits = torch.arange(BINS + 1, dtype=torch.int64).clamp_(max=_FIRST_NOT_FINITE) << BIN_SHIFT
     edges = bits.to(torch.int32).view(torch.float32)
     edges[_FIRST_NOT_FINITE:] = torch.finfo(torch.float32).max
     widths = torch.arange(BINS + 1).sub_(_FIRST_NOT_FINITE).clamp_(min=0)  # keeps the edges rising
@@ -162,6 +157,7 @@ __all__ = [
     "PASS_ALL",
     "hidden_share",
     "histogram",
+    "kept",
     "magnitudes",
     "not_finite",
     "quantile",
