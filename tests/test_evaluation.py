@@ -47,12 +47,20 @@ def test_divergence_of_known_distributions():
     assert score.agreement in (0.5, 1.0)  # the first row's argmax is a tie
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("prefill", PREFILLS)
+def amount(method, ratio):
+    """How much a method leaves out, as it takes it."""
+    return {"budget": 1 - ratio} if method == "thresholds" else {"ratio": ratio}
+
+
+@pytest.mark.parametrize(
+    ("method", "prefill"), [(m, p) for m in METHODS for p in PREFILLS if (m, p) != ("thresholds", PREFILLS[1])]
+)
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 def test_ratio_0_is_the_dense_model(load, method, prefill, model_type):
+    if (method, prefill) == ("thresholds", "partition"):
+        prefill = "dense"  # it has no other
     model, ids = load(model_type), stacked(texts())
-    config = config_for(method, 0.0, prefill=prefill, calibration=calibrate(model, [ids[:1]]))
+    config = config_for(method, **amount(method, 0.0), prefill=prefill, calibration=calibrate(model, [ids[:1]]))
     for dense, score in zip(score_texts(model, ids, 12, None), score_texts(model, ids, 12, config), strict=True):
         assert score == dense and (score.kl, score.agreement) == (0, 1)
     assert first_differences(model, ids, 12, config, 5) == [5, 5, 5]
@@ -84,7 +92,12 @@ def test_methods_choose_different_channels(load):
     model, ids = load(), stacked(texts())
     calibration = calibrate(model, [window.ids.unsqueeze(0) for window in texts(seed=1)])
     kl = {
-        name: [s.kl for s in score_texts(model, ids, 12, config_for(name, 0.4, scope="ffn", calibration=calibration))]
+        name: [
+            score.kl
+            for score in score_texts(
+                model, ids, 12, config_for(name, **amount(name, 0.4), scope="ffn", calibration=calibration)
+            )
+        ]
         for name in METHODS
     }
     assert len({tuple(values) for values in kl.values()}) == len(METHODS)
@@ -278,7 +291,7 @@ def test_another_setup_is_refused(model, load, tmp_path):
 
 
 def test_rows(model):
-    points = grid([*METHODS], [0.4], [0.1, 0.2], PREFILLS)
+    points = grid([*METHODS], [0.4], [0.1, 0.2], PREFILLS, [0.6])
     run = Run(model, SETUP, texts(), texts(seed=3))
     advanced = []
     run.work(points, lambda: advanced.append(1))
@@ -286,7 +299,7 @@ def test_rows(model):
     dense, *rows = run.results(points)["rows"]
     assert (dense["kl"], dense["agreement"], dense["cost"]["bytes_share"]) == (0, 1, 1)
     for point, row in zip(points[1:], rows, strict=True):
-        assert [row[key] for key in ("method", "ratio", "gamma", "prefill")] == list(vars(point).values())
+        assert {key: row[key] for key in vars(point)} == vars(point)
         assert row["kl_interval"][0] <= row["kl"] <= row["kl_interval"][1]
         assert row["kl"] == pytest.approx(sum(run.values(point, "kl")) / 3)
         assert row["perplexity"] == pytest.approx(math.exp(sum(run.values(point, "loss")) / 3))

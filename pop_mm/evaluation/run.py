@@ -64,7 +64,7 @@ def grid(
 ) -> list[Point]:
     """All combinations that differ, dense first: a method without candidates has no gamma, the dense model no ratio.
 
-    Every method takes budgets, ``thresholds`` nothing else, and with a dense prefill alone.
+    ``thresholds`` takes budgets alone, and has a dense prefill; ``full`` takes none, since it reads every channel.
 
     ``full`` has no partition that a prompt could be run on, so its prefill is always dense.
     """
@@ -75,7 +75,7 @@ def grid(
     for prefill in prefills:
         for ratio, budget in [*((ratio, None) for ratio in ratios), *((None, budget) for budget in budgets)]:
             for name in (m for m in METHODS if m in methods and m != "dense"):
-                if name == "thresholds" and budget is None:
+                if (name == "thresholds" and budget is None) or (name == "full" and budget is not None):
                     continue
                 for gamma in gammas if name == "pop" else [None]:
                     own = "dense" if name in ("full", "thresholds") else prefill

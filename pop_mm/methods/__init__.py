@@ -9,7 +9,7 @@ from .pop import Pop
 from .static import Static
 from .thresholds import Thresholds
 
-for _method in (Thresholds, Static, Pop, Full, WandaSp, Magnitude, Griffin, Random):  # in the order of tables
+for _method in (Static, Pop, Full, Thresholds, WandaSp, Magnitude, Griffin, Random):  # in the order of tables
     register_method(_method)
 METHODS = Abouts()
 
