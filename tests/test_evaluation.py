@@ -57,8 +57,6 @@ def amount(method, ratio):
 )
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 def test_ratio_0_is_the_dense_model(load, method, prefill, model_type):
-    if (method, prefill) == ("thresholds", "partition"):
-        prefill = "dense"  # it has no other
     model, ids = load(model_type), stacked(texts())
     config = config_for(method, **amount(method, 0.0), prefill=prefill, calibration=calibrate(model, [ids[:1]]))
     for dense, score in zip(score_texts(model, ids, 12, None), score_texts(model, ids, 12, config), strict=True):
