@@ -264,7 +264,6 @@ def measure_shape(shape: Shape, rounds: int, evict: Evictor, kernels: str) -> Re
     """All variants of one shape."""
     matvec = load_kernel(kernels)
     stack = build_stack(shape)
-    plain = twins(stack, shape)
     generator = torch.Generator().manual_seed(1)
 
     def hidden(tokens: int) -> Tensor:
@@ -286,6 +285,7 @@ def measure_shape(shape: Shape, rounds: int, evict: Evictor, kernels: str) -> Re
     session = pop_mm.prune(stack, config, adapter=ExpertsAdapter())
     width = session.plans[0].sizes.width
     with session:
+        plain = twins(stack, shape)  # within: a session leaves weights alone that another model holds
         cache, everyone = PositionCache(), every_expert()
         stack(hidden(everyone.shape[1]), cache, everyone, weights(everyone.shape[1]))
         for token in range(everyone.shape[1]):  # the first use of each expert moves its channels

@@ -205,7 +205,6 @@ def measure_shape(
         torch.randn(1, q, shape.hidden, generator=generator).to(getattr(torch, shape.dtype))
         for q in (PROMPT_TOKENS, PROMPT_TOKENS, 1)
     )
-    dense = twins(stack, shape.intermediate)
     results = []
     for kept_share, target in shape.targets.items():
         # |R| + |C| = (1 - r + gamma / 2) D
@@ -216,6 +215,7 @@ def measure_shape(
         width = session.plans[0].sizes.width
         second = similar_prompt(stack, width, prompt, other)
         with session:
+            dense = twins(stack, shape.intermediate)  # within: a session leaves weights alone that another model holds
             cache = _start(stack, prompt, token)
             first = session.report
             first_move, rank, front = first.timings.moving, first.timings.partitioning, _front(first)
@@ -231,13 +231,14 @@ def measure_shape(
 
             narrow = twins(stack, width)
             variants = {
-                "dense": lambda: run_plain(dense, token),
+                "dense": lambda dense=dense: run_plain(dense, token),
                 "pruned": pruned,
                 "views": lambda narrow=narrow: run_plain(narrow, token),
             }
             times = alternate(variants, rounds, evict)
             started = time.perf_counter()
         restore = time.perf_counter() - started
+        del dense, narrow, variants
         if session.report.timings.masked_forwards:
             raise RuntimeError("Decode ran masked: the in-place path was not what has been timed.")
         step = times.median("dense")

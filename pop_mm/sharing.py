@@ -110,7 +110,8 @@ def _uses(tensor: Tensor) -> tuple[int, int]:
 
 def _held_by_others(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Those that something may hold besides the module that they belong to. Looking for it takes much longer."""
-    lone = nn.Linear(1, 1, bias=False, device="cpu")
+    lone = nn.Module()
+    lone.weight = nn.Parameter(torch.zeros(1, device="cpu"))
     alone = min(_uses(p) for p in list(lone.parameters()))
     return [p for p in tensors if not alone[1] or any(a > b for a, b in zip(_uses(p), alone, strict=True))]
 

@@ -307,7 +307,7 @@ def test_prompts_repeat_passages_and_avoid_special_ids():
         (["--model", "x", "--batch", 0], "greater than or equal to 1"),
         (["--model", "x", "--ratio", 1.5], "ratio must lie in [0, 1)"),
         (["--model", "x", "--ratio", 0], "give ratios above 0"),
-        (["--model", "x", "--method", "full"], "methods must be of pop, static; got 'full'"),
+        (["--model", "x", "--method", "full"], "methods must be of static, pop; got 'full'"),
         (["--model", "x", "--cache", "paged"], "caches must be of dynamic, static"),
         (["--model", "x", "--compile"], "take the static cache alone"),
         (["--model", "x", "--batch-mode", "row"], "batch must be one of"),

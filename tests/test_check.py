@@ -505,15 +505,15 @@ def test_the_example_of_the_documents_runs(capsys):
 
 def test_inspect_check(call, tmp_path, monkeypatch):
     folder = save(tmp_path, num_hidden_layers=3)
-    code, out, _ = call("inspect", "--model", folder, "--check")
+    code, out, _ = call("inspect", "--model", folder, "--ratio", 0.4, "--check")
     assert code == 0 and "The contract holds." in out
     assert "model.layers.{0-2}.mlp: 3 x 64 channels" in out
-    rows = json.loads(call("inspect", "--model", folder, "--check", "--json")[1])
+    rows = json.loads(call("inspect", "--model", folder, "--ratio", 0.4, "--check", "--json")[1])
     plain = json.loads(call("inspect", "--model", folder, "--json")[1])
     assert [{k: v for k, v in row.items() if k not in ("contract", "finding")} for row in rows] == plain
     assert {(row["contract"], row["finding"]) for row in rows} == {("holds", None)}
     monkeypatch.setenv("COLUMNS", "100")
-    lines = call("inspect", "--model", folder, "--check")[1].splitlines()
+    lines = call("inspect", "--model", folder, "--ratio", 0.4, "--check")[1].splitlines()
     assert max(map(len, lines)) <= 100
 
 
@@ -525,14 +525,14 @@ def test_inspect_check_of_a_broken_contract(call, tmp_path, monkeypatch):
     monkeypatch.setattr(
         LlamaMLP, "forward", lambda mlp, x: mlp.down_proj(F.normalize(mlp.up_proj(x) * mlp.gate_proj(x)))
     )
-    code, out, _ = call("inspect", "--model", folder, "--check")
+    code, out, _ = call("inspect", "--model", folder, "--ratio", 0.4, "--check")
     assert code == 0, "a norm over tokens is no business of the contract"
     monkeypatch.setattr(
         LlamaMLP, "forward", lambda mlp, x: mlp.down_proj(F.normalize(mlp.up_proj(x) * mlp.gate_proj(x), dim=-1))
     )
-    code, out, err = call("inspect", "--model", folder, "--check")
+    code, out, err = call("inspect", "--model", folder, "--ratio", 0.4, "--check")
     assert (code, err) == (1, "") and "refused: " in out and "The contract is broken" in out
-    code, out, _ = call("inspect", "--model", folder, "--check", "--json")
+    code, out, _ = call("inspect", "--model", folder, "--ratio", 0.4, "--check", "--json")
     assert code == 1 and {row["contract"] for row in json.loads(out)} == {"broken"}
     assert all("not independent" in row["finding"] for row in json.loads(out))
     assert call("inspect", "--model", folder)[0] == 0

@@ -273,7 +273,7 @@ def test_offloaded_experts_have_norms_all_the_same(model_type):
     for record, (down, reads) in zip(experts_of(cpu_offload(model)), expected, strict=True):
         assert "is offloaded" in record.why_not_plain()
         assert torch.equal(record.down_column_norms(), down) and torch.equal(record.input_norms(), reads)
-        assert record.device.type == "meta", "as it was"
+        assert record.down.device.type == "meta", "as it was"
 
 
 def test_experts_of_another_width_than_the_model():

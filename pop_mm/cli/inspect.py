@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from ..adapters import Adapter, Check, adapter_for, check, registered_adapters
 from ..config import PopConfig
-from ..errors import ConfigError
 from ..report import FFNPlan
 from ..samples import SampleError, load_config, resolve, takes_images
 from ..session import PART_NAMES, plan_ffns, weights_per_token
@@ -30,17 +29,17 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool, contract: bool 
     with quiet():
         model, quantisation = skeleton(name, dtype)
         adapter = adapter_for(model)
+        checked = check(load_model(name, dtype)[0]) if contract else None
         if config.chosen_method == "thresholds":
-            if contract:
-                raise ConfigError("--check shows what an adapter finds for POP. Give --ratio, or --method pop.")
             packed, stored = None, None
             if quantisation is not None:
                 packed = str(quantisation.get("quant_method", "quantised"))
                 stored = StoredBytes(model, stored_tensors(resolve(name)), bits_of(quantisation, model.dtype.itemsize))
-            inspect_thresholds(model, config, adapter, packed, stored, as_json)
-            return True
+            contracts = {} if checked is None else _contracts(checked)
+            inspect_thresholds(model, config, adapter, packed, stored, as_json, contracts)
+            _print_check(checked, as_json)
+            return checked is None or checked.ok
         plans = plan_ffns(model, config, adapter)
-        checked = check(load_model(name, dtype)[0]) if contract else None
     stored = None
     if quantisation is not None:
         plans = [_packed(plan, str(quantisation.get("quant_method", "quantised"))) for plan in plans]
@@ -65,11 +64,14 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool, contract: bool 
     )
     for reason in dict.fromkeys(plan.reason for plan in plans if plan.backend == "masked"):
         console.print(f"Masked, without speed-up: {reason}.", style="yellow", highlight=False, markup=False)
-    if checked is not None:
-        console.print(
-            f"\n{checked}", style=None if checked.ok else "yellow", highlight=False, markup=False, soft_wrap=True
-        )
+    _print_check(checked, as_json)
     return checked is None or checked.ok
+
+
+def _print_check(checked: Check | None, as_json: bool) -> None:
+    if checked is not None and not as_json:
+        style = None if checked.ok else "yellow"
+        Console().print(f"\n{checked}", style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any] | None]:

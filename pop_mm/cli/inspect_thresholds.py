@@ -20,19 +20,32 @@ from ..threshold_report import ThresholdReport
 from ..threshold_session import ThresholdPlan, plan_thresholds
 from .stored import StoredBytes
 
+_NOT_PROBED: dict[str, Any] = {"contract": None, "finding": None}  # attention has no channels
+
 
 def inspect_thresholds(
-    model: Any, config: PopConfig, adapter: Adapter, packed: str | None, stored: StoredBytes | None, as_json: bool
+    model: Any,
+    config: PopConfig,
+    adapter: Adapter,
+    packed: str | None,
+    stored: StoredBytes | None,
+    as_json: bool,
+    contracts: Mapping[str, Any],
 ) -> None:
     """Print it; JSON has one row for each FFN, layer of experts and group of attention modules.
 
     ``packed`` says how the checkpoint is quantised, and ``stored`` what its files hold; None if it is not.
+    ``contracts`` has more for the rows, by name.
     """
     plans = plan_thresholds(model, config, adapter)
     size = model.dtype.itemsize
     whole = [_bytes(plan, size, stored) for plan in plans]
     if as_json:
-        print(json.dumps([_row(plan, dense) for plan, dense in zip(plans, whole, strict=True)], indent=2))
+        rows = [
+            {**_row(plan, dense), **contracts.get(plan.record.name, _NOT_PROBED if contracts else {})}
+            for plan, dense in zip(plans, whole, strict=True)
+        ]
+        print(json.dumps(rows, indent=2))
         return
     report = ThresholdReport.of(model, adapter, config, plans, None, Timings())
     table = Table(box=box.SIMPLE_HEAD)

@@ -91,6 +91,10 @@ class Counting:
     def _start_counting(self, config: PopConfig, loglikelihood: str) -> None:
         if loglikelihood not in MODES:
             raise ConfigError(f"loglikelihood must be one of {', '.join(map(repr, MODES))}; got {loglikelihood!r}.")
+        if config.ratio is None:
+            raise ConfigError(
+                f"A harness scores POP, which needs 'ratio'; got {config.label}. Give ratio=0.2, for example."
+            )
         self.pop_config, self.mode, self.tallies, self._dense = config, loglikelihood, {}, False
 
     @contextmanager

@@ -86,7 +86,8 @@ class PopVLM(Counting, lmms):  # type: ignore[misc]
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"batch_size must be a positive integer; got {batch_size!r}.")
-        self._start_counting(PopConfig.from_dict({"batch": "per_sequence", **_read_mappings(settings)}), loglikelihood)
+        config = PopConfig.from_dict({"batch": "per_sequence", **_read_mappings(settings)})
+        self._start_counting(config, loglikelihood)
         self.batch_size, self.max_new_tokens = int(batch_size), max_new_tokens
         if isinstance(pretrained, str):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
