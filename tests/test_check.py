@@ -509,7 +509,7 @@ def test_inspect_check(call, tmp_path, monkeypatch):
     assert code == 0 and "The contract holds." in out
     assert "model.layers.{0-2}.mlp: 3 x 64 channels" in out
     rows = json.loads(call("inspect", "--model", folder, "--ratio", 0.4, "--check", "--json")[1])
-    plain = json.loads(call("inspect", "--model", folder, "--json")[1])
+    plain = json.loads(call("inspect", "--model", folder, "--ratio", 0.4, "--json")[1])
     assert [{k: v for k, v in row.items() if k not in ("contract", "finding")} for row in rows] == plain
     assert {(row["contract"], row["finding"]) for row in rows} == {("holds", None)}
     monkeypatch.setenv("COLUMNS", "100")
