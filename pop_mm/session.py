@@ -625,8 +625,8 @@ class Session:
         change = "the model was changed" if watch is None else watch.change()
         if watch is not None and watch.replaced is not None:
             raise SessionError(
-                f"The forward of a {watch.replaced} was replaced inside the session, which has put its own there. Leave the session, "
-                "replace the forward, and start a new session."
+                f"The forward of a {watch.replaced} was replaced inside the session, which has put its own there. Leave the "
+                "session, replace the forward, and start a new session."
             )
         if watch is not None and forward.phase is not Phase.DECODE and change is None:
             self._inplace.unpack()
@@ -659,7 +659,8 @@ class Session:
             plans = self._plan()
             if self._outline(plans) != before:
                 raise SessionError(
-                    f"Inside the session, {change}, so that it has other FFNs. Leave the session and start a new one."
+                    f"Inside the session, {change}, so that the model has other FFNs, or keeps another number of their channels "
+                    "(which depends on the dtype for experts). Leave the session and start a new one."
                 )
             self._build(plans)
             self._suspend(CompiledParts(self.model, self._records()))
@@ -688,7 +689,7 @@ class Session:
 
     def _check_experts(self) -> None:
         """Experts that are not called through this session would run dense without a word."""
-        for config in self._expert_configs:
+        for config in self._expert_configs if self._engaged else ():
             if config._experts_implementation != IMPLEMENTATION:
                 raise SessionError(
                     f"The experts implementation was set to {config._experts_implementation!r} inside the session, so the "

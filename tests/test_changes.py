@@ -245,12 +245,14 @@ def test_what_is_made_of_moved_weights_is_refused(family, which, do):
     model = fresh(family).float()  # torchao packs no float64
     ffn = model.model.layers[-1].mlp
     ffn = getattr(ffn, "shared_expert", ffn)
-    with pytest.warns(UserWarning, match=f"{which}.weight was packed.*Load the model again"), pruned(model, "auto"):
-        generate(model, prompt())
-        do(getattr(ffn, which))
-        for _ in range(2):
-            with pytest.raises(SessionError, match=f"{which}.weight was packed.*before the session"):
-                generate(model, prompt())
+    session = pruned(model, "auto").attach()
+    generate(model, prompt())
+    do(getattr(ffn, which))
+    for _ in range(2):
+        with pytest.raises(SessionError, match=rf"{which}\.weight was packed.*before the session"):
+            generate(model, prompt())
+    with pytest.warns(UserWarning, match=rf"{which}\.weight was packed.*Load the model again"):
+        session.detach()
 
 
 @pytest.mark.parametrize("do", [packed, weight_normed, unstructured])
@@ -263,6 +265,16 @@ def test_what_is_made_of_weights_that_are_masked_is_followed(do):
         generate(model, prompt())
         do(model.model.layers[0].mlp.down_proj)
         torch.testing.assert_close(generate(model, prompt())[1], expected, rtol=0, atol=1e-4)
+
+
+def test_experts_of_another_dtype_are_refused_as_often_as_they_are_asked():
+    model = fresh("mixtral")
+    with pruned(model, gamma=0.3):
+        generate(model, prompt())
+        model.bfloat16()
+        for _ in range(2):
+            with pytest.raises(SessionError, match=r"depends on the dtype.*start a new one"):
+                generate(model, prompt())
 
 
 def doubled(module):
@@ -283,7 +295,7 @@ def test_another_forward_inside_a_session_is_followed_or_refused(which, backend)
             torch.testing.assert_close(generate(model, prompt())[1], expected, rtol=0, atol=1e-9)
             return
         for _ in range(2):
-            with pytest.raises(SessionError, match="forward of a Linear was replaced.*start a new session"):
+            with pytest.raises(SessionError, match=r"forward of a Linear was replaced.*start a new session"):
                 generate(model, prompt())
 
 
@@ -377,7 +389,7 @@ def test_an_adapter_for_each_row_is_refused(backend):
     with pruned(wrapper, "auto" if backend == "inplace" else backend, batch="per_sequence") as session:
         generate(wrapper, prompt(2))
         for _ in range(2):  # the first leaves peft's hooks on the modules, as any error within its generate does
-            with pytest.raises(SessionError, match="settings of an adapter changed|the model was changed"):
+            with pytest.raises(SessionError, match=r"settings of an adapter changed|the model was changed"):
                 generate(wrapper, prompt(2), adapter_names=["default", "__base__"])
         assert session.attached
 

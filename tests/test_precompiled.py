@@ -1,4 +1,4 @@
-"""Models of which something was compiled, before or inside the session: pruned as their uncompiled twins, and compiled afterwards."""
+"""Models of which something was compiled, before or inside the session: pruned as their uncompiled twins, and left compiled."""
 
 import warnings
 
@@ -154,10 +154,11 @@ def test_what_is_compiled_beside_the_ffns_stays_compiled():
             generate(model, prompt())
 
 
-@pytest.mark.parametrize("kernels", ["stock", "auto"])
-@pytest.mark.parametrize("batch", ["shared", "per_sequence"])
-@pytest.mark.parametrize("backend", ["masked", "auto"])
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize(
+    ("backend", "batch", "kernels"),
+    [("masked", "shared", "stock"), ("auto", "shared", "auto"), ("auto", "per_sequence", "stock")],
+)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_what_is_compiled_inside_a_session_runs_eagerly_from_then_on(family, backend, batch, kernels):
     twin, model = fresh(family), fresh(family)
     settings = {"batch": batch, "kernels": kernels}
@@ -187,5 +188,5 @@ def test_a_model_that_is_compiled_as_a_whole_inside_a_session_is_refused(family,
         generate(model, prompt(), 2)
         compile_it(model)
         for _ in range(2):
-            with pytest.raises(SessionError, match="compiled inside the session.*before a new one"):
+            with pytest.raises(SessionError, match=r"compiled inside the session.*before a new one"):
                 generate(model, prompt(), 2)
