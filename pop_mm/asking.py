@@ -70,14 +70,14 @@ def runs_own_forward(module: nn.Module) -> bool:
     """Whether a call computes what the class says: only accelerate's moving of weights, or a session, replaced its forward."""
     if "forward" not in module.__dict__:
         return True
-    if _is_ours(module.__dict__["forward"]):
+    if is_ours(module.__dict__["forward"]):
         return True
     hook, forward = getattr(module, "_hf_hook", None), getattr(module, "_old_forward", None)
     moves = hook is not None and same_class(type(hook), "accelerate.hooks:AlignDevicesHook")
     return moves and getattr(forward, "__func__", None) is type(module).forward
 
 
-def _is_ours(forward: object) -> bool:
+def is_ours(forward: object) -> bool:
     """Whether a function was defined in this package."""
     return str(getattr(forward, "__module__", "")).partition(".")[0] == __package__
 

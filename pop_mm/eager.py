@@ -43,7 +43,7 @@ class CompiledParts:
         for record in records:
             if isinstance(record, FFN) and record.holder is not None:
                 around.update(record.holder.modules())
-        compiled = [(name, module) for name, module in model.named_modules() if _is_compiled(module)]
+        compiled = [(name, module) for name, module in model.named_modules() if is_compiled(module)]
         self._named = [(name, module) for name, module in compiled if module in around]
         self.left = {child for _, module in compiled if module not in around for child in module.modules()}
         self._undo: list[Callable[[], object]] = []
@@ -127,7 +127,8 @@ def _original(function: Any) -> Any:
     return function
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of the module runs compiled code."""
     if module._modules.get("_orig_mod") is not None or module.__dict__.get("_compiled_call_impl") is not None:
         return True
     forward = module.__dict__.get("forward", type(module).forward)

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .classes import same_class
+
 GroupKind = Literal["attention_in", "attention_out"]
 
 
@@ -58,6 +60,10 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(inputs, int) and isinstance(outputs, int):
         return inputs, outputs
     weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+    if (
+        same_class(type(module), "transformers.pytorch_utils:Conv1D")
+        and isinstance(weight, Tensor)
+        and weight.dim() == 2
+    ):
         return int(weight.shape[0]), int(weight.shape[1])
     return None

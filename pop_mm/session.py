@@ -31,9 +31,9 @@ from .backends.moved import Versions
 from .backends.norms import FewTokensNorms
 from .compiled import CompiledSteps
 from .config import PopConfig, as_config
-from .eager import CompiledParts, modules_around, without_wrappers
+from .eager import CompiledParts, is_compiled, modules_around, without_wrappers
 from .engine import Engine
-from .errors import AdapterError, ConfigError, NonFiniteError, PopError, SessionError
+from .errors import AdapterError, ConfigError, NonFiniteError, SessionError
 from .events import Events
 from .experts import Experts
 from .interrupts import uninterrupted
@@ -188,6 +188,13 @@ def _written(name: str) -> str:
     )
 
 
+def _packed(name: str) -> str:
+    return (
+        f"{name} was packed, parametrised or pruned inside the session while its channels were reordered, so what was made of it "
+        "is in another order than the rest of the model. Load the model again, and do that before the session."
+    )
+
+
 def _refuse_copy(*_: Any) -> Any:
     raise SessionError(
         "The model was to be copied or pickled inside a session, which would take a part of the session along. Leave the session "
@@ -336,10 +343,7 @@ class Session:
         compiled = CompiledParts(self.model, self._records())
         self._build(self._plan(self.config))
         self._require_free()
-        compiled.warn()
-        compiled.suspend()
-        self._undo.append(compiled.resume)
-        self._left_compiled = compiled.left
+        self._suspend(compiled)
         self._last = None
         self.attached = True
         try:
@@ -352,6 +356,13 @@ class Session:
             self.detach()
             raise
         return self
+
+    def _suspend(self, compiled: CompiledParts) -> None:
+        """Let compiled parts of the model run eagerly until the session ends, and say so."""
+        compiled.warn()
+        compiled.suspend()
+        self._undo.append(compiled.resume)
+        self._left_compiled = compiled.left
 
     def _plan(self, config: PopConfig) -> list[FFNPlan]:
         """Plan for the model as it is now."""
@@ -381,7 +392,7 @@ class Session:
             for name in ("__deepcopy__", "__reduce_ex__"):
                 self._refusals.append(set_instance_attribute(module, name, _refuse_copy))
         self._steps = None
-        self._watch = Watch(self.model, self._engine.ffns, self._versions)
+        self._watch = Watch(self.model, self._engine.ffns, self._versions, besides)
 
     def _release(self) -> None:
         """Undo :meth:`_engage`: the FFNs are as they were, but for what somebody else has changed."""
@@ -427,6 +438,8 @@ class Session:
             while self._undo:
                 self._undo.pop()()
             self.attached = False
+        if self._versions.packed is not None:
+            warnings.warn(_packed(self._versions.packed), stacklevel=2)
         if self._versions.written is not None:
             warnings.warn(
                 f"{_written(self._versions.written)} It was put back as if each channel had been changed alone.",
@@ -606,7 +619,18 @@ class Session:
     def _check_model(self, forward: Forward) -> None:
         """Follow what somebody else has changed in the model since the last forward, or say why that cannot be."""
         watch = self._watch
+        if is_compiled(self.model):
+            raise SessionError(
+                "The model was compiled inside the session, and compiled code would run past what the session adds. Leave the "
+                "session and compile the model before a new one, in which it runs eagerly; for compiled decode steps, call "
+                "generate(cache_implementation='static') inside the session."
+            )
         change = "the model was changed" if watch is None else watch.change()
+        if watch is not None and watch.replaced is not None:
+            raise SessionError(
+                f"The forward of a {watch.replaced} was replaced inside the session, which has put its own there. Leave the "
+                "session, replace the forward, and start a new session."
+            )
         if watch is not None and forward.phase is not Phase.DECODE and change is None:
             self._inplace.unpack()
             moved = self._inplace.moved_weights()
@@ -621,6 +645,8 @@ class Session:
         if change is not None:
             for weights in self._inplace.moved_weights().values():
                 weights.look()
+        if self._versions.packed is not None:
+            raise SessionError(_packed(self._versions.packed))
         if self._versions.written is not None:
             raise SessionError(
                 f"{_written(self._versions.written)} Leave the session, write the weight again, and start a new session."
@@ -636,24 +662,26 @@ class Session:
         config = replace(self.config, backend="auto") if asked == "inplace" else self.config
         try:
             plans = self._plan(config)  # what cannot be in place any more goes on masked
-        except PopError as error:
+            if self._outline(plans) != before:
+                raise SessionError(
+                    f"Inside the session, {change}, so that the model has other FFNs, or keeps another number of their channels "
+                    "(which depends on the dtype for experts). Leave the session and start a new one."
+                )
+            masked = next((plan for plan in plans if plan.backend == "masked"), None)
+            if asked == "inplace" and masked is not None:
+                warnings.warn(
+                    f"Inside the session, {change}; now {masked.ffn.name} runs masked: {masked.reason}.", stacklevel=2
+                )
+            self._build(plans)
+            self._suspend(CompiledParts(self.model, self._records()))
+            self._engage()
+        except (AdapterError, ConfigError) as error:
+            self._release()
             raise SessionError(
                 f"Inside the session, {change}. The model as it is now cannot be pruned with this session's settings: {error}"
             ) from error
-        if self._outline(plans) != before:
-            raise SessionError(
-                f"Inside the session, {change}, so that it has other FFNs. Leave the session and start a new one."
-            )
-        masked = next((plan for plan in plans if plan.backend == "masked"), None)
-        if asked == "inplace" and masked is not None:
-            warnings.warn(
-                f"Inside the session, {change}; now {masked.ffn.name} runs masked: {masked.reason}.", stacklevel=2
-            )
-        self._build(plans)
-        try:
-            self._engage()
         except BaseException:
-            self.detach()
+            self._release()
             raise
 
     @staticmethod
@@ -671,7 +699,7 @@ class Session:
 
     def _check_experts(self) -> None:
         """Experts that are not called through this session would run dense without a word."""
-        for config in self._expert_configs:
+        for config in self._expert_configs if self._engaged else ():
             if config._experts_implementation != IMPLEMENTATION:
                 raise SessionError(
                     f"The experts implementation was set to {config._experts_implementation!r} inside the session, so the "

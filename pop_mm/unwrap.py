@@ -5,7 +5,6 @@ Wrappers are told by their classes, in packages that are loaded already: none is
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .classes import is_a
 from .errors import AdapterError
 from .phase import set_instance_attribute
 
@@ -40,7 +40,7 @@ class Unwrapped:
         """
         undo = []
         for wrapper in self.wrappers:
-            if _is(wrapper, "torch._dynamo.eval_frame", "OptimizedModule"):
+            if _is(wrapper, _COMPILED):
                 undo.append(set_instance_attribute(wrapper, "forward", wrapper._orig_mod))
             elif _is_tuner(wrapper):
                 undo.append(set_instance_attribute(wrapper, "forward", _forward_of(wrapper)))
@@ -79,7 +79,7 @@ def unwrap(model: object) -> Unwrapped:
 def _inner(model: nn.Module) -> nn.Module | None:
     """What is in a wrapper, or None if it is none."""
     inner: Any = None
-    if _is(model, "torch._dynamo.eval_frame", "OptimizedModule"):
+    if _is(model, _COMPILED):
         inner = model._orig_mod
     elif _is_peft(model):
         _refuse_peft(model)
@@ -128,17 +128,15 @@ class _Through:
 
 # refusals -----------------------------------------------------------------------------------------------------------
 
-_PARALLEL = (
-    ("torch.nn.parallel.data_parallel", "DataParallel"),
-    ("torch.nn.parallel.distributed", "DistributedDataParallel"),
-)
+_PARALLEL = ("torch.nn.parallel.data_parallel:DataParallel", "torch.nn.parallel.distributed:DistributedDataParallel")
+_SHARDED = "torch.distributed.fsdp.fully_sharded_data_parallel:FullyShardedDataParallel"
 _NO_MODELS = {  # what people pass instead of a model -> what it is, and what to do
-    ("transformers.pipelines.base", "Pipeline"): ("a pipeline", "Pass pipe.model, and go on calling the pipeline."),
-    ("transformers.trainer", "Trainer"): ("a trainer", "Pass trainer.model, in eval mode."),
-    ("transformers.processing_utils", "ProcessorMixin"): ("a processor", "Pass the model."),
-    ("transformers.tokenization_utils_base", "PreTrainedTokenizerBase"): ("a tokenizer", "Pass the model."),
-    ("transformers.image_processing_base", "ImageProcessingMixin"): ("an image processor", "Pass the model."),
-    ("transformers.configuration_utils", "PreTrainedConfig"): (
+    "transformers.pipelines.base:Pipeline": ("a pipeline", "Pass pipe.model, and go on calling the pipeline."),
+    "transformers.trainer:Trainer": ("a trainer", "Pass trainer.model, in eval mode."),
+    "transformers.processing_utils:ProcessorMixin": ("a processor", "Pass the model."),
+    "transformers.tokenization_utils_base:PreTrainedTokenizerBase": ("a tokenizer", "Pass the model."),
+    "transformers.image_processing_base:ImageProcessingMixin": ("an image processor", "Pass the model."),
+    "transformers.configuration_utils:PreTrainedConfig": (
         "a config",
         "Load the model, e.g. with AutoModelForCausalLM.from_pretrained(...), and pass that.",
     ),
@@ -158,15 +156,15 @@ def _refuse(model: object) -> None:
             f"pop_mm prunes a loaded model, not a name; got {model!r}. Pass "
             "AutoModelForCausalLM.from_pretrained(...) of it."
         )
-    for (module, name), (kind, advice) in _NO_MODELS.items():
-        if _is(model, module, name):
+    for cls, (kind, advice) in _NO_MODELS.items():
+        if _is(model, cls):
             raise AdapterError(f"{type(model).__name__} is {kind}, not a model. {advice}")
-    if any(_is(model, *parallel) for parallel in _PARALLEL):
+    if _is(model, *_PARALLEL):
         raise AdapterError(
             f"{type(model).__name__} runs copies of the model, or parts of a batch, which one session cannot follow. Pass "
             "model.module, and call generate of that."
         )
-    if _is(model, "torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"):
+    if _is(model, _SHARDED):
         raise AdapterError(
             "FullyShardedDataParallel keeps flat shards of the weights, whose channels cannot be told apart. Load the "
             "model without it."
@@ -184,7 +182,7 @@ def _refuse_peft(model: Any) -> None:
                 "Prune the model under it with prune(model.get_base_model()), without the virtual tokens, or train "
                 "an adapter of the weights, such as LoRA."
             )
-    if _is(model.base_model, "peft.tuners.xlora.model", "XLoraModel"):
+    if _is(model.base_model, "peft.tuners.xlora.model:XLoraModel"):
         raise AdapterError(
             f"This {type(model).__name__} is X-LoRA, which runs the model twice for every step, so pop_mm cannot tell prompt "
             "from decode steps. Use a single LoRA adapter."
@@ -199,20 +197,19 @@ def _active(model: Any) -> list[str]:
 # classes of packages that may not be there --------------------------------------------------------------------------
 
 
-def _is(thing: object, module: str, name: str) -> bool:
-    """Whether a thing is of that class; no package is loaded for it."""
-    cls = getattr(sys.modules.get(module), name, None)
-    return isinstance(cls, type) and isinstance(thing, cls)
+_COMPILED = "torch._dynamo.eval_frame:OptimizedModule"
+
+
+def _is(thing: object, *classes: str) -> bool:
+    return is_a(type(thing), *classes)
 
 
 def _is_peft(model: object) -> bool:
-    return _is(model, "peft.peft_model", "PeftModel") or _is(model, "peft.mixed_model", "PeftMixedModel")
+    return _is(model, "peft.peft_model:PeftModel", "peft.mixed_model:PeftMixedModel")
 
 
 def _is_tuner(model: object) -> bool:
-    return _is(model, "peft.tuners.tuners_utils", "BaseTuner") or _is(
-        model, "peft.tuners.adaption_prompt.model", "AdaptionPromptModel"
-    )
+    return _is(model, "peft.tuners.tuners_utils:BaseTuner", "peft.tuners.adaption_prompt.model:AdaptionPromptModel")
 
 
 def _described(thing: object) -> str:

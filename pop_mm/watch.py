@@ -1,8 +1,8 @@
 """What of a model a session relies on, and whether it is still so.
 
-Before every forward: the modules at their places, the tensors in them, their memory and their version counters. Before a
-prompt also the settings of modules that are made of others (adapters), and one line of each down projection, since writing to
-``weight.data`` leaves no trace anywhere else.
+Before every forward: the modules at their places, whether they are compiled, the tensors in them, their memory and their
+version counters. Before a prompt also the settings and hooks of modules that are made of others (adapters), and one line of
+each down projection, since writing to ``weight.data`` leaves no trace anywhere else.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .asking import is_ours
 from .backends.moved import Versions
+from .eager import is_compiled
 from .experts import Experts
 from .groups import InputGroup
 from .layout import FFN, as_integers
 
 _version = attrgetter("_version")
 _data_ptr = torch.Tensor.data_ptr
+_CALLS = ("_compiled_call_impl", "forward")  # what a call runs, where it is not the class's forward
 _OF_EVERY_MODULE = set(vars(nn.Module()))
 _SIMPLE = (bool, int, float, str, type(None))
 
@@ -35,9 +38,18 @@ class Watch:
         Those that are pruned.
     versions : Versions
         Gets the version counters of now; the session writes those that it causes there.
+    besides : iterable of nn.Module
+        Modules outside the FFNs whose forwards the session has replaced.
+
+    Attributes
+    ----------
+    replaced : str or None
+        The class of a module where somebody has replaced the session's own forward, once :meth:`change` has seen it.
     """
 
-    def __init__(self, model: nn.Module, records: Iterable[Any], versions: Versions) -> None:
+    def __init__(
+        self, model: nn.Module, records: Iterable[Any], versions: Versions, besides: Iterable[nn.Module] = ()
+    ) -> None:
         records = list(records)
         watched = dict.fromkeys(module for record in records for module in _modules(record))
         self._watched = [module for module in watched if not _is_offloaded(module)]
@@ -56,6 +68,11 @@ class Watch:
         self._composed = [m for record in records for m in record.modules if m._modules]
         self._lines = [record for record in records if _has_line(record)]
         self._versions = versions
+        self.replaced: str | None = None
+        self._callers = list(dict.fromkeys([model, *(child for *_, child in self._places), *besides]))
+        self._calls: list[Any] = [vars(module) for module in self._callers for _ in _CALLS]
+        self._call_names = [name for _ in self._callers for name in _CALLS]
+        self._called = list(map(dict.get, self._calls, self._call_names))
         self._note()
 
     def _note(self) -> None:
@@ -91,14 +108,25 @@ class Watch:
                 where for (where, d, name), t in zip(self._slots, self._tensors, strict=True) if d.get(name) is not t
             )
             return f"{where} was replaced"
+        if not all(map(is_, map(dict.get, self._calls, self._call_names), self._called)):
+            return self._other_call()
         if list(map(_data_ptr, self._addressed)) != self._addresses:
             return "the data of a weight was replaced"
         if list(map(_version, self._counted)) != list(self._versions.of.values()):
             return "a weight was written to"
         return None
 
+    def _other_call(self) -> str:
+        now = list(map(dict.get, self._calls, self._call_names))
+        changed = [i for i, called in enumerate(self._called) if now[i] is not called]
+        modules = [self._callers[i // len(_CALLS)] for i in changed]
+        for i, module in zip(changed, modules, strict=True):
+            if is_ours(self._called[i]) and not is_compiled(module):
+                self.replaced = type(module).__name__
+        return f"a {type(modules[0]).__name__} was {'compiled' if is_compiled(modules[0]) else 'given another forward'}"
+
     def settings_changed(self) -> bool:
-        """Whether a module that is made of others has other settings."""
+        """Whether a module that is made of others has other settings, or other hooks (peft's for the adapter of each row)."""
         return self._settings_now() != self._settings
 
     def rewritten(self) -> list[FFN | Experts]:
@@ -107,13 +135,14 @@ class Watch:
         return [record for record, a, b in zip(self._lines, now, self._sums, strict=True) if a != b]
 
     def _settings_now(self) -> list[Any]:
-        return [
+        modules = [module for composed in self._composed for module in composed.modules()]
+        settings = [
             (key, plain)
-            for composed in self._composed
-            for module in composed.modules()
+            for module in modules
             for key, value in vars(module).items()
             if key not in _OF_EVERY_MODULE and (plain := _plain(value)) is not None
         ]
+        return [*settings, *([*module._forward_pre_hooks, *module._forward_hooks] for module in modules)]
 
     @torch.no_grad()
     def _sums_now(self) -> list[int]:

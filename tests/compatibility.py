@@ -449,8 +449,62 @@ OTHERS = [
     _offload("`dispatch_model` with a device map"),
     _offload("`attach_layerwise_casting_hooks`"),
 ]
-# Calls and wrappers of whole models: add a Row here, with the file that tests it.
-CALLS: list[Row] = []
+_WRAPPERS, _CALLS, _INSIDE, _MEMORY = "Wrappers of a model", "Calls", "Changes inside a session", "Memory of weights"
+
+
+def _call(group: str, name: str, outcome: str, tests: str, note: str = "", package: str = "torch") -> Row:
+    return Row(name, group, package, outcome, note=note, tests=f"test_{tests}.py")
+
+
+# Calls and wrappers of whole models, with the file that tests each.
+CALLS = [
+    _call(_WRAPPERS, "`peft.PeftModel`", "masked", "wrappers", "FFNs without an adapter fast", "peft"),
+    _call(_WRAPPERS, "`peft.PeftModel` with prompt learning, X-LoRA", "refused", "wrappers", "", "peft"),
+    _call(_WRAPPERS, "`torch.compile(model)`", "fast", "wrappers", "runs eagerly inside the session"),
+    _call(
+        _WRAPPERS, "Parts that were compiled (`mlp.compile()`)", "fast", "precompiled", "run eagerly, with a warning"
+    ),
+    _call(_WRAPPERS, "`DataParallel`, `DistributedDataParallel`", "refused", "wrappers", "pass `model.module`"),
+    _call(_WRAPPERS, "`pipeline(...)` on a pruned model", "fast", "wrappers", "pass `pipe.model`", "transformers"),
+    _call(_MEMORY, "A module that several layers share", "masked", "sharing", "as if each layer had its own"),
+    _call(_MEMORY, "Parameters that another model holds too", "masked", "sharing", "`load_state_dict(assign=True)`"),
+    _call(_MEMORY, "`share_memory()`", "masked", "sharing"),
+    _call(_MEMORY, "Memory mapped from a file, for reading or shared", "masked", "sharing"),
+    _call(_MEMORY, "Memory mapped from a file, private", "fast", "sharing"),
+    _call(_CALLS, "Arguments of `generate` by position", "fast", "phase_generate", "", "transformers"),
+    _call(
+        _CALLS, "`generate` taken before the session or from the class", "fast", "phase_generate", "", "transformers"
+    ),
+    _call(
+        _CALLS,
+        "The same with guidance and without a cache",
+        "refused",
+        "phase_generate",
+        "call `model.generate`",
+        "transformers",
+    ),
+    _call(_CALLS, "`generate(logits_to_keep=k)`", "fast", "phase_generate", "", "transformers"),
+    _call(_CALLS, "A cache cropped to where a prefill forward began", "fast", "phase_cropped", "", "transformers"),
+    _call(
+        _CALLS,
+        "A cache cropped inside one prefill forward",
+        "refused",
+        "phase_cropped",
+        "prefill the prefix alone",
+        "transformers",
+    ),
+    _call(_CALLS, "An adapter for each row (`adapter_names`)", "refused", "changes", "norms differ by row", "peft"),
+    _call(_INSIDE, "Weights, biases, activations, FFNs replaced", "fast", "changes", "followed by the next forward"),
+    _call(_INSIDE, "Weights written in place", "fast", "changes", "refused once channels have moved"),
+    _call(_INSIDE, "Weights packed, parametrised or pruned", "masked", "changes", "refused once channels have moved"),
+    _call(_INSIDE, "Adapters added, switched, disabled, merged", "masked", "changes", "", "peft"),
+    _call(_INSIDE, "The forward of a module replaced", "masked", "changes", "refused where the session has its own"),
+    _call(_INSIDE, "Parts compiled", "fast", "precompiled", "run eagerly from the next forward on"),
+    _call(_INSIDE, "The model itself compiled", "refused", "precompiled", "compile it before the session"),
+    _call(
+        _INSIDE, "`copy.deepcopy`, `pickle`, `torch.save` of the model", "refused", "changes", "save its `state_dict()`"
+    ),
+]
 
 ROWS = [*ADAPTERS, *REFUSED_ADAPTERS, *TORCH, *TORCHAO, *PACKAGES, *OTHERS, *CALLS]
 
@@ -470,10 +524,10 @@ def page() -> str:
         "What becomes of an FFN whose weights are wrapped or packed, or of a model that is called in this way. The tests make "
         "this page from their own list (`python tests/compatibility.py`), with these versions.",
         "",
-        "- **fast**: decode steps run on narrow views of the weights, in place.",
+        "- **fast**: decode steps run on narrow views of the weights, in place; of a call, as the weights allow.",
         "- **masked**: right, but every channel is still computed; no speed-up. Column norms are those of what the module "
         "computes; where its weight does not say it, the module is asked for them, once a session.",
-        "- **refused**: an error before anything changes.",
+        "- **refused**: an error before anything changes; of what changes inside a session, at the next forward.",
         "",
         "| Group | What | Package | Outcome | Note |",
         "| --- | --- | --- | --- | --- |",

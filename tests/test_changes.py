@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 
 from modes import BACKENDS, STEPS, backends, fresh, generate, pruned
 from observe import partitions, prompt, same_afterwards
@@ -224,6 +225,80 @@ def test_a_write_to_moved_channels_that_no_forward_saw_is_told_at_the_end():
 # --- between sessions -----------------------------------------------------------------------------------------------
 
 
+def packed(linear):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(linear, torchao.Int8WeightOnlyConfig())
+
+
+def weight_normed(linear):
+    nn.utils.parametrizations.weight_norm(linear)
+
+
+def unstructured(linear):
+    l1_unstructured(linear, "weight", 0.5)
+
+
+@pytest.mark.parametrize("do", [packed, weight_normed, unstructured])
+@pytest.mark.parametrize("which", ["up_proj", "down_proj"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_what_is_made_of_moved_weights_is_refused(family, which, do):
+    model = fresh(family).float()  # torchao packs no float64
+    ffn = model.model.layers[-1].mlp
+    ffn = getattr(ffn, "shared_expert", ffn)
+    session = pruned(model, "auto").attach()
+    generate(model, prompt())
+    do(getattr(ffn, which))
+    for _ in range(2):
+        with pytest.raises(SessionError, match=rf"{which}\.weight was packed.*before the session"):
+            generate(model, prompt())
+    with pytest.warns(UserWarning, match=rf"{which}\.weight was packed.*Load the model again"):
+        session.detach()
+
+
+@pytest.mark.parametrize("do", [packed, weight_normed, unstructured])
+def test_what_is_made_of_weights_that_are_masked_is_followed(do):
+    twin, model = fresh().float(), fresh().float()
+    do(twin.model.layers[0].mlp.down_proj)
+    with pruned(twin):
+        expected = generate(twin, prompt())[1]
+    with pruned(model):
+        generate(model, prompt())
+        do(model.model.layers[0].mlp.down_proj)
+        torch.testing.assert_close(generate(model, prompt())[1], expected, rtol=0, atol=1e-4)
+
+
+def test_experts_of_another_dtype_are_refused_as_often_as_they_are_asked():
+    model = fresh("mixtral")
+    with pruned(model, gamma=0.3):
+        generate(model, prompt())
+        model.bfloat16()
+        for _ in range(2):
+            with pytest.raises(SessionError, match=r"depends on the dtype.*start a new one"):
+                generate(model, prompt())
+
+
+def doubled(module):
+    module.forward = lambda x: 2 * type(module).forward(module, x)
+
+
+@pytest.mark.parametrize("which", ["up_proj", "down_proj"])
+@backends
+def test_another_forward_inside_a_session_is_followed_or_refused(which, backend):
+    twin, model = fresh(), fresh()
+    doubled(getattr(twin.model.layers[0].mlp, which))
+    with pruned(twin):
+        expected = generate(twin, prompt())[1]
+    with pruned(model, "auto" if backend == "inplace" else backend):
+        generate(model, prompt())
+        doubled(getattr(model.model.layers[0].mlp, which))
+        if backend == "masked":
+            torch.testing.assert_close(generate(model, prompt())[1], expected, rtol=0, atol=1e-9)
+            return
+        for _ in range(2):
+            with pytest.raises(SessionError, match=r"forward of a Linear was replaced.*start a new session"):
+                generate(model, prompt())
+
+
 @backends
 @families
 def test_a_session_attached_again_takes_the_weights_of_now(family, backend):
@@ -304,6 +379,34 @@ def test_adapters_come_and_go_inside_a_session(backend, targets):
         rtol=0,
         atol=1e-12,
     )
+
+
+@backends
+def test_an_adapter_for_each_row_is_refused(backend):
+    peft = pytest.importorskip("peft")
+    model = fresh()
+    wrapper = adapted(peft, model, ["down_proj"])
+    with pruned(wrapper, "auto" if backend == "inplace" else backend, batch="per_sequence") as session:
+        generate(wrapper, prompt(2))
+        for _ in range(2):  # the first leaves peft's hooks on the modules, as any error within its generate does
+            with pytest.raises(SessionError, match=r"settings of an adapter changed|the model was changed"):
+                generate(wrapper, prompt(2), adapter_names=["default", "__base__"])
+        assert session.attached
+
+
+@backends
+def test_an_adapter_named_for_the_only_row_counts(backend):
+    peft = pytest.importorskip("peft")
+    model = fresh()
+    wrapper = adapted(peft, model, ["down_proj"])
+    twin = fresh()
+    with pruned(twin):
+        plain = generate(twin, prompt())[1]
+    with pruned(wrapper, "auto" if backend == "inplace" else backend):
+        found = generate(wrapper, prompt(), adapter_names=["__base__"])[1]
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-9)
+        adapted_ones = generate(wrapper, prompt())[1]
+    torch.testing.assert_close(adapted_ones, lora_logits(wrapper), rtol=0, atol=1e-9)
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

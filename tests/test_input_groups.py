@@ -5,6 +5,7 @@ import torch
 
 from observe import prompt
 from pop_mm.adapters import Adapter, FFNPaths, InputPaths, adapter_for
+from pop_mm.groups import linear_features
 from tiny_models import DENSE_MODELS, MOE_MODELS
 from tiny_vlms import VLM_MODELS, image_inputs, tiny_vlm
 
@@ -84,3 +85,10 @@ def test_an_own_adapter_names_its_own(load):
 
     names = [group.name for group in Mine().input_groups(load("llama"))]
     assert names == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+
+
+def test_a_class_that_is_only_named_conv1d_is_no_linear_module():
+    class Conv1D(torch.nn.Module):
+        weight = torch.zeros(3, 4)
+
+    assert linear_features(Conv1D()) is None

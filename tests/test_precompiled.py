@@ -1,4 +1,4 @@
-"""Models of which something was compiled before the session: pruned as their uncompiled twins, and compiled again afterwards."""
+"""Models of which something was compiled, before or inside the session: pruned as their uncompiled twins, and left compiled."""
 
 import warnings
 
@@ -8,6 +8,7 @@ from test_compiled import generate as generate_static
 
 from modes import BACKENDS, fresh, generate, padded, pruned
 from observe import partitions, prompt, same_afterwards
+from pop_mm import SessionError
 from tiny_models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*compiled before the session")
@@ -151,3 +152,41 @@ def test_what_is_compiled_beside_the_ffns_stays_compiled():
         with pruned(model):
             assert model.model.layers[0].self_attn._compiled_call_impl is not None
             generate(model, prompt())
+
+
+@pytest.mark.parametrize(
+    ("backend", "batch", "kernels"),
+    [("masked", "shared", "stock"), ("auto", "shared", "auto"), ("auto", "per_sequence", "stock")],
+)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_what_is_compiled_inside_a_session_runs_eagerly_from_then_on(family, backend, batch, kernels):
+    twin, model = fresh(family), fresh(family)
+    settings = {"batch": batch, "kernels": kernels}
+    with pruned(twin, backend, **settings):
+        expected = [generate(twin, prompt(seed=seed), 3)[1] for seed in range(3)]
+    other = fresh(family)  # what was traced for another session is of no use here
+    with pruned(other, backend, **settings):
+        every_layer(lambda layer: layer.mlp.compile(backend="eager"))(other)
+        generate(other, prompt(), 3)
+    with pruned(model, backend, **settings):
+        found = [generate(model, prompt(), 3)[1]]
+        every_layer(lambda layer: layer.mlp.compile(backend="eager"))(model)
+        found.append(generate(model, prompt(seed=1), 3)[1])
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+            forward_compiled(layer.self_attn)
+        found.append(generate(model, prompt(seed=2), 3)[1])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    assert all(layer._compiled_call_impl is not None for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("compile_it", [lambda model: model.compile(backend="eager"), forward_compiled])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_model_that_is_compiled_as_a_whole_inside_a_session_is_refused(family, compile_it):
+    model = fresh(family)
+    with pruned(model):
+        generate(model, prompt(), 2)
+        compile_it(model)
+        for _ in range(2):
+            with pytest.raises(SessionError, match=r"compiled inside the session.*before a new one"):
+                generate(model, prompt(), 2)

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -169,8 +168,7 @@ class InplaceBackend:
         if ffn.holder is not None and direct_forward_fits(ffn):
             replaced.append((ffn.holder, self._holder_forward(index)))
         for module, forward in replaced:
-            module.forward = forward
-            self._undo.append(partial(module.__dict__.pop, "forward", None))
+            self._undo.append(set_instance_attribute(module, "forward", forward))
 
     def detach(self) -> None:
         """Restore the original order and the modules' own forwards."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SessionError
 from ..experts import Experts
@@ -28,11 +28,14 @@ class Versions:
         ``id(tensor)`` -> its version.
     written : str or None
         The first weight that somebody wrote to while its channels were moved.
+    packed : str or None
+        The first weight that somebody made something else of (packed, parametrised, pruned) while its channels were moved.
     """
 
     def __init__(self) -> None:
         self.of: dict[int, int] = {}
         self.written: str | None = None
+        self.packed: str | None = None
 
 
 class _Held(NamedTuple):
@@ -40,6 +43,7 @@ class _Held(NamedTuple):
     parameter: Tensor
     stored: Tensor  # shares its memory and its version counter, and stays what it is if ``parameter.data`` is replaced
     matrices: Callable[[Tensor, int | None], Iterable[Matrix]]
+    place: tuple[dict[str, Any], str]  # the module's parameters, and its name there
 
 
 class MovedWeights:
@@ -94,15 +98,24 @@ class MovedWeights:
 
     @torch.inference_mode(False)
     def _hold(self) -> None:
-        self._held = [_Held(t.name, t.tensor, t.tensor.detach(), t.matrices) for t in self._record.channel_tensors()]
+        owners = [module._parameters for module in self._record.modules]
+        places = {id(tensor): (owner, name) for owner in owners for name, tensor in owner.items()}
+        self._held = [
+            _Held(t.name, t.tensor, t.tensor.detach(), t.matrices, places[id(t.tensor)])
+            for t in self._record.channel_tensors()
+        ]
 
     def look(self) -> None:
         """Note if somebody has written to a weight since: whether in the original order, nobody can tell.
 
-        A weight that was multiplied by one number is the same in every order.
+        A weight that was multiplied by one number is the same in every order. A plain weight that replaces one is taken as it
+        is; any other was made of what stood there.
         """
         of = self._versions.of
         for held, sample in zip(self._held, self._samples, strict=False):
+            owner, name = held.place
+            if owner.get(name) is not held.parameter and type(owner.get(name)) is not nn.Parameter:
+                self._versions.packed = self._versions.packed or held.name
             version = held.parameter._version
             replaced = held.parameter.data_ptr() != held.stored.data_ptr()
             written = of.get(id(held.parameter), version) != version and not replaced
