@@ -46,6 +46,7 @@ class Result:
 
     @property
     def agreement(self) -> float:
+        """Share of the decode steps."""
         return float(torch.cat(self.agreed).float().mean())
 
 
