@@ -142,7 +142,7 @@ def main() -> None:
             )
     best = max(METHODS, key=lambda name: results[name].agreement)
     console.print(
-        f"At the same bytes {best} stays closest to the dense model here: use "
+        f"At the same bytes the method {best!r} stays closest to the dense model here. Use it: "
         f"pop_mm.prune(model, budget={arguments.budget:g}, method={best!r}).",
         style="bold",
     )
