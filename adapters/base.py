@@ -210,7 +210,7 @@ class Adapter:
 
     def _check_experts(self, name: str, layer: nn.Module, found: Sequence[Experts]) -> None:
         """Experts that the adapter does not know would stay unpruned, and nobody would notice."""
-        known = {experts.module for experts in found}
+        known = {part for experts in found for part in experts.module.modules()}  # torch.compile wraps them
         for path, module in layer.named_modules():
             if module not in known and all(hasattr(module, flag) for flag in LAYOUT_FLAGS):
                 raise AdapterError(

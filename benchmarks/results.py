@@ -31,8 +31,8 @@ from measure import Verdict, available_cores, machine_facts, print_machine, prin
 from pop_mm.adapters import adapter_for
 from pop_mm.evaluation import METHODS, config_for, score_texts, step_logits, texts
 from pop_mm.evaluation.intervals import bootstrap, difference
-from pop_mm.evaluation.methods import FixedScorer
 from pop_mm.evaluation.run import Point, Run, Setup, grid
+from pop_mm.methods.fixed import FixedScorer
 from pop_mm.passages import load_passages
 from pop_mm.samples import load
 from pop_mm.scoring import ActivationScorer, WandaScorer

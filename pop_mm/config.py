@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypeGuard
 
 from .errors import ConfigError
-from .methods import get_method
+from .methods import ChannelMethod, Method, get_method
 from .modality import MODALITIES
 from .scoring import Scorer, get_scorer
 
@@ -94,7 +94,8 @@ class PopConfig:
     budget : float, optional
         Share of the weight bytes in ``scope`` that a decoded token reads, in (0, 1]; of routed experts, those that a token
         uses. 1 is the dense model, bit for bit. POP reads R and C of gate, up and down.
-    method : {"auto", "thresholds", "pop", "static", "full"}
+    method : str or Method
+        ``"auto"`` or the name of a registered :class:`~pop_mm.methods.Method`, or an instance.
         What a decode step leaves out. ``thresholds``: the entries of each matrix's input that are below a threshold from
         the prompt, for each sequence by itself; it takes a budget alone, and so far it masks, which saves no time. ``pop``: the
         paper. Its ablations, for comparison: ``static`` keeps the prompt's best channels for every step (no candidates),
@@ -125,7 +126,7 @@ class PopConfig:
     kernels: Literal["auto", "stock", "compiled", "triton"] = "auto"
     probe_tokens: int = 0
     budget: float | None = None
-    method: str = "auto"
+    method: str | Method = "auto"
 
     def __post_init__(self) -> None:
         self._settle_amount()
@@ -191,10 +192,10 @@ class PopConfig:
                 stacklevel=4,
             )
             object.__setattr__(self, "method", self.variant)
-        if self.variant != "pop" and self.method != self.variant and self.variant in ("static", "full"):
-            raise ConfigError(f"variant={self.variant!r} contradicts method={self.method!r}. Leave variant out.")
-        if self.method in ("static", "full"):
-            object.__setattr__(self, "variant", self.method)
+        if self.variant != "pop" and self.chosen_method != self.variant:
+            raise ConfigError(f"variant={self.variant!r} contradicts method={self.chosen_method!r}. Leave variant out.")
+        if self.chosen_method in ("static", "full"):
+            object.__setattr__(self, "variant", self.chosen_method)
         if self.chosen_method != "thresholds":
             return
         if self.ratio is not None:
@@ -218,10 +219,20 @@ class PopConfig:
 
     @property
     def chosen_method(self) -> str:
-        """The method, what ``auto`` stands for included."""
+        """Name of the method, what ``auto`` stands for included."""
+        if isinstance(self.method, Method):
+            return self.method.name
         if self.method != "auto":
             return self.method
         return "thresholds" if self.ratio is None else "pop"
+
+    @property
+    def channel_method(self) -> ChannelMethod:
+        """The method itself, which leaves out channels."""
+        method = self.method if isinstance(self.method, Method) else get_method(self.chosen_method)
+        if not isinstance(method, ChannelMethod):
+            raise ConfigError(f"method={self.chosen_method!r} leaves out no channels.")
+        return method
 
     @property
     def label(self) -> str:
@@ -229,9 +240,10 @@ class PopConfig:
         return f"ratio {self.ratio:g}" if self.ratio is not None else f"budget {self.budget:g}, {self.chosen_method}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as :meth:`from_dict` takes them. An own scorer appears by its name."""
+        """Plain values, as :meth:`from_dict` takes them. An own scorer or method appears by its name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["scorer"] = self.scorer if isinstance(self.scorer, str) else self.scorer.name
+        values["method"] = self.method.name if isinstance(self.method, Method) else self.method
         values["modality_weights"] = dict(self.modality_weights)
         values["layer_ratios"] = {str(layer): ratio for layer, ratio in self.layer_ratios.items()}
         return values

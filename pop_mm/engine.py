@@ -58,7 +58,11 @@ class Engine:
         self.ffns = ffns
         self.sizes = sizes
         self.config = config
-        self.scorer = get_scorer(config.scorer)
+        method = None if config.chosen_method == "thresholds" else config.channel_method
+        self.scorer = (method.scorer if method is not None else None) or get_scorer(config.scorer)
+        self.own_choice = (
+            method if method is not None and method.chooses_by_itself else None
+        )  # how steps score candidates
         self._weights: list[Tensor] | None = None  # of each FFN [E, D]
         self._stand_ins: dict[int, Tensor | None] = {}
         self._modalities = modalities
@@ -410,7 +414,7 @@ class Engine:
         weight : Tensor
             ``[|C|]`` or ``[N, |C|]``: the scorer's weight of each.
         ranks : Tensor or None
-            ``[|C|]``: which of the candidates in ascending order each one is.
+            ``[|C|]`` (``[N, |C|]`` of experts): which of the candidates in ascending order each one is.
 
         Returns
         -------
@@ -420,6 +424,16 @@ class Engine:
         sizes, state = self.sizes[index], forward.state
         group, groups = step.choices(self.per_sequence)
         values = self._weighted(candidates.detach(), step.weight)
+        if self.own_choice is not None:
+            part = state.ffns[index].partition
+            channels = (
+                part.candidates.expand(len(step), -1) if len(part.candidates) == 1 else part.candidates[step.unit]
+            )
+            if ranks is not None:
+                channels = channels.gather(1, ranks.expand(len(step), -1))
+            position = step.column + (forward.past or 0)
+            values = self.own_choice.step_scores(values, weight, channels, position)
+            weight = values.new_ones(values.shape[1])
         dropped = choose(values, weight, sizes.candidates_dropped, group, groups, step.valid)
         if step.expert is None and (group is not None or state.rows == 1):
             state.ffns[index].steps.add(dropped, ranks)

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -38,8 +39,8 @@ from .experts import Experts
 from .interrupts import uninterrupted
 from .kernels import gpu
 from .layout import FFN, linear_weight_count
-from .methods import get_method
-from .methods.pop import budget_ratios, ffn_sizes
+from .methods import Method, get_method
+from .methods.budget import budget_ratios, ffn_sizes
 from .modality import MODALITIES
 from .partition import Sizes
 from .phase import Forward, Phase, PhaseTracker, set_instance_attribute
@@ -219,7 +220,8 @@ class Session:
     def __new__(cls, model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> Session:
         """A session of the class that runs the config's method."""
         if cls is Session:
-            module, name = get_method(config.chosen_method).session.split(":")
+            method = config.method if isinstance(config.method, Method) else get_method(config.chosen_method)
+            module, name = method.session.split(":")
             cls = getattr(import_module(module), name)
         return super().__new__(cls)
 
@@ -228,7 +230,7 @@ class Session:
         self.model = model = self._wrappers.model
         self.config = config
         self._adapter = adapter_for(model) if adapter is None else adapter
-        plans = self._make_plans({})
+        plans = self._make_plans(config, {})
         tokens = self._adapter.modality_token_ids(model)
         self._modalities = len(MODALITIES) if tokens else 1
         self._tracker = PhaseTracker(model, self, self._rows_matter, tokens)
@@ -308,9 +310,9 @@ class Session:
         """What the adapter finds now."""
         return self._adapter.projections(self.model)
 
-    def _make_plans(self, fixed: Mapping[str, str]) -> list[FFNPlan]:
+    def _make_plans(self, config: PopConfig, fixed: Mapping[str, str]) -> list[FFNPlan]:
         """``fixed``: name of an FFN -> why its channels cannot be moved."""
-        return plan_ffns(self.model, self.config, self._adapter, fixed)
+        return plan_ffns(self.model, config, self._adapter, fixed)
 
     def _make_engine(self, pruned: Sequence[Any]) -> Engine:
         return Engine([p.ffn for p in pruned], [p.sizes for p in pruned], self.config, self._modalities, self.events)
@@ -332,7 +334,7 @@ class Session:
         if not self._probed:  # it had no weights to be probed on
             self._probed = probe_foreign(self.model, self._adapter, self._ffns)
         compiled = CompiledParts(self.model, self._records())
-        self._build(self._plan())
+        self._build(self._plan(self.config))
         self._require_free()
         compiled.warn()
         compiled.suspend()
@@ -351,11 +353,11 @@ class Session:
             raise
         return self
 
-    def _plan(self) -> list[FFNPlan]:
+    def _plan(self, config: PopConfig) -> list[FFNPlan]:
         """Plan for the model as it is now."""
         records = [without_wrappers(record) for record in self._adapter.projections(self.model)]
-        fixed = {} if self.config.backend == "masked" else fixed_weights(self.model, records)
-        return self._make_plans(fixed)
+        fixed = {} if config.backend == "masked" else fixed_weights(self.model, records)
+        return self._make_plans(config, fixed)
 
     def _require_free(self) -> None:
         if any(plan.ffn.modules[-1] in _PRUNED_MODULES for plan in self.plans):
@@ -404,6 +406,7 @@ class Session:
         """In the place of the model's ``get_compiled_call``."""
         if self._steps is None:
             traceable = all(plan.backend in ("inplace", "dense") for plan in self.plans)
+            traceable = traceable and self._engine.own_choice is None
             self._steps = CompiledSteps(self.model, self._tracker, self._inplace if traceable else None)
         return self._steps.get_compiled_call(compile_config)
 
@@ -629,8 +632,10 @@ class Session:
         """Plan and take over the FFNs anew. Prompts keep what is known about them; new ones are ranked by the weights of now."""
         self._release()
         before = self._outline(self.plans)
+        asked = self.config.backend
+        config = replace(self.config, backend="auto") if asked == "inplace" else self.config
         try:
-            plans = self._plan()
+            plans = self._plan(config)  # what cannot be in place any more goes on masked
         except PopError as error:
             raise SessionError(
                 f"Inside the session, {change}. The model as it is now cannot be pruned with this session's settings: {error}"
@@ -638,6 +643,11 @@ class Session:
         if self._outline(plans) != before:
             raise SessionError(
                 f"Inside the session, {change}, so that it has other FFNs. Leave the session and start a new one."
+            )
+        masked = next((plan for plan in plans if plan.backend == "masked"), None)
+        if asked == "inplace" and masked is not None:
+            warnings.warn(
+                f"Inside the session, {change}; now {masked.ffn.name} runs masked: {masked.reason}.", stacklevel=2
             )
         self._build(plans)
         try:

@@ -134,6 +134,8 @@ def _all_modules() -> Iterator[nn.Module]:
     new: set[type] = {nn.Module}
     while new:
         kinds |= new
-        below: list[type] = [sub for kind in new for sub in kind.__subclasses__()]
+        below: list[type] = []
+        for kind in new:
+            below += kind.__subclasses__()
         new = set(below) - kinds
     return (thing for thing in gc.get_objects() if type(thing) in kinds)

@@ -79,8 +79,8 @@ def report_summary(report: Report) -> Text:
         lines.append(
             f"Of all weights that a token reads from the dense model, a decode step left out {report.left_out_share:.1%}."
         )
-    if config.variant != "pop":
-        lines.append(f"Method {config.variant!r}, for comparison: not POP itself.")
+    if config.chosen_method != "pop":
+        lines.append(f"Method {config.chosen_method!r}, for comparison: not POP itself.")
     return Text("\n").join(
         [Text(lines[0], style="bold"), *map(Text, lines[1:]), *(Text(n, "yellow") for n in report.notes)]
     )

@@ -21,7 +21,7 @@ from .events import Events, tells
 from .experts import Experts
 from .groups import InputGroup
 from .layout import FFN
-from .methods.thresholds import PASS_ALL, histogram, magnitudes, not_finite, threshold
+from .methods.thresholds import PASS_ALL, histogram, kept, magnitudes, not_finite, threshold
 from .modality import added
 from .phase import Forward, Phase
 from .state import PromptState
@@ -132,6 +132,7 @@ class ThresholdEngine(Engine):
         super().__init__(records, [], config, modalities, events)
         self.shares = shares
         self._waiting = []  # decode steps teach nothing
+        self._first: weakref.WeakKeyDictionary[Forward, Tensor] = weakref.WeakKeyDictionary()
 
     @property
     def per_sequence(self) -> bool:
@@ -159,11 +160,29 @@ class ThresholdEngine(Engine):
     # prefill --------------------------------------------------------------------------------------------------------
 
     @tells("statistics")
-    def _observe(self, state: InputState, step: Step, row: Tensor, scores: Tensor) -> None:
-        """Count the magnitudes ``[N, n]`` of the prompt's tokens; ``row`` (``[N]``) is the sequence of each."""
+    def _observe(self, state: InputState, forward: Forward, step: Step, row: Tensor, scores: Tensor) -> None:
+        """Count the magnitudes ``[N, n]`` of the prompt's tokens; ``row`` (``[N]``) is the sequence of each.
+
+        A sequence's first token does not count: attention makes it a sink of large activations that no later token has, which
+        would lower the thresholds of short prompts.
+        """
+        later = ~self._first_tokens(forward, scores.device)[row, step.column]
         for modality, mask in step.by_modality:
-            lines, where = (scores, row) if mask is None else (scores[mask], row[mask])
+            mine = later if mask is None else later & mask
+            lines, where = scores[mine], row[mine]
             state.counts = added(state.counts, modality, histogram(lines, where, step.rows))
+
+    def _first_tokens(self, forward: Forward, device: torch.device) -> Tensor:
+        """``[B, q]``, boolean: the first token of each sequence, in the forward that begins it. Made once for all records."""
+        known = self._first.get(forward)
+        if known is None:
+            counted = self.step(forward, device).counted
+            mask = torch.ones(forward.rows, forward.length, dtype=torch.bool, device=device)
+            mask = mask if counted is None else counted.view(mask.shape)
+            total = forward.state.tokens.to(device)
+            begins = mask.sum(-1) == total
+            known = self._first[forward] = mask & (mask.cumsum(-1) == 1) & begins.unsqueeze(1)
+        return known.to(device)
 
     def check_finite(self, state: PromptState) -> None:
         """Raise :class:`NonFiniteError` if the prompt's magnitudes are not finite; one look for all records."""
@@ -243,11 +262,11 @@ class ThresholdEngine(Engine):
         scores = magnitudes(values, weight)
         first = state.first_in(forward)
         if first and step.phase is not Phase.DECODE:
-            self._observe(state, step, row, scores)
+            self._observe(state, forward, step, row, scores)
         if step.phase is Phase.PREFILL:
             return values
         bound = self._decide(index, which, forward.state).to(values.device)
-        keep = scores > bound.expand(step.rows)[row].unsqueeze(1)
+        keep = kept(scores, bound.expand(step.rows)[row].unsqueeze(1))
         decode = step.number >= 0
         if first:
             counted = decode if step.valid is None else decode & step.valid

@@ -142,12 +142,12 @@ class ThresholdSession(Session):
         groups = self._adapter.input_groups(self.model) if self.config.scope == "overall" else []
         return [*self._adapter.projections(self.model), *groups]
 
-    def _make_plans(self, fixed: Mapping[str, str]) -> list[Any]:
+    def _make_plans(self, config: PopConfig, fixed: Mapping[str, str]) -> list[Any]:
         """``fixed`` is of no account: channels are not moved."""
-        return plan_thresholds(self.model, self.config, self._adapter)
+        return plan_thresholds(self.model, config, self._adapter)
 
-    def _plan(self) -> list[Any]:
-        return self._make_plans({})
+    def _plan(self, config: PopConfig) -> list[Any]:
+        return self._make_plans(config, {})
 
     def _make_engine(self, pruned: Sequence[Any]) -> Engine:
         shares = [plan.shares for plan in pruned]

@@ -126,6 +126,11 @@ class Thresholds:
         for row, (row_kinds, row_mask) in enumerate(zip(kinds.tolist(), new.tolist(), strict=True)):
             self.tokens[row] += [kind for kind, valid in zip(row_kinds, row_mask, strict=True) if valid]
         self.kinds = kinds.tolist()
+        self.firsts = {
+            row: valid.index(1)
+            for row, valid in enumerate(new.tolist())
+            if 1 in valid and len(self.tokens[row]) == sum(valid)
+        }
         return self._forward("prefill", ids, new, inputs)
 
     def step(self, ids):
@@ -175,7 +180,7 @@ class Thresholds:
         scores = np.abs(values.detach().float().numpy())
         scores = (scores if norms is None else scores * norms).tolist()
         if self.phase == "prefill":
-            if self.valid[row][column]:
+            if self.valid[row][column] and self.firsts.get(row) != column:
                 self.entries.setdefault((name, row), []).append((self.kinds[row][column], scores))
             return values
         bound = self._threshold(name, row, share)

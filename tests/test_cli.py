@@ -218,7 +218,7 @@ def test_inspect_counts_packed_weights_by_their_bytes(call, folder, tmp_path):
     config = json.loads((Path(folder) / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    rows = json.loads(call("inspect", "--model", tmp_path, "--json")[1])
+    rows = json.loads(call("inspect", "--model", tmp_path, "--ratio", 0.2, "--json")[1])
     assert {row["bytes_per_token_dense"] for row in rows} == {3 * 64 * 32 / 2}, "without files: what the config says"
 
     tensors = {}
@@ -231,14 +231,16 @@ def test_inspect_counts_packed_weights_by_their_bytes(call, folder, tmp_path):
         else:
             tensors[name] = tensor
     save_file(tensors, tmp_path / "model.safetensors")
-    rows = json.loads(call("inspect", "--model", tmp_path, "--json")[1])
+    rows = json.loads(call("inspect", "--model", tmp_path, "--ratio", 0.2, "--json")[1])
     whole = 3 * 64 * 32
     assert {row["bytes_per_token_dense"] for row in rows} == {whole // 2 + whole // 16}
     assert {row["bytes_per_token_pruned"] for row in rows} == {whole // 2 + whole // 16}
-    out = call("inspect", "--model", tmp_path)[1]
-    words = out.split()
-    assert words[words.index("attention") + 1] == f"{3 * 3072 * (1 / 2 + 1 / 16) / 1000:.1f}"
-    assert words[words.index("lm_head") + 1] == f"{4 * 96 * 32 / 1000:.1f}"
+    for amount in ("--ratio", 0.2), ():
+        words = call("inspect", "--model", tmp_path, *amount)[1].split()
+        assert words[words.index("attention") + 1] == f"{3 * 3072 * (1 / 2 + 1 / 16) / 1000:.1f}"
+        assert words[words.index("lm_head") + 1] == f"{4 * 96 * 32 / 1000:.1f}"
+    rows = json.loads(call("inspect", "--model", tmp_path, "--json")[1])
+    assert {row["bytes_per_token_dense"] for row in rows if row["role"] == "dense"} == {whole // 2 + whole // 16}
 
 
 def test_inspect_of_an_unregistered_model_type_probes_its_structure(call, folder, monkeypatch):

@@ -198,6 +198,7 @@ class InplaceExperts(MaskedExperts):
             for expert in range(record.count)
         ]
         self._placed: set[int] = set()
+        self._ranks: dict[int, Tensor] = {}  # [|C|], of each expert's candidates as they stand in the weights
         self._views: dict[int, ExpertViews] = {}
         self._weight: Tensor | None = None  # [E, |C|], of the candidates as they stand in the weights
         self.seconds = 0.0
@@ -224,6 +225,7 @@ class InplaceExperts(MaskedExperts):
     def restore(self) -> None:
         """Put every channel back."""
         self.forget_resident()
+        self.moved.adopt({e: order.position_of for e, order in enumerate(self._orders) if order.moved})
         for order in self._orders:
             order.restore()
         self.moved.release()
@@ -306,11 +308,13 @@ class InplaceExperts(MaskedExperts):
     ) -> Tensor:
         """``[N, n]``: which of the candidates (``[N, |C|]``, as they stand in the weights) each slot leaves out."""
         assert self._weight is not None
-        if order is None:  # one token: nothing to share, and the router's weight changes no ranking
+        own = self._engine.own_choice is not None
+        if order is None and not own:  # one token: nothing to share, and the router's weight changes no ranking
             return choose(candidates, self._weight[ids[0]], self._engine.sizes[self._index].candidates_dropped)
         step = self._engine.step(forward, candidates.device).routed(ids, weights, order, self._record.count)
         assert step.expert is not None
-        return self._engine.choose(self._index, forward, step, candidates, self._weight[step.expert])
+        ranks = torch.stack([self._ranks[expert] for expert in step.expert.tolist()]) if own else None
+        return self._engine.choose(self._index, forward, step, candidates, self._weight[step.expert], ranks)
 
     @tells("reordering")
     @uninterrupted()
@@ -328,7 +332,8 @@ class InplaceExperts(MaskedExperts):
             self.moved_channels += order.place(zones, sizes)
         finally:  # some have moved even where it fails
             self._positions[expert] = order.position_of
-        self._weight[expert] = state.candidate_weight[expert][order.candidate_ranks(zones, sizes)]
+        self._ranks[expert] = order.candidate_ranks(zones, sizes)
+        self._weight[expert] = state.candidate_weight[expert][self._ranks[expert]]
         self._placed.add(expert)
         self.seconds += time.perf_counter() - started
 

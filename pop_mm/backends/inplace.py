@@ -142,17 +142,16 @@ class InplaceBackend:
             restore = experts.restore
         else:
             moved = self._moved[index] = MovedWeights(record, self._versions)
-            order = self._orders[index] = ChannelOrder(record.size, record.device, moved.exchange)
+            self._orders[index] = ChannelOrder(record.size, record.device, moved.exchange)
             self._downs[index] = PackedDown(record.down, self._engine.sizes[index].width, moved)
             self._replace_forwards(index, record)
-            restore = order.restore
+            restore = partial(self._restore, index)
 
         def canonical(*_: Any) -> None:
             self.unpack()
             self._resident = None
             self._placed.pop(index, None)
             restore()
-            moved.release()
 
         for module in record.modules:
             self._undo.append(module.register_state_dict_pre_hook(canonical).remove)
@@ -178,13 +177,21 @@ class InplaceBackend:
         self.unpack()
         self._resident = None
         self._placed.clear()
-        for index, order in self._orders.items():
-            order.restore()
-            self._moved[index].release()
+        for index in self._orders:
+            self._restore(index)
         for experts in self._experts.values():
             experts.detach()
         while self._undo:
             self._undo.pop()()
+
+    @uninterrupted()
+    def _restore(self, index: int) -> None:
+        """Put every channel of one FFN back."""
+        order, moved = self._orders[index], self._moved[index]
+        if order.moved:
+            moved.adopt({None: order.position_of})
+        order.restore()
+        moved.release()
 
     def begin(self, forward: Forward) -> None:
         """Before a decode step: say how the FFNs may compute it."""
@@ -389,7 +396,7 @@ class InplaceBackend:
 
         def zero_dropped(h: Tensor, current: Forward) -> None:
             here = resident[index]
-            if current.length == 1:  # the common step
+            if current.length == 1 and engine.own_choice is None:  # the common step
                 here.leave_out(h if h.dim() == 2 else h.view(current.rows, -1), voices(current))
                 return
             candidates = h.view(-1, h.shape[-1])[:, retained:]
@@ -406,6 +413,8 @@ class InplaceBackend:
         """The FFN on narrow views of its weights as they are now, by the kernels of this session."""
         sizes, down = self._engine.sizes[index], self._downs[index].view()
         stock = direct_forward(dense_ffn(self._engine, index), sizes.width, zero_dropped, down)
+        if self._engine.own_choice is not None:
+            return stock
         if self._triton:
             return triton_forward(self._engine, index, self._candidates, stock)
         if self._matvec is not None:

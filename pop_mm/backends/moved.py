@@ -1,12 +1,13 @@
 """The tensors in which channels stand elsewhere, from the first move until all are back.
 
 What is exchanged are the tensors that were the weights when the first channel moved, and their gradients. A weight that
-somebody puts in their place is in the original order and is left alone; the one that it replaced is put back all the same.
+somebody puts in their place is in the original order and is left alone, unless it was made from what stood there (see
+:meth:`MovedWeights.adopt`); the one that it replaced is put back all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -60,6 +61,7 @@ class MovedWeights:
         self._record = record
         self._versions = versions
         self._held: list[_Held] = []
+        self._samples: list[Tensor] = []  # of what the session left in each
         self.moves = 0
 
     def exchange(self, first: Tensor, second: Tensor, expert: int | None = None) -> None:
@@ -88,24 +90,62 @@ class MovedWeights:
             for held in self._held:
                 if id(held.parameter) in of:
                     of[id(held.parameter)] = held.parameter._version
+            self._samples = [_sample(held.stored) for held in self._held]
 
     @torch.inference_mode(False)
     def _hold(self) -> None:
         self._held = [_Held(t.name, t.tensor, t.tensor.detach(), t.matrices) for t in self._record.channel_tensors()]
 
     def look(self) -> None:
-        """Note if somebody has written to a weight since: whether in the original order, nobody can tell."""
+        """Note if somebody has written to a weight since: whether in the original order, nobody can tell.
+
+        A weight that was multiplied by one number is the same in every order.
+        """
         of = self._versions.of
-        for held in self._held:
+        for held, sample in zip(self._held, self._samples, strict=False):
             version = held.parameter._version
             replaced = held.parameter.data_ptr() != held.stored.data_ptr()
-            if of.get(id(held.parameter), version) != version and not replaced and self._versions.written is None:
+            written = of.get(id(held.parameter), version) != version and not replaced
+            if written and self._versions.written is None and not _is_multiple(_sample(held.stored), sample):
                 self._versions.written = held.name
 
     @property
     def holds(self) -> bool:
         """Whether some channels stand elsewhere, or did until a moment ago."""
         return bool(self._held)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def adopt(self, positions: Mapping[int | None, Tensor]) -> None:
+        """Before channels go back: take along weights that were made from the moved ones and put in their place.
+
+        ``Parameter(3 * module.weight)``, ``share_memory_()`` and the like hold the channels as they stand now, a loaded weight
+        holds them in the original order. Which it is, the channels that have moved tell: those of the first kind resemble the
+        ones at the same places now, with a cosine of more than 0.7 and more than those that belong there.
+
+        Parameters
+        ----------
+        positions : mapping
+            Expert (None for a dense FFN) -> ``[D]``, the position of each original channel.
+        """
+        new = {t.name: t.tensor for t in self._record.channel_tensors()}
+        for held in list(self._held):
+            tensor = new[held.name]
+            if tensor.data_ptr() == held.stored.data_ptr() or tensor.shape != held.stored.shape:
+                continue
+            here = there = squares = squares_before = 0.0
+            for expert, at in positions.items():
+                moved = (at != torch.arange(len(at), device=at.device)).nonzero().flatten()
+                pairs = zip(held.matrices(tensor.detach(), expert), held.matrices(held.stored, expert), strict=True)
+                for (after, axis), (before, _) in pairs:
+                    channels = after.index_select(axis, moved.to(after.device)).to(before)
+                    standing = before.index_select(axis, moved)
+                    here += float((channels * standing).sum())
+                    there += float((channels * before.index_select(axis, at[moved])).sum())
+                    squares += float(channels.square().sum())
+                    squares_before += float(standing.square().sum())
+            if abs(here) > max(abs(there), 0.7 * (squares * squares_before) ** 0.5):
+                self._held.append(_Held(held.name, tensor, tensor.detach(), held.matrices))
 
     def release(self) -> None:
         """All channels are back."""
@@ -125,3 +165,21 @@ class MovedWeights:
                 "go to other channels. Call backward() before another prompt decodes, before the weights are saved and before "
                 "the session ends; or use backend='masked', which moves none."
             )
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _sample(tensor: Tensor) -> Tensor:
+    """A copy of some of its numbers, side by side in memory."""
+    line = tensor
+    while line.dim() > 1:
+        line = line.select(max(range(line.dim()), key=line.stride), 0)
+    return line[:256].clone()
+
+
+def _is_multiple(after: Tensor, before: Tensor) -> bool:
+    """Whether all numbers were multiplied by the same one, which is not 1."""
+    a, b = after.double(), before.double().to(after.device)
+    factor = float((a * b).sum() / b.square().sum())
+    near = 4 * torch.finfo(after.dtype).eps
+    return factor != 1 and bool(torch.isfinite(a).all()) and torch.allclose(a, factor * b, rtol=near, atol=0)

@@ -11,10 +11,10 @@ import torch
 
 from ..config import PopConfig
 from ..kernels import MOST_TOKENS, gpu, why_not
+from ..methods import METHODS, ChannelMethod, get_method
 from ..session import prune
 from .errors import BenchError
 
-METHODS = ("pop", "static")  # those that save time
 KERNELS = ("stock", "compiled", "triton")
 CACHES = ("dynamic", "static")
 MOST_ROWS = {"compiled": MOST_TOKENS, "triton": gpu.MAX_ROWS}  # that these kernels take
@@ -27,7 +27,7 @@ class Variant(NamedTuple):
     Attributes
     ----------
     method : str
-        "dense" or one of :data:`METHODS`.
+        "dense" or that of a method that saves time.
     ratio : float or None
         Overall; None for dense.
     kernels : {"stock", "compiled", "triton"}
@@ -107,7 +107,7 @@ class Setup:
             for value in [found] if isinstance(found, int) else found:
                 if value < least:
                     raise BenchError(f"{name} must be {least} or more; got {value}.")
-        for name, known in (("methods", METHODS), ("kernels", KERNELS), ("caches", CACHES)):
+        for name, known in (("methods", _timed()), ("kernels", KERNELS), ("caches", CACHES)):
             for value in getattr(self, name):
                 if value not in known:
                     raise BenchError(f"{name} must be of {', '.join(known)}; got {value!r}.")
@@ -148,6 +148,12 @@ class Setup:
     def alone(self, cell: Cell) -> Setup:
         """The same for one cell."""
         return replace(self, batches=(cell.batch,), prompts=(cell.prompt,), caches=(cell.cache,))
+
+
+def _timed() -> list[str]:
+    """Names of the methods that save time by a ratio."""
+    found = {name: get_method(name) for name in METHODS}
+    return [name for name, method in found.items() if method.saves_time and isinstance(method, ChannelMethod)]
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype, asked: Sequence[str] = ()) -> list[str]:

@@ -33,8 +33,11 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool, contract: bool 
         if config.chosen_method == "thresholds":
             if contract:
                 raise ConfigError("--check shows what an adapter finds for POP. Give --ratio, or --method pop.")
-            packed = None if quantisation is None else str(quantisation.get("quant_method", "quantised"))
-            inspect_thresholds(model, config, adapter, packed, as_json)
+            packed, stored = None, None
+            if quantisation is not None:
+                packed = str(quantisation.get("quant_method", "quantised"))
+                stored = StoredBytes(model, stored_tensors(resolve(name)), bits_of(quantisation, model.dtype.itemsize))
+            inspect_thresholds(model, config, adapter, packed, stored, as_json)
             return True
         plans = plan_ffns(model, config, adapter)
         checked = check(load_model(name, dtype)[0]) if contract else None

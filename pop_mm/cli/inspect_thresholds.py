@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -12,23 +13,26 @@ from rich.table import Table
 from ..adapters import Adapter
 from ..config import PopConfig
 from ..groups import InputGroup
-from ..session import PART_NAMES, weights_per_token
+from ..report import Timings
+from ..session import PART_NAMES
 from ..tables import footprint_table
 from ..threshold_report import ThresholdReport
 from ..threshold_session import ThresholdPlan, plan_thresholds
+from .stored import StoredBytes
 
 
-def inspect_thresholds(model: Any, config: PopConfig, adapter: Adapter, packed: str | None, as_json: bool) -> None:
+def inspect_thresholds(
+    model: Any, config: PopConfig, adapter: Adapter, packed: str | None, stored: StoredBytes | None, as_json: bool
+) -> None:
     """Print it; JSON has one row for each FFN, layer of experts and group of attention modules.
 
-    ``packed`` says how the checkpoint is quantised; None if it is not.
+    ``packed`` says how the checkpoint is quantised, and ``stored`` what its files hold; None if it is not.
     """
-    from ..report import Timings
-
     plans = plan_thresholds(model, config, adapter)
     size = model.dtype.itemsize
+    whole = [_bytes(plan, size, stored) for plan in plans]
     if as_json:
-        print(json.dumps([_row(plan, size) for plan in plans], indent=2))
+        print(json.dumps([_row(plan, dense) for plan, dense in zip(plans, whole, strict=True)], indent=2))
         return
     report = ThresholdReport.of(model, adapter, config, plans, None, Timings())
     table = Table(box=box.SIMPLE_HEAD)
@@ -36,15 +40,13 @@ def inspect_thresholds(model: Any, config: PopConfig, adapter: Adapter, packed: 
         table.add_column(name, justify="left" if name == "matrix" else "right")
     for matrix, (share, _) in report.kept_share.items():
         table.add_row(matrix, str(sum(found.matrix == matrix for found in report.inputs)), f"{share:.1%}")
-    dense = weights_per_token(model, adapter, [plan for plan in plans if not isinstance(plan.record, InputGroup)])  # type: ignore[misc]
-    parts = {name: (size * count, size * count) for name, count in dense.items()}
-    for plan in plans:
-        name = PART_NAMES.get(plan.record.role, plan.record.role)
-        left = sum(plan.matrices.values()) - plan.read
-        parts[name] = parts[name][0], parts[name][1] - round(size * left)
+    parts = _dense_bytes(model, adapter, plans, report.weights_per_token, stored)
+    read = dict(parts)
+    for plan, dense in zip(plans, whole, strict=True):
+        read[PART_NAMES.get(plan.record.role, plan.record.role)] -= dense * (1 - _share(plan))
     console = Console()
     console.print(table)
-    console.print(footprint_table(parts))
+    console.print(footprint_table({name: (round(dense), round(read[name])) for name, dense in parts.items()}))
     console.print(
         f"{type(model).__name__}: {len(plans)} inputs of FFNs and attention, found by {type(adapter).__name__}.\n"
         f"{config.label.capitalize()} ({config.scope}). What a token reads is meant for entries that pick rows.",
@@ -56,9 +58,35 @@ def inspect_thresholds(model: Any, config: PopConfig, adapter: Adapter, packed: 
         console.print(f"Masked, without speed-up: {why}.", style="yellow", highlight=False, markup=False)
 
 
-def _row(plan: ThresholdPlan, size: int) -> dict[str, Any]:
-    whole = size * sum(plan.matrices.values())  # what is masked is read all the same
-    meant = {"bytes_per_token_intended": round(size * plan.read)}
+def _dense_bytes(
+    model: Any, adapter: Adapter, plans: Sequence[ThresholdPlan], counts: Mapping[str, int], stored: StoredBytes | None
+) -> dict[str, float]:
+    """Part -> bytes of its weight matrices that a decoded token reads from the dense model."""
+    size = model.dtype.itemsize
+    parts: dict[str, float] = {name: size * count for name, count in counts.items()}
+    if stored is not None:
+        for role, name in PART_NAMES.items():
+            if name in parts:
+                parts[name] = sum(_bytes(plan, size, stored) for plan in plans if plan.record.role == role)
+        head = model.get_output_embeddings()
+        parts["attention"] = stored.of_attention(model, adapter, counts["attention"])
+        parts["lm_head"] = 0 if head is None else stored.of_head(head, counts["lm_head"], size)
+    return parts
+
+
+def _bytes(plan: ThresholdPlan, size: int, stored: StoredBytes | None) -> float:
+    if stored is None:
+        return size * sum(plan.matrices.values())
+    return stored.of_group(plan.record) if isinstance(plan.record, InputGroup) else stored.of_ffn(plan.record)
+
+
+def _share(plan: ThresholdPlan) -> float:
+    return plan.read / sum(plan.matrices.values())
+
+
+def _row(plan: ThresholdPlan, dense: float) -> dict[str, Any]:
+    whole = round(dense)  # what is masked is read all the same
+    meant = {"bytes_per_token_intended": round(dense * _share(plan))}
     return {**plan.to_dict(), "bytes_per_token_dense": whole, "bytes_per_token_pruned": whole, **meant}
 
 

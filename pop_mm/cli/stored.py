@@ -12,6 +12,7 @@ from torch import nn
 
 from ..adapters import Adapter
 from ..experts import Experts
+from ..groups import InputGroup
 from ..layout import FFN, linear_weight_count
 
 _BITS = ("bits", "nbits", "num_bits", "w_bit", "weight_bits")
@@ -50,6 +51,10 @@ class StoredBytes:
             return sum(self._of(p.module, p.name, linear_weight_count(p.module)) for p in ffn.projections)
         whole = sum(size for name, size in self._bytes.items() if f"{name}.".startswith(f"{ffn.name}."))
         return whole * ffn.top_k / ffn.count if whole else ffn.weight_count * self._bits / 8
+
+    def of_group(self, group: InputGroup) -> float:
+        """Bytes of attention modules that share an input."""
+        return sum(self._of(module, self._names[module], linear_weight_count(module)) for module in group.modules)
 
     def of_attention(self, model: nn.Module, adapter: Adapter, count: int) -> float:
         """Bytes of everything in the decoder layers that counts as attention; ``count`` weights."""

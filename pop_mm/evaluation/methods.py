@@ -1,113 +1,36 @@
-"""The methods that an evaluation compares: all are settings of the one engine, so that they differ in the choice alone."""
+"""The methods that an evaluation compares: all run by one engine, so that they differ in what they choose alone."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import PopConfig
 from ..errors import ConfigError
-from ..experts import Experts
-from ..layout import FFN
-from ..scoring import ActivationScorer, Scorer, WandaScorer
+from ..methods import METHODS as _METHODS
+from ..methods import Method, Random, Thresholds, WandaSp, get_method
+from ..methods.fixed import Calibration
 from ..session import Session
 
-METHODS = {
-    "dense": "the model as it is",
-    "static": "the prompt's best channels by POP's score, at every step (the paper's variant 1)",
-    "pop": "Partition-guided Online Pruning",
-    "full": "the best of all channels at every step; saves nothing (the paper's variant 2)",
-    "wanda_sp": "fixed: Wanda-sp, by the scores of calibration text",
-    "magnitude": "fixed: by the norm of a channel's weights in gate, up and down",
-    "griffin": "the prompt's best channels by GRIFFIN's statistic: norms of each token's normalised activations",
-    "random": "fixed: at random",
-    "thresholds": "entries of each matrix's input above a threshold from the prompt; by a budget, not a ratio",
-}
+
+class _WithDense(Mapping[str, str]):
+    """Name -> what it does: the dense model, and every method that is registered."""
+
+    def __getitem__(self, name: str) -> str:
+        return "the model as it is" if name == "dense" else _METHODS[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield "dense"
+        yield from _METHODS
+
+    def __len__(self) -> int:
+        return len(_METHODS) + 1
 
 
-class FixedScorer(Scorer):
-    """A score that no prompt changes."""
-
-    fixed = True
-
-    def prompt_activations(self, h: Tensor) -> Tensor:
-        """Ones."""
-        return torch.ones_like(h)
-
-
-class MagnitudeScorer(FixedScorer):
-    """The l2 norm of all of a channel's weights: its rows of gate and up, and its column of down."""
-
-    name = "magnitude"
-
-    def channel_weight(self, ffn: FFN | Experts) -> Tensor:
-        """``[D]`` or ``[E, D]``."""
-        down = ffn.down_column_norms()
-        return torch.hypot(ffn.input_norms().to(down.device), down)
-
-
-class RandomScorer(FixedScorer):
-    """Scores drawn for each FFN, the same for the same seed and name."""
-
-    name = "random"
-
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
-
-    def channel_weight(self, ffn: FFN | Experts) -> Tensor:
-        """``[D]`` or ``[E, D]``."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {ffn.name}".encode()))
-        return torch.rand(ffn.channel_shape, generator=generator).to(ffn.device) + 1e-3
-
-
-class GriffinScorer(ActivationScorer):
-    """GRIFFIN's statistic (Dong et al. 2024): each token's activations are normalised before the norm over tokens."""
-
-    name = "griffin"
-
-    def prompt_activations(self, h: Tensor) -> Tensor:
-        """Every token's activations, divided by their norm."""
-        return nn.functional.normalize(h.to(torch.promote_types(h.dtype, torch.float32)), dim=-1)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a dense model does on calibration text.
-
-    Attributes
-    ----------
-    energies : mapping of str to Tensor
-        Name of an FFN -> sum of squared activations of each channel over all tokens, ``[D]`` or ``[E, D]``.
-    """
-
-    energies: Mapping[str, Tensor]
-
-
-class CalibratedScorer(FixedScorer):
-    """Wanda-sp: ``||W_down[:, i]||_2 * ||h[..., i]||_2`` over calibration text instead of the prompt."""
-
-    name = "wanda_sp"
-
-    def __init__(self, calibration: Calibration) -> None:
-        self._calibration = calibration
-
-    def channel_weight(self, ffn: FFN | Experts) -> Tensor:
-        """``[D]`` or ``[E, D]``."""
-        weight, energy = ffn.down_column_norms(), self._calibration.energies.get(ffn.name)
-        if energy is not None and bool((energy.sum(-1) > 0).all()):
-            return weight * energy.sqrt().to(weight.device)
-        by_weights = weight * ffn.input_norms().to(
-            weight.device
-        )  # of FFNs and experts that no calibration token reached
-        if energy is None:
-            return by_weights
-        energy = energy.to(weight.device)
-        return (weight * energy.sqrt()).where(energy.sum(-1, keepdim=True) > 0, by_weights)
+METHODS = _WithDense()
 
 
 @torch.inference_mode()
@@ -166,20 +89,17 @@ def config_for(
         raise ConfigError(f"Unknown method {method!r}; known: {', '.join(METHODS)}.")
     if method == "dense":
         return None
-    if method == "thresholds":
+    chosen: Method = get_method(method)
+    if isinstance(chosen, Thresholds):
         own = {"backend": "masked", **{k: v for k, v in settings.items() if (k, v) != ("prefill", "dense")}}
-        return PopConfig(ratio, budget=budget, method=method, **own)
-    scorer: Scorer = WandaScorer()
-    if method == "wanda_sp":
+        return PopConfig(ratio, budget=budget, method=chosen, **own)
+    if isinstance(chosen, WandaSp):
         if calibration is None:
             raise ConfigError("wanda_sp ranks channels by calibration text: give some.")
-        scorer = CalibratedScorer(calibration)
-    elif method == "random":
-        scorer = RandomScorer(seed)
-    elif method in ("magnitude", "griffin"):
-        scorer = {"magnitude": MagnitudeScorer, "griffin": GriffinScorer}[method]()
-    own_method: Any = method if method in ("pop", "full") else "static"
-    own = {"batch": "per_sequence", "backend": "masked", "scorer": scorer, "method": own_method}
+        chosen = WandaSp(calibration)
+    elif isinstance(chosen, Random):
+        chosen = Random(seed)
+    own = {"batch": "per_sequence", "backend": "masked", "method": chosen}
     return PopConfig(ratio, gamma=gamma, budget=budget, **{**own, **settings})
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import lcm
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+from ..partition import Sizes
+from ..ratio import LayerWeights, ffn_ratios
 from .thresholds import hidden_share
+
+if TYPE_CHECKING:
+    from ..config import PopConfig
+    from ..experts import Experts
+    from ..layout import FFN
 
 _HALVINGS = 60  # of [0, 1], which ends below what floats tell apart
 
@@ -94,4 +103,42 @@ def _check_minimum(method: str, budget: float, minimum: float) -> None:
         )
 
 
-__all__ = ["Weights", "pop_ratio", "threshold_shares"]
+def ffn_sizes(ffn: FFN | Experts, ratio: float, config: PopConfig) -> Sizes:
+    """R, C and P of one FFN by the config's method; experts' are rounded to what their products are aligned to."""
+    round_to = config.round_to if ffn.experts is None else lcm(config.round_to, 16 // ffn.float_dtype.itemsize)
+    return config.channel_method.sizes(ffn.size, ratio, config.gamma, round_to)
+
+
+def budget_ratios(
+    records: Sequence[FFN | Experts], layers: Mapping[int, LayerWeights], config: PopConfig
+) -> dict[int, float]:
+    """The FFN ratio of every layer with which a token reads ``config.budget`` of the weights in ``config.scope``.
+
+    Layers in ``layer_ratios`` keep their own; the others have one ratio. A budget of 1 leaves nothing out.
+
+    Raises
+    ------
+    ConfigError
+        Even one channel of each FFN reads more (the message names the minimum).
+    """
+    budget = config.budget
+    assert budget is not None
+    attention = sum(weights.attention for weights in layers.values()) if config.scope == "overall" else 0
+    total = attention + sum(ffn.weight_count for ffn in records)
+
+    def ratios(ratio: float) -> dict[int, float]:
+        return ffn_ratios(ratio, "ffn", layers, config.layer_ratios)
+
+    def read(ratio: float) -> float:
+        by_layer, found = ratios(ratio), float(attention)
+        for ffn in records:
+            kept_whole = ffn.role == "shared_expert" and not config.prune_shared
+            most = 1 - 1 / ffn.size
+            sizes = ffn_sizes(ffn, 0.0 if kept_whole else min(by_layer[ffn.layer], most), config)
+            found += ffn.weight_count * sizes.width / sizes.channels
+        return found / total
+
+    return ratios(min(pop_ratio(read, config.chosen_method, budget), *(1 - 1 / ffn.size for ffn in records)))
+
+
+__all__ = ["Weights", "budget_ratios", "ffn_sizes", "pop_ratio", "threshold_shares"]

@@ -3,11 +3,12 @@
 A decode step multiplies vectors by matrices. An entry of the vector that is nearly zero makes one column of the matrix not
 worth reading. For an FFN with input ``x`` and ``h = act(W_gate x) * (W_up x)``::
 
-    prefill (dense)    t_x = the (1 - rho)   quantile of |x_i|                     over all prompt tokens and i
-                       t_h = the (1 - kappa) quantile of |h_j| * ||W_down[:, j]||  over all prompt tokens and j
+    prefill (dense)    t_x = the (1 - rho)   quantile of |x_i|                     over the prompt's tokens and i
+                       t_h = the (1 - kappa) quantile of |h_j| * ||W_down[:, j]||  over the prompt's tokens and j
     decode step        x is zero where |x_i| <= t_x, h where |h_j| * ||W_down[:, j]|| <= t_h
 
-The inputs of attention projections are treated as ``x``. Nothing is fixed for the prompt but the thresholds.
+The inputs of attention projections are treated as ``x``. Nothing is fixed for the prompt but the thresholds. A
+sequence's first token does not count: it is a sink of attention, with activations that no later token has.
 
 Sources. Leaving out inputs of small magnitude is TEAL's (Liu et al., arXiv 2408.14690), which calibrates its thresholds on
 other text beforehand; CATS (2404.08763) and CHESS (2409.01366) are of its family. Weighing an entry by the norm of its
@@ -26,13 +27,23 @@ import torch
 from torch import Tensor
 
 from ..modality import TEXT
+from ..ops.histogram import BINS
+from ..ops.histogram import histogram as count_bins
+from ..ops.reference import BIN_SHIFT, kept, magnitudes
+from .base import Method
 
-BINS = 4096
 MIN_PROMPT_TOKENS = 4  # fewer say too little: such a prompt decodes dense
 PASS_ALL = -1.0  # a threshold that every magnitude passes
-_SHIFT = 19  # bits of a float32's mantissa that do not count
 _FIRST_NOT_FINITE = 255 << 4  # bins of infinity and NaN begin here
 _BLOCK = 1 << 22  # magnitudes that are binned at once
+
+
+class Thresholds(Method):
+    """Entries of each matrix's input above a threshold from the prompt."""
+
+    name = "thresholds"
+    about = "entries of each matrix's input above a threshold from the prompt"
+    session = "pop_mm.threshold_session:ThresholdSession"
 
 
 def hidden_share(rho: float) -> float:
@@ -41,12 +52,6 @@ def hidden_share(rho: float) -> float:
     Towards both ends it meets what it must: half of rho below 0.4, and 1 at 1.
     """
     return max(rho / 2, rho - 0.2, 2 * rho - 1)
-
-
-def magnitudes(values: Tensor, weight: Tensor | None = None) -> Tensor:
-    """``float32(|values|)``, times ``float32(weight)`` along the last axis where there is one: what is binned and compared."""
-    found = values.detach().to(torch.float32).abs()
-    return found if weight is None else found * weight.to(torch.float32)
 
 
 def histogram(scores: Tensor, row: Tensor, rows: int) -> Tensor:
@@ -65,13 +70,13 @@ def histogram(scores: Tensor, row: Tensor, rows: int) -> Tensor:
     Tensor
         ``[rows, BINS]``, int64.
     """
-    counts = torch.zeros(rows * BINS, dtype=torch.int64, device=scores.device)
-    lines = max(1, _BLOCK // max(1, scores.shape[1]))
-    for part, where in zip(scores.split(lines), row.split(lines), strict=True):
-        bins = (part.contiguous().view(torch.int32) >> _SHIFT).long() & (BINS - 1)  # a NaN may have a sign
-        bins += BINS * where.unsqueeze(1)
-        counts += torch.bincount(bins.flatten(), minlength=rows * BINS)
-    return counts.view(rows, BINS)
+    counts = torch.zeros(rows, BINS, dtype=torch.int64, device=scores.device)
+    for number, own in enumerate(counts):
+        mine = None if rows == 1 else row == number
+        for start in range(0, len(scores), step := max(1, _BLOCK // max(1, scores.shape[1]))):
+            part = slice(start, start + step)
+            count_bins(scores[part], own, None, None if mine is None else mine[part])
+    return counts
 
 
 def not_finite(counts: Tensor) -> Tensor:
@@ -148,7 +153,7 @@ def threshold(counts: Mapping[int, Tensor], tokens: Mapping[int, Tensor], share:
 
 def _edges(device: torch.device) -> Tensor:
     """``[BINS + 1]``, float64: where bins begin and end; what is not finite ends at the largest float32."""
-    bits = torch.arange(BINS + 1, dtype=torch.int64).clamp_(max=_FIRST_NOT_FINITE) << _SHIFT
+    bits = torch.arange(BINS + 1, dtype=torch.int64).clamp_(max=_FIRST_NOT_FINITE) << BIN_SHIFT
     edges = bits.to(torch.int32).view(torch.float32)
     edges[_FIRST_NOT_FINITE:] = torch.finfo(torch.float32).max
     widths = torch.arange(BINS + 1).sub_(_FIRST_NOT_FINITE).clamp_(min=0)  # keeps the edges rising
@@ -159,8 +164,10 @@ __all__ = [
     "BINS",
     "MIN_PROMPT_TOKENS",
     "PASS_ALL",
+    "Thresholds",
     "hidden_share",
     "histogram",
+    "kept",
     "magnitudes",
     "not_finite",
     "quantile",
