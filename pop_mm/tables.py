@@ -186,7 +186,7 @@ def adapters_table(support: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def adapters_markdown(support: Sequence[Mapping[str, Any]]) -> str:
-    """The support table for the README, without a newline at its end."""
+    """The support table for docs/support.md, without a newline at its end."""
     rows = [
         [", ".join(f"`{name}`" for name in types.split(", ")), kind, layout, f"`{adapter}`"]
         for types, kind, layout, adapter in adapter_rows(support)

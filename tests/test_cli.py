@@ -266,14 +266,14 @@ def test_adapters(call):
     assert "LlamaAdapter" in out
 
 
-def test_readme_has_the_support_table(call):
+def test_the_docs_have_the_support_table(call):
     _, out, _ = call("adapters", "--markdown")
     for row in support_table():
         assert f"`{row['model_type']}`" in out
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    match = re.search(r"<!-- adapters:begin -->\n(.*?)<!-- adapters:end -->", readme, re.DOTALL)
-    assert match, "README.md has no <!-- adapters:begin --> ... <!-- adapters:end -->"
-    assert match[1].strip() == out.strip(), "paste the output of `pop-mm adapters --markdown` into README.md"
+    page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    match = re.search(r"<!-- adapters:begin -->\n(.*?)<!-- adapters:end -->", page, re.DOTALL)
+    assert match, "docs/support.md has no <!-- adapters:begin --> ... <!-- adapters:end -->"
+    assert match[1].strip() == out.strip(), "paste the output of `pop-mm adapters --markdown` into docs/support.md"
 
 
 def test_models(call, tmp_path, monkeypatch):

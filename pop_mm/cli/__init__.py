@@ -297,7 +297,9 @@ def bench(
 @app.command()
 def adapters(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print README's table.", show_default=False)] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of docs/support.md.", show_default=False)
+    ] = False,
 ) -> None:
     """List the model types that have an adapter."""
     import json
