@@ -158,7 +158,7 @@ class MovedWeights:
                     squares += float(channels.square().sum())
                     squares_before += float(standing.square().sum())
             if abs(here) > max(abs(there), 0.7 * (squares * squares_before) ** 0.5):
-                self._held.append(_Held(held.name, tensor, tensor.detach(), held.matrices))
+                self._held.append(_Held(held.name, tensor, tensor.detach(), held.matrices, held.place))
 
     def release(self) -> None:
         """All channels are back."""
