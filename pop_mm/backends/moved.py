@@ -144,7 +144,9 @@ class MovedWeights:
         new = {t.name: t.tensor for t in self._record.channel_tensors()}
         for held in list(self._held):
             tensor = new[held.name]
-            if tensor.data_ptr() == held.stored.data_ptr() or tensor.shape != held.stored.shape:
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.shape != held.stored.shape:
+                continue  # packed by somebody
+            if tensor.data_ptr() == held.stored.data_ptr():
                 continue
             here = there = squares = squares_before = 0.0
             for expert, at in positions.items():
