@@ -23,6 +23,7 @@ from .groups import InputGroup
 from .layout import FFN
 from .methods.thresholds import PASS_ALL, histogram, magnitudes, not_finite, threshold
 from .modality import added
+from .ops.reference import kept
 from .phase import Forward, Phase
 from .state import PromptState
 from .step import Step
@@ -240,14 +241,16 @@ class ThresholdEngine(Engine):
     ) -> Tensor:
         """``[N, n]``: the entries that pass; of the prompt, all."""
         state = self.state(index, forward).inputs[which]
-        scores = magnitudes(values, weight)
         first = state.first_in(forward)
+        if step.phase is Phase.PREFILL and not first:
+            return values
+        scores = magnitudes(values, weight)
         if first and step.phase is not Phase.DECODE:
             self._observe(state, step, row, scores)
         if step.phase is Phase.PREFILL:
             return values
         bound = self._decide(index, which, forward.state).to(values.device)
-        keep = scores > bound.expand(step.rows)[row].unsqueeze(1)
+        keep = kept(scores, bound.expand(step.rows)[row].unsqueeze(1))
         decode = step.number >= 0
         if first:
             counted = decode if step.valid is None else decode & step.valid

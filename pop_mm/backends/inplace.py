@@ -24,12 +24,12 @@ from ..kernels import MOST_TOKENS, Matvec, View, traced
 from ..kernels.ffn import Scratch
 from ..layout import FFN, Projection, linear
 from ..partition import Partition
-from ..phase import Forward, PhaseTracker, set_instance_attribute
+from ..phase import Forward, PhaseTracker
 from ..state import PromptState
 from .base import apply, current_forward, dense_ffn, voices
 from .experts import InplaceExperts
 from .fused import compiled_forward, triton_forward
-from .moved import MovedWeights, Versions
+from .moved import MovedWeights, Versions, before_moves
 from .order import ChannelOrder
 from .packing import PackedDown
 from .static import StaticSteps
@@ -155,9 +155,7 @@ class InplaceBackend:
             moved.release()
 
         for module in record.modules:
-            self._undo.append(module.register_state_dict_pre_hook(canonical).remove)
-            self._undo.append(module.register_load_state_dict_pre_hook(canonical).remove)
-            self._undo.append(set_instance_attribute(module, "_apply", _after(canonical, module._apply)))
+            self._undo += before_moves(module, canonical)
 
     def moved_weights(self) -> dict[str, MovedWeights]:
         """Name of an FFN -> its weights, of those with channels that are not in their own places."""
@@ -449,14 +447,6 @@ class InplaceBackend:
 def positions_of(order: ChannelOrder) -> Tensor | None:
     """``[1, D]``: the position of each original channel of an FFN; None if all are in their own places."""
     return order.position_of.unsqueeze(0) if order.moved else None
-
-
-def _after(first: Callable[[], None], own: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        first()
-        return own(*args, **kwargs)
-
-    return call
 
 
 def down_input(ffn: FFN, rows: Tensor, width: int) -> Tensor:

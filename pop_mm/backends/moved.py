@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SessionError
 from ..experts import Experts
 from ..layout import FFN, Matrix, swap_channels
+from ..phase import set_instance_attribute
 
 
 class Versions:
@@ -125,3 +126,18 @@ class MovedWeights:
                 "go to other channels. Call backward() before another prompt decodes, before the weights are saved and before "
                 "the session ends; or use backend='masked', which moves none."
             )
+
+
+def before_moves(module: nn.Module, canonical: Callable[..., None]) -> Iterator[Callable[[], object]]:
+    """Call something before anybody takes a module's weights, loads others, or moves them; yields what undoes that."""
+    yield module.register_state_dict_pre_hook(canonical).remove
+    yield module.register_load_state_dict_pre_hook(canonical).remove
+    yield set_instance_attribute(module, "_apply", _after(canonical, module._apply))
+
+
+def _after(first: Callable[[], None], own: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return own(*args, **kwargs)
+
+    return call
