@@ -160,11 +160,11 @@ class ThresholdEngine(Engine):
     # prefill --------------------------------------------------------------------------------------------------------
 
     @tells("statistics")
-    def _observe(self, state: InputState, step: Step, row: Tensor, scores: Tensor) -> None:
-        """Count the magnitudes ``[N, n]`` of the prompt's tokens; ``row`` (``[N]``) is the sequence of each."""
+    def _observe(self, state: InputState, step: Step, row: Tensor, values: Tensor, weight: Tensor | None) -> None:
+        """Count the magnitudes of the prompt's tokens, ``[N, n]``; ``row`` (``[N]``) is the sequence of each."""
         for modality, mask in step.by_modality:
-            lines, where = (scores, row) if mask is None else (scores[mask], row[mask])
-            state.counts = added(state.counts, modality, histogram(lines, where, step.rows))
+            found = histogram(values, row, step.rows, weight, mask)
+            state.counts = added(state.counts, modality, found)
 
     def check_finite(self, state: PromptState) -> None:
         """Raise :class:`NonFiniteError` if the prompt's magnitudes are not finite; one look for all records."""
@@ -242,13 +242,11 @@ class ThresholdEngine(Engine):
         """``[N, n]``: the entries that pass; of the prompt, all."""
         state = self.state(index, forward).inputs[which]
         first = state.first_in(forward)
-        if step.phase is Phase.PREFILL and not first:
-            return values
-        scores = magnitudes(values, weight)
         if first and step.phase is not Phase.DECODE:
-            self._observe(state, step, row, scores)
+            self._observe(state, step, row, values, weight)
         if step.phase is Phase.PREFILL:
             return values
+        scores = magnitudes(values, weight)
         bound = self._decide(index, which, forward.state).to(values.device)
         keep = kept(scores, bound.expand(step.rows)[row].unsqueeze(1))
         decode = step.number >= 0

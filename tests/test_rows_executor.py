@@ -10,6 +10,7 @@ from test_thresholds import LAYOUTS, same, thresholds
 from modes import EXPERT_LAYOUTS, LENGTH, MODES, dense_run, generate, with_experts
 from observe import differences, fingerprint, prompt, same_afterwards
 from pop_mm import SessionError
+from pop_mm.methods import thresholds as methods
 from pop_mm.ops import library
 from tiny_models import tiny
 from tiny_vlms import image_inputs, tiny_vlm
@@ -148,6 +149,21 @@ def test_counts_of_a_copy_of_a_cache(model):
     assert found[0][1:] == found[1][1:]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("weights", [None, 37, (6, 37)], ids=str)
+def test_compiled_counts_are_those_of_torch(dtype, weights, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    values = (torch.randn(6, 37, generator=generator) * torch.logspace(-12, 8, 37)).to(dtype)
+    weight = None if weights is None else torch.rand(weights, generator=generator, dtype=torch.float64)
+    row, counted = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([True, False, True, True, True, False])
+    found = [methods.histogram(values, row, 2, weight, mask) for mask in (None, counted)]
+    monkeypatch.setattr(methods, "library", lambda _: None)
+    expected = [methods.histogram(values, row, 2, weight, mask) for mask in (None, counted)]
+    assert [int(counts.sum()) for counts in found] == [6 * 37, 4 * 37]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 # weights -------------------------------------------------------------------------------------------------------------
 
 
@@ -190,13 +206,17 @@ def test_an_exception_in_a_step(model):
     def fail(*_):
         raise ZeroDivisionError
 
-    with same_afterwards(model), pytest.raises(ZeroDivisionError), thresholds(model):
-        generate(model, prompt(1, LENGTH))
-        handle = model.model.layers[1].register_forward_hook(fail)
-        try:
+    def run():
+        with thresholds(model):
             generate(model, prompt(1, LENGTH))
-        finally:
-            handle.remove()
+            handle = model.model.layers[1].register_forward_hook(fail)
+            try:
+                generate(model, prompt(1, LENGTH))
+            finally:
+                handle.remove()
+
+    with same_afterwards(model), pytest.raises(ZeroDivisionError):
+        run()
 
 
 def test_a_state_dict_has_the_models_own_storage(layout):

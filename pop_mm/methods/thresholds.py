@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from ..modality import TEXT
+from ..ops.histogram import histogram as compiled_histogram
+from ..ops.library import library
 
 BINS = 4096
 MIN_PROMPT_TOKENS = 4  # fewer say too little: such a prompt decodes dense
@@ -49,22 +51,40 @@ def magnitudes(values: Tensor, weight: Tensor | None = None) -> Tensor:
     return found if weight is None else found * weight.to(torch.float32)
 
 
-def histogram(scores: Tensor, row: Tensor, rows: int) -> Tensor:
-    """How many magnitudes of each row fall into each bin.
+def histogram(
+    values: Tensor, row: Tensor, rows: int, weight: Tensor | None = None, counted: Tensor | None = None
+) -> Tensor:
+    """How many :func:`magnitudes` of each row fall into each bin; on a CPU by the compiled library, if there is one.
 
     Parameters
     ----------
-    scores : Tensor
-        ``[N, n]`` float32, from :func:`magnitudes`: one line for each token.
+    values : Tensor
+        ``[N, n]``: one line for each token.
     row : Tensor
         ``[N]``, int64: the sequence of each.
     rows : int
+    weight : Tensor, optional
+        ``[n]`` or ``[N, n]``: of each entry.
+    counted : Tensor, optional
+        ``[N]``, boolean: tokens that count.
 
     Returns
     -------
     Tensor
         ``[rows, BINS]``, int64.
     """
+    if weight is not None and (weight.dim() == 2 or not values.is_cpu):
+        values, weight = magnitudes(values, weight), None
+    if values.is_cpu and library(values.dtype) is not None:
+        weight = None if weight is None else weight.to(torch.float32)
+        found = torch.zeros(rows, BINS, dtype=torch.int64)
+        for number in range(rows):
+            mine = counted if rows == 1 else row == number if counted is None else (row == number) & counted
+            compiled_histogram(values, found[number], weight, mine)
+        return found
+    scores = magnitudes(values, weight)
+    if counted is not None:
+        scores, row = scores[counted], row[counted]
     counts = torch.zeros(rows * BINS, dtype=torch.int64, device=scores.device)
     lines = max(1, _BLOCK // max(1, scores.shape[1]))
     for part, where in zip(scores.split(lines), row.split(lines), strict=True):
