@@ -246,11 +246,16 @@ class ThresholdReport:
                 {"matrix": name, "share": share, "kept": kept, "prompt_share": self._by_modality(name)}
                 for name, (share, kept) in self.kept_share.items()
             ],
-            "forwards": {"prefill": self.timings.prefill_forwards, "decode": self.timings.decode_forwards},
+            "forwards": {
+                "prefill": self.timings.prefill_forwards,
+                "decode": self.timings.decode_forwards,
+                "decode_masked": self.timings.masked_forwards,
+            },
             "seconds": {
                 "prefill": self.timings.prefill,
                 "decode": self.timings.decode,
                 "partitioning": self.timings.partitioning,
+                "moving": self.timings.moving,
             },
             "notes": list(self.notes),
             "inputs": [report.to_dict() for report in self.inputs],

@@ -142,12 +142,12 @@ def _chooser(
         if config.budget == 1:
             return "dense", "a budget of 1"
         if config.backend == "masked" or config.kernels == "stock":
-            return "masked", "asked for; no speed-up"
+            return "masked", "asked for"
         reason = why_not_rows(record, tuple(types))
         if reason is None and any(shared[storage(p)] > 1 for m in record.modules for p in m.parameters(False)):
             reason = f"{record.name} shares its weights with another module"
         reason = reason or fixed.get(record.name)
-        return ("rows", "plain weights") if reason is None else ("masked", f"{reason}; no speed-up")
+        return ("rows", "plain weights") if reason is None else ("masked", reason)
 
     return choose
 

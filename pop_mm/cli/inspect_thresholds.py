@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from rich import box
@@ -26,6 +27,9 @@ def inspect_thresholds(model: Any, config: PopConfig, adapter: Adapter, packed: 
     from ..report import Timings
 
     plans = plan_thresholds(model, config, adapter)
+    if packed is not None:  # the model here has no weights yet
+        reason = f"the checkpoint is quantised ({packed}), and packed weights are not read by rows"
+        plans = [replace(plan, backend="masked", reason=reason) if plan.backend == "rows" else plan for plan in plans]
     size = model.dtype.itemsize
     if as_json:
         print(json.dumps([_row(plan, size) for plan in plans], indent=2))
@@ -50,16 +54,20 @@ def inspect_thresholds(model: Any, config: PopConfig, adapter: Adapter, packed: 
         f"{config.label.capitalize()} ({config.scope}). What a token reads is meant for entries that pick rows.",
         highlight=False,
     )
-    reasons = [] if packed is None else [f"the checkpoint is quantised ({packed})"]
-    if any(plan.backend == "masked" for plan in plans):
-        why = "; ".join([*reasons, "thresholds run masked so far"])
-        console.print(f"Masked, without speed-up: {why}.", style="yellow", highlight=False, markup=False)
+    for reason in dict.fromkeys(plan.reason for plan in plans if plan.backend == "masked"):
+        console.print(f"Masked, without speed-up: {reason}.", style="yellow", highlight=False, markup=False)
 
 
 def _row(plan: ThresholdPlan, size: int) -> dict[str, Any]:
     whole = size * sum(plan.matrices.values())  # what is masked is read all the same
-    meant = {"bytes_per_token_intended": round(size * plan.read)}
-    return {**plan.to_dict(), "bytes_per_token_dense": whole, "bytes_per_token_pruned": whole, **meant}
+    meant = round(size * plan.read)
+    read = meant if plan.backend == "rows" else whole
+    return {
+        **plan.to_dict(),
+        "bytes_per_token_dense": whole,
+        "bytes_per_token_pruned": read,
+        "bytes_per_token_intended": meant,
+    }
 
 
 __all__ = ["inspect_thresholds"]

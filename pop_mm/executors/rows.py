@@ -227,7 +227,7 @@ class RowsExecutor:
         self._masked.attach(index)
         linears = []
         if isinstance(record, FFN):
-            norms = self.engine.channel_weights()[index][0].contiguous()
+            norms = self.engine.channel_weights()[index][0].to(torch.float32).contiguous()
             linears = [
                 RowsLinears(self, index, mine, [p.module for p in record.inputs]),
                 RowsLinears(self, index, mine, [record.down.module], norms),
@@ -245,10 +245,10 @@ class RowsExecutor:
     def _holder_forward(self, index: int, ffn: FFN, mine: RowsRecord) -> Callable[..., Tensor]:
         """The whole FFN in one call. Hooks on its projections are respected: then those run one by one."""
         holder, tracker, room = ffn.holder, self.tracker, self.room
-        own_forward = type(holder).forward
-        norms = self.engine.channel_weights()[index].contiguous()
+        norms = self.engine.channel_weights()[index].to(torch.float32).contiguous()
         name = activation_name(ffn.activation)
         assert holder is not None and name is not None
+        own_forward = type(holder).forward
         ours = [p.module._forward_pre_hooks for p in ffn.projections]
         others = [p.module._forward_hooks for p in ffn.projections]
         if ffn.activation is not None:
@@ -265,7 +265,7 @@ class RowsExecutor:
                 kernel = RowsFFN(FFNWeights.alone(gate, views[-2], views[-1], name, norms[0]), room)
 
         mine.makers.append(make)
-        x_bound, h_bound, kept, vectors = mine.x, mine.h, mine.kept, mine
+        x_bound, h_bound, kept = mine.x, mine.h, mine.kept
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             current = tracker.current
@@ -280,9 +280,8 @@ class RowsExecutor:
                 or not kernel.takes(x)
             ):
                 return own_forward(holder, x, *args, **kwargs)
-            counted = vectors.vectors
-            counted[0] += 1
-            counted[1] += 1
+            mine.vectors[0] += 1
+            mine.vectors[1] += 1
             return kernel(x, x_bound, h_bound, kept)
 
         return forward

@@ -21,6 +21,7 @@ Counts add up over chunks of a prompt, and need no sort; a quantile interpolates
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -166,6 +167,8 @@ def threshold(counts: Mapping[int, Tensor], tokens: Mapping[int, Tensor], share:
     return quantile(chosen, share).masked_fill(short, PASS_ALL)
 
 
+@cache
+@torch.inference_mode(False)  # for use in and out of inference mode
 def _edges(device: torch.device) -> Tensor:
     """``[BINS + 1]``, float64: where bins begin and end; what is not finite ends at the largest float32."""
     bits = torch.arange(BINS + 1, dtype=torch.int64).clamp_(max=_FIRST_NOT_FINITE) << _SHIFT
