@@ -58,7 +58,7 @@ class PopConfig:
         One partition and step mask for the whole batch (the paper), or one for each row.
     backend : {"auto", "masked", "inplace"}
         ``inplace`` is fast; ``masked`` is the reference, works on any module and saves no time; ``auto`` chooses for
-        each FFN.
+        each FFN. Thresholds are masked or, with ``auto``, read by rows.
     scorer : str or Scorer
         ``"wanda"`` (the paper's score), ``"activation"``, or an own :class:`~pop_mm.scoring.Scorer`.
     layer_ratios : mapping of int to float
@@ -214,7 +214,7 @@ class PopConfig:
         if self.backend == "inplace" or self.kernels in ("compiled", "triton"):
             asked = "backend='inplace'" if self.backend == "inplace" else f"kernels={self.kernels!r}"
             raise ConfigError(
-                f"{asked} cannot serve method='thresholds', which masks. Leave it out, or set method='pop'."
+                f"{asked} cannot serve method='thresholds', which has kernels of its own. Leave it out, or set method='pop'."
             )
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -78,13 +78,13 @@ class CompiledParts:
         self.resume()
 
 
-def group_without_wrappers(group: InputGroup) -> InputGroup:
-    """A group of modules that are those that ``torch.compile`` was given, not what it returned."""
-    return replace(group, modules=tuple(map(_inner, group.modules)))
+_Record = TypeVar("_Record", FFN | Experts, InputGroup)
 
 
-def without_wrappers(record: FFN | Experts) -> FFN | Experts:
-    """An FFN whose modules are those that ``torch.compile`` was given, not what it returned."""
+def without_wrappers(record: _Record) -> _Record:
+    """A record whose modules are those that ``torch.compile`` was given, not what it returned."""
+    if isinstance(record, InputGroup):
+        return replace(record, modules=tuple(map(_inner, record.modules)))
     if isinstance(record, Experts):
         return record if _inner(record.module) is record.module else replace(record, module=_inner(record.module))
     modules = [module for module in (*record.modules, record.holder, record.activation) if module is not None]

@@ -34,7 +34,7 @@ def plot_thresholds(report: ThresholdReport, path: str | Path) -> Path:
     """
     target = check_path(path)
     known = [found for found in report.inputs if found.kept is not None]
-    if not known and any(found.plan.backend == "masked" for found in report.inputs):
+    if not known and any(found.plan.backend != "dense" for found in report.inputs):
         raise PlotError("There is nothing to draw yet: generate something in the session first.")
     figure = Figure(figsize=(9, 4.4), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)

@@ -97,7 +97,7 @@ def _plan_records(
         ratios = ffn_ratios(config.ratio, config.scope, layers, config.layer_ratios)
     else:
         ratios = budget_ratios(records, layers, config)
-    shared = _shared_storages(model)
+    shared = shared_storages(model)
     plans = []
     for ffn in records:
         kept_whole = ffn.role == "shared_expert" and not config.prune_shared
@@ -157,7 +157,7 @@ def _why_masked(ffn: FFN | Experts, config: PopConfig, shared: Counter[int]) -> 
     if per_sequence and not (config.kernels == "triton" and isinstance(ffn, FFN)):
         return "batch='per_sequence' needs a mask for each row; no speed-up"
     reason = ffn.why_not_plain()
-    if reason is None and any(shared[_storage(p)] > 1 for module in ffn.modules for p in module.parameters(False)):
+    if reason is None and any(shared[storage(p)] > 1 for module in ffn.modules for p in module.parameters(False)):
         reason = f"{ffn.name} shares its weights with another module"
     if reason is None and per_sequence and isinstance(ffn, FFN) and not gathered_fits(ffn):
         reason = f"{ffn.name} computes something that the kernels do not"
@@ -167,16 +167,16 @@ def _why_masked(ffn: FFN | Experts, config: PopConfig, shared: Counter[int]) -> 
     return f"{reason}, so {consequence}; no speed-up"
 
 
-def _storage(tensor: Tensor) -> int:
+def storage(tensor: Tensor) -> int:
     """Address of a tensor's storage; 0 where it has none (meta, and tensor subclasses that pack their weights)."""
     if tensor.device.type == "meta" or type(tensor) not in (Tensor, nn.Parameter):
         return 0
     return tensor.untyped_storage().data_ptr()
 
 
-def _shared_storages(model: nn.Module) -> Counter[int]:
+def shared_storages(model: nn.Module) -> Counter[int]:
     """How many places in the model use each parameter storage."""
-    uses = Counter(_storage(p) for _, p in model.named_parameters(remove_duplicate=False))
+    uses = Counter(storage(p) for _, p in model.named_parameters(remove_duplicate=False))
     uses[0] = 0
     return uses
 
@@ -285,7 +285,8 @@ class Session:
         self._engine = self._make_engine(pruned)
         self._masked = self._make_masked()
         self._backends = [plan.backend for plan in pruned]
-        self._matvec = kernels.load(config.kernels) if "inplace" in self._backends else None
+        ours = {"inplace", "rows"} & set(self._backends)
+        self._matvec = kernels.load(config.kernels) if ours else None
         self._versions = Versions()
         self._inplace = InplaceBackend(
             self._engine, self._tracker, self._versions, self._matvec, config.kernels == "triton"
@@ -293,7 +294,7 @@ class Session:
         if before is not None:
             self._inplace.count_on(before)
         self._gathered = GatheredBackend(self._engine, self._tracker)
-        self._fast = bool({"inplace", "gathered"} & set(self._backends))
+        self._fast = bool({"inplace", "gathered", "rows"} & set(self._backends))
         self._besides: list[FewTokens] = []  # what else a few tokens run by the compiled library
         if self._matvec is not None:
             kinds = (FewTokensLinears, SingleTokenAttention, FewTokensNorms)
@@ -366,7 +367,7 @@ class Session:
 
     def _plan(self, config: PopConfig) -> list[FFNPlan]:
         """Plan for the model as it is now."""
-        records = [without_wrappers(record) for record in self._adapter.projections(self.model)]
+        records = list(map(without_wrappers, self._records()))
         fixed = {} if config.backend == "masked" else fixed_weights(self.model, records)
         return self._make_plans(config, fixed)
 

@@ -160,17 +160,18 @@ class ThresholdEngine(Engine):
     # prefill --------------------------------------------------------------------------------------------------------
 
     @tells("statistics")
-    def _observe(self, state: InputState, forward: Forward, step: Step, row: Tensor, scores: Tensor) -> None:
+    def _observe(
+        self, state: InputState, forward: Forward, step: Step, row: Tensor, values: Tensor, weight: Tensor | None
+    ) -> None:
         """Count the magnitudes ``[N, n]`` of the prompt's tokens; ``row`` (``[N]``) is the sequence of each.
 
         A sequence's first token does not count: attention makes it a sink of large activations that no later token has, which
         would lower the thresholds of short prompts.
         """
-        later = ~self._first_tokens(forward, scores.device)[row, step.column]
+        later = ~self._first_tokens(forward, values.device)[row, step.column]
         for modality, mask in step.by_modality:
-            mine = later if mask is None else later & mask
-            lines, where = scores[mine], row[mine]
-            state.counts = added(state.counts, modality, histogram(lines, where, step.rows))
+            found = histogram(values, row, step.rows, weight, later if mask is None else later & mask)
+            state.counts = added(state.counts, modality, found)
 
     def _first_tokens(self, forward: Forward, device: torch.device) -> Tensor:
         """``[B, q]``, boolean: the first token of each sequence, in the forward that begins it. Made once for all records."""
@@ -259,12 +260,12 @@ class ThresholdEngine(Engine):
     ) -> Tensor:
         """``[N, n]``: the entries that pass; of the prompt, all."""
         state = self.state(index, forward).inputs[which]
-        scores = magnitudes(values, weight)
         first = state.first_in(forward)
         if first and step.phase is not Phase.DECODE:
-            self._observe(state, forward, step, row, scores)
+            self._observe(state, forward, step, row, values, weight)
         if step.phase is Phase.PREFILL:
             return values
+        scores = magnitudes(values, weight)
         bound = self._decide(index, which, forward.state).to(values.device)
         keep = kept(scores, bound.expand(step.rows)[row].unsqueeze(1))
         decode = step.number >= 0

@@ -150,8 +150,8 @@ class ThresholdReport:
 
         known: dict[int, RecordState] = {}
         if state is not None:
-            masked = [number for number, plan in enumerate(plans) if plan.backend == "masked"]
-            for number, found in zip(masked, state.ffns, strict=True):
+            pruned = [number for number, plan in enumerate(plans) if plan.backend != "dense"]
+            for number, found in zip(pruned, state.ffns, strict=True):
                 assert isinstance(found, RecordState)
                 known[number] = found
         inputs = [
@@ -167,8 +167,16 @@ class ThresholdReport:
                 notes.append(
                     f"{short} of {state.rows} sequences decoded dense: their prompts have fewer than {MIN_PROMPT_TOKENS} tokens."
                 )
-        if any(plan.backend == "masked" for plan in plans):
-            notes.append("Entries are masked, without speed-up.")
+        masked = [plan for plan in plans if plan.backend == "masked"]
+        if masked:
+            notes.append(
+                f"Entries of {len(masked)} of {len(plans)} inputs are masked, without speed-up: {masked[0].reason}."
+            )
+        if timings.masked_forwards:
+            notes.append(
+                f"{timings.masked_forwards} of {timings.decode_forwards} decode steps ran masked, without speed-up: rows are "
+                "read for one token of one sequence, without gradients or autocast."
+            )
         ffns: list[Any] = [plan for plan in plans if not isinstance(plan.record, InputGroup)]
         read = weights_per_token(model, adapter, ffns)
         size = next(model.parameters()).dtype.itemsize
@@ -190,8 +198,8 @@ class ThresholdReport:
         """Weights of all layers and the lm_head that a decoded token is meant to read, and those that the steps read."""
         total = sum(self.weights_per_token.values())
         meant = total - sum(report.weights * (1 - report.share) for report in self.inputs)
-        masked = [report for report in self.inputs if report.plan.backend == "masked"]
-        known = [report.weights * (1 - report.kept) for report in masked if report.kept is not None]
+        pruned = [report for report in self.inputs if report.plan.backend != "dense"]
+        known = [report.weights * (1 - report.kept) for report in pruned if report.kept is not None]
         return meant, total - sum(known) if known else None
 
     @property
@@ -224,7 +232,7 @@ class ThresholdReport:
             "method": "thresholds",
             "budget": self.config.budget,
             "backends": self.backends,
-            "kernels": "stock",
+            "kernels": "compiled" if "rows" in self.backends else "stock",
             "prompt_tokens": self.prompt_tokens,
             "modality_tokens": dict(self.modality_tokens),
             "left_out_share": self.left_out_share,
@@ -238,11 +246,16 @@ class ThresholdReport:
                 {"matrix": name, "share": share, "kept": kept, "prompt_share": self._by_modality(name)}
                 for name, (share, kept) in self.kept_share.items()
             ],
-            "forwards": {"prefill": self.timings.prefill_forwards, "decode": self.timings.decode_forwards},
+            "forwards": {
+                "prefill": self.timings.prefill_forwards,
+                "decode": self.timings.decode_forwards,
+                "decode_masked": self.timings.masked_forwards,
+            },
             "seconds": {
                 "prefill": self.timings.prefill,
                 "decode": self.timings.decode,
                 "partitioning": self.timings.partitioning,
+                "moving": self.timings.moving,
             },
             "notes": list(self.notes),
             "inputs": [report.to_dict() for report in self.inputs],

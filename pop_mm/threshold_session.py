@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, adapter_for
 from .config import PopConfig
-from .eager import group_without_wrappers, without_wrappers
+from .eager import CompiledParts, without_wrappers
 from .engine import Engine
 from .errors import AdapterError, SessionError
 from .executors.masked import MaskedInputs
+from .executors.rows import RowsExecutor
+from .executors.rows import why_not as why_not_rows
 from .experts import Experts
 from .groups import InputGroup
-from .layout import FFN
+from .layout import FFN, PLAIN_TYPES
 from .methods.budget import Weights, threshold_shares
-from .phase import Forward
-from .session import Session
+from .phase import Forward, Phase
+from .session import Session, shared_storages, storage
 from .state import PromptState
 from .threshold_engine import Record, RecordState, ThresholdEngine
 from .threshold_report import ThresholdReport
@@ -35,7 +37,7 @@ class ThresholdPlan:
     shares : mapping of str to float
         Input ("x"; "h" in front of the down projection) -> share of its entries that decode steps keep.
     backend : str
-        ``"masked"``, or ``"dense"`` where nothing is left out.
+        ``"rows"`` (for one sequence reads what it needs), ``"masked"`` (reads all), or ``"dense"`` (leaves nothing out).
     reason : str
         Why.
     """
@@ -82,8 +84,15 @@ class ThresholdPlan:
         }
 
 
-def plan_thresholds(model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> list[ThresholdPlan]:
+def plan_thresholds(
+    model: nn.Module, config: PopConfig, adapter: Adapter | None = None, fixed: Mapping[str, str] | None = None
+) -> list[ThresholdPlan]:
     """What a session would do with every input of a model. Changes nothing; works on the meta device too.
+
+    Parameters
+    ----------
+    fixed : mapping of str to str, optional
+        Name of a record -> why its weights cannot be moved, from :func:`pop_mm.sharing.fixed_weights`.
 
     Raises
     ------
@@ -98,9 +107,7 @@ def plan_thresholds(model: nn.Module, config: PopConfig, adapter: Adapter | None
     records = [without_wrappers(record) for record in adapter.projections(model)]
     if not records:
         raise AdapterError(f"{type(adapter).__name__} found no prunable FFN in {type(model).__name__}.")
-    groups = (
-        [group_without_wrappers(group) for group in adapter.input_groups(model)] if config.scope == "overall" else []
-    )
+    groups = [without_wrappers(group) for group in adapter.input_groups(model)] if config.scope == "overall" else []
     whole = [ffn for ffn in records if ffn.role == "shared_expert" and not config.prune_shared]
     plain = [ThresholdPlan(record, {"x": 1.0, "h": 1.0}, "dense", "") for record in (*records, *groups)]
     mine = [plan for plan in plain if plan.record not in whole]
@@ -114,12 +121,35 @@ def plan_thresholds(model: nn.Module, config: PopConfig, adapter: Adapter | None
         dense=rest + sum(ffn.weight_count for ffn in whole),
     )
     shares = dict(zip("xh", threshold_shares(weights, config.budget or 1.0), strict=True))
-    backend, reason = ("dense", "a budget of 1") if config.budget == 1 else ("masked", "thresholds; no speed-up")
-    plans = [
-        ThresholdPlan(plan.record, {which: shares[which] for which in plan.matrices}, backend, reason) for plan in mine
-    ]
+    choose = _chooser(model, config, records, fixed or {})
+    with CompiledParts(model, [plan.record for plan in mine]):  # they run, and are judged, without what was compiled
+        plans = [
+            ThresholdPlan(plan.record, {which: shares[which] for which in plan.matrices}, *choose(plan.record))
+            for plan in mine
+        ]
     plans += [ThresholdPlan(ffn, {"x": 1.0, "h": 1.0}, "dense", "prune_shared=False") for ffn in whole]
     return sorted(plans, key=lambda plan: (plan.record.layer, not isinstance(plan.record, InputGroup)))
+
+
+def _chooser(
+    model: nn.Module, config: PopConfig, records: Sequence[FFN | Experts], fixed: Mapping[str, str]
+) -> Callable[[Record], tuple[str, str]]:
+    """What tells a record's backend, and why."""
+    types = dict.fromkeys((*PLAIN_TYPES, *(t for r in records if isinstance(r, FFN) for t in r.down.plain_types)))
+    shared = shared_storages(model)
+
+    def choose(record: Record) -> tuple[str, str]:
+        if config.budget == 1:
+            return "dense", "a budget of 1"
+        if config.backend == "masked" or config.kernels == "stock":
+            return "masked", "asked for"
+        reason = why_not_rows(record, tuple(types))
+        if reason is None and any(shared[storage(p)] > 1 for m in record.modules for p in m.parameters(False)):
+            reason = f"{record.name} shares its weights with another module"
+        reason = reason or fixed.get(record.name)
+        return ("rows", "plain weights") if reason is None else ("masked", reason)
+
+    return choose
 
 
 class ThresholdSession(Session):
@@ -140,14 +170,10 @@ class ThresholdSession(Session):
     def _records(self) -> Sequence[Any]:
         """What the adapter finds now."""
         groups = self._adapter.input_groups(self.model) if self.config.scope == "overall" else []
-        return [*self._adapter.projections(self.model), *groups]
+        return [*super()._records(), *groups]
 
     def _make_plans(self, config: PopConfig, fixed: Mapping[str, str]) -> list[Any]:
-        """``fixed`` is of no account: channels are not moved."""
-        return plan_thresholds(self.model, config, self._adapter)
-
-    def _plan(self, config: PopConfig) -> list[Any]:
-        return self._make_plans(config, {})
+        return plan_thresholds(self.model, config, self._adapter, fixed)
 
     def _make_engine(self, pruned: Sequence[Any]) -> Engine:
         shares = [plan.shares for plan in pruned]
@@ -155,6 +181,41 @@ class ThresholdSession(Session):
 
     def _make_masked(self) -> MaskedInputs:
         return MaskedInputs(self._engine, self._tracker)
+
+    def _build(self, plans: list[Any]) -> None:
+        super()._build(plans)
+        before = getattr(self, "_rows", None)
+        self._rows = RowsExecutor(self._engine, self._tracker, self._masked, self._moved)
+        self._rows.seconds = 0.0 if before is None else before.seconds
+
+    def _moved(self, tensors: Iterable[Tensor]) -> None:
+        if self._watch is not None:
+            self._watch.moved(tensors)
+
+    def _backend(self, name: str) -> Any:
+        return self._rows if name == "rows" else super()._backend(name)
+
+    def _begin(self, forward: Forward) -> None:
+        super()._begin(forward)
+        if forward.phase is Phase.DECODE and "rows" in self._backends:
+            self._rows.begin(forward)
+
+    def _release(self) -> None:
+        try:
+            if self._engaged:
+                self._rows.detach()
+        finally:
+            super()._release()
+
+    def adopt(self, cache: Any, original: Any) -> None:
+        """Let a copy of a cache (``copy.deepcopy``) continue the prompt of the original, which was prefilled here."""
+        self._rows.flush()
+        super().adopt(cache, original)
+
+    @property
+    def moving_seconds(self) -> float:
+        """Time spent turning weights."""
+        return self._rows.seconds
 
     @staticmethod
     def _outline(plans: Sequence[Any]) -> list[Any]:
@@ -164,6 +225,8 @@ class ThresholdSession(Session):
     @property
     def report(self) -> ThresholdReport:  # type: ignore[override]
         """What happened so far; thresholds and kept shares are those of the latest prompt."""
+        self._rows.flush()
+        self.timings.moving = self.moving_seconds
         state = self._last
         if state is not None and state.tokens is not None and not state.partitioned:
             self._engine.partition_all(state)

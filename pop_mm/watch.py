@@ -90,6 +90,13 @@ class Watch:
         self._settings = self._settings_now()
         self._sums = self._sums_now()
 
+    def moved(self, tensors: Iterable[Tensor]) -> None:
+        """The session has given these tensors other memory."""
+        places = {id(tensor): place for place, tensor in enumerate(self._addressed)}
+        for tensor in tensors:
+            if id(tensor) in places:
+                self._addresses[places[id(tensor)]] = tensor.data_ptr()
+
     def forward_done(self) -> None:
         """After a forward, which may itself have changed buffers and settings (observers of a quantisation do)."""
         for buffer in self._buffers:

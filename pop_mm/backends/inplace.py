@@ -29,7 +29,7 @@ from ..state import PromptState
 from .base import apply, current_forward, dense_ffn, voices
 from .experts import InplaceExperts
 from .fused import compiled_forward, triton_forward
-from .moved import MovedWeights, Versions
+from .moved import MovedWeights, Versions, before_moves
 from .order import ChannelOrder
 from .packing import PackedDown
 from .static import StaticSteps
@@ -154,9 +154,7 @@ class InplaceBackend:
             restore()
 
         for module in record.modules:
-            self._undo.append(module.register_state_dict_pre_hook(canonical).remove)
-            self._undo.append(module.register_load_state_dict_pre_hook(canonical).remove)
-            self._undo.append(set_instance_attribute(module, "_apply", _after(canonical, module._apply)))
+            self._undo += before_moves(module, canonical)
 
     def moved_weights(self) -> dict[str, MovedWeights]:
         """Name of an FFN -> its weights, of those with channels that are not in their own places."""
@@ -457,14 +455,6 @@ class InplaceBackend:
 def positions_of(order: ChannelOrder) -> Tensor | None:
     """``[1, D]``: the position of each original channel of an FFN; None if all are in their own places."""
     return order.position_of.unsqueeze(0) if order.moved else None
-
-
-def _after(first: Callable[[], None], own: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        first()
-        return own(*args, **kwargs)
-
-    return call
 
 
 def down_input(ffn: FFN, rows: Tensor, width: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import SessionError
 from ..experts import Experts
 from ..layout import FFN, Matrix, swap_channels
+from ..phase import set_instance_attribute
 
 
 class Versions:
@@ -198,3 +199,18 @@ def _is_multiple(after: Tensor, before: Tensor) -> bool:
     factor = float((a * b).sum() / b.square().sum())
     near = 4 * torch.finfo(after.dtype).eps
     return factor != 1 and bool(torch.isfinite(a).all()) and torch.allclose(a, factor * b, rtol=near, atol=0)
+
+
+def before_moves(module: nn.Module, canonical: Callable[..., None]) -> Iterator[Callable[[], object]]:
+    """Call something before anybody takes a module's weights, loads others, or moves them; yields what undoes that."""
+    yield module.register_state_dict_pre_hook(canonical).remove
+    yield module.register_load_state_dict_pre_hook(canonical).remove
+    yield set_instance_attribute(module, "_apply", _after(canonical, module._apply))
+
+
+def _after(first: Callable[[], None], own: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return own(*args, **kwargs)
+
+    return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich import box
@@ -38,6 +39,9 @@ def inspect_thresholds(
     ``contracts`` has more for the rows, by name.
     """
     plans = plan_thresholds(model, config, adapter)
+    if packed is not None:  # the model here has no weights yet
+        reason = f"the checkpoint is quantised ({packed}), and packed weights are not read by rows"
+        plans = [replace(plan, backend="masked", reason=reason) if plan.backend == "rows" else plan for plan in plans]
     size = model.dtype.itemsize
     whole = [_bytes(plan, size, stored) for plan in plans]
     if as_json:
@@ -65,10 +69,8 @@ def inspect_thresholds(
         f"{config.label.capitalize()} ({config.scope}). What a token reads is meant for entries that pick rows.",
         highlight=False,
     )
-    reasons = [] if packed is None else [f"the checkpoint is quantised ({packed})"]
-    if any(plan.backend == "masked" for plan in plans):
-        why = "; ".join([*reasons, "thresholds run masked so far"])
-        console.print(f"Masked, without speed-up: {why}.", style="yellow", highlight=False, markup=False)
+    for reason in dict.fromkeys(plan.reason for plan in plans if plan.backend == "masked"):
+        console.print(f"Masked, without speed-up: {reason}.", style="yellow", highlight=False, markup=False)
 
 
 def _dense_bytes(
@@ -98,9 +100,15 @@ def _share(plan: ThresholdPlan) -> float:
 
 
 def _row(plan: ThresholdPlan, dense: float) -> dict[str, Any]:
-    whole = round(dense)  # what is masked is read all the same
-    meant = {"bytes_per_token_intended": round(dense * _share(plan))}
-    return {**plan.to_dict(), "bytes_per_token_dense": whole, "bytes_per_token_pruned": whole, **meant}
+    meant = round(dense * _share(plan))
+    return {
+        **plan.to_dict(),
+        "bytes_per_token_dense": round(dense),
+        "bytes_per_token_pruned": meant
+        if plan.backend == "rows"
+        else round(dense),  # what is masked is read all the same
+        "bytes_per_token_intended": meant,
+    }
 
 
 __all__ = ["inspect_thresholds"]

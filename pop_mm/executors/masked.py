@@ -29,13 +29,14 @@ class MaskedInputs:
         self._engine = engine
         self._tracker = tracker
         self._turns: dict[nn.Module, Turns[int]] = {}
+        self.by_rows: dict[nn.Module, Any] = {}  # whose forwards leave out entries themselves in a fast step
         self._undo: list[Callable[[], object]] = []
 
     def attach(self, index: int) -> None:
         """Hook record number ``index`` of the engine."""
         record: Any = self._engine.ffns[index]
         if isinstance(record, Experts):
-            experts = _MaskedExperts(self._engine, index, self._tracker)
+            experts = MaskedThresholdExperts(self._engine, index, self._tracker)
             self._undo.append(experts.detach)
             experts.attach()
             return
@@ -59,6 +60,8 @@ class MaskedInputs:
             if asking():  # its norms are being read: these are unit vectors
                 return args, kwargs
             forward = current_forward(self._tracker, record)
+            if forward.fast and (rows := self.by_rows.get(module)) is not None and rows.alone():
+                return args, kwargs
             return (self._engine.mask(turns.next(forward), which, forward, args[0]), *args[1:]), kwargs
 
         self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -68,9 +71,10 @@ class MaskedInputs:
         while self._undo:
             self._undo.pop()()
         self._turns.clear()
+        self.by_rows.clear()
 
 
-class _MaskedExperts(MaskedExperts):
+class MaskedThresholdExperts(MaskedExperts):
     """Masks what the experts of a layer are given, after the router has seen it whole, and their down projections' inputs."""
 
     def __init__(self, engine: ThresholdEngine, index: int, tracker: PhaseTracker) -> None:

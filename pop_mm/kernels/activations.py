@@ -25,6 +25,6 @@ def activation_name(module: nn.Module | None) -> str | None:
             y = None if module is None else module.forward(x)
     except Exception:  # one with parameters, on another device or without values
         return None
-    if not isinstance(y, Tensor) or y.shape != x.shape:
+    if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
         return None
     return next((name for name, f in ACTIVATIONS.items() if torch.allclose(y, f(x), rtol=1e-5, atol=1e-5)), None)

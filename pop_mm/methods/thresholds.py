@@ -22,6 +22,7 @@ Counts add up over chunks of a prompt, and need no sort; a quantile interpolates
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -54,28 +55,37 @@ def hidden_share(rho: float) -> float:
     return max(rho / 2, rho - 0.2, 2 * rho - 1)
 
 
-def histogram(scores: Tensor, row: Tensor, rows: int) -> Tensor:
-    """How many magnitudes of each row fall into each bin.
+def histogram(
+    values: Tensor, row: Tensor, rows: int, weight: Tensor | None = None, counted: Tensor | None = None
+) -> Tensor:
+    """How many :func:`magnitudes` of each row fall into each bin; on a CPU by the compiled library, if there is one.
 
     Parameters
     ----------
-    scores : Tensor
-        ``[N, n]`` float32, from :func:`magnitudes`: one line for each token.
+    values : Tensor
+        ``[N, n]``: one line for each token.
     row : Tensor
         ``[N]``, int64: the sequence of each.
     rows : int
+    weight : Tensor, optional
+        ``[n]`` or ``[N, n]``: of each entry.
+    counted : Tensor, optional
+        ``[N]``, boolean: tokens that count.
 
     Returns
     -------
     Tensor
         ``[rows, BINS]``, int64.
     """
-    counts = torch.zeros(rows, BINS, dtype=torch.int64, device=scores.device)
+    if weight is not None and weight.dim() == 2:
+        values, weight = magnitudes(values, weight), None
+    weight = None if weight is None else weight.to(torch.float32)
+    counts = torch.zeros(rows, BINS, dtype=torch.int64, device=values.device)
     for number, own in enumerate(counts):
-        mine = None if rows == 1 else row == number
-        for start in range(0, len(scores), step := max(1, _BLOCK // max(1, scores.shape[1]))):
+        mine = counted if rows == 1 else row == number if counted is None else (row == number) & counted
+        for start in range(0, len(values), step := max(1, _BLOCK // max(1, values.shape[1]))):
             part = slice(start, start + step)
-            count_bins(scores[part], own, None, None if mine is None else mine[part])
+            count_bins(values[part], own, weight, None if mine is None else mine[part])
     return counts
 
 
@@ -151,6 +161,8 @@ def threshold(counts: Mapping[int, Tensor], tokens: Mapping[int, Tensor], share:
     return quantile(chosen, share).masked_fill(short, PASS_ALL)
 
 
+@cache
+@torch.inference_mode(False)  # for use in and out of inference mode
 def _edges(device: torch.device) -> Tensor:
     """``[BINS + 1]``, float64: where bins begin and end; what is not finite ends at the largest float32."""
     bits = torch.arange(BINS + 1, dtype=torch.int64).clamp_(max=_FIRST_NOT_FINITE) << BIN_SHIFT

@@ -1,0 +1,109 @@
+"""Routed experts of a layer by chosen rows, for one token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..experts import Experts
+from ..kernels import View
+from ..kernels.activations import ACTIVATIONS, activation_name
+from ..ops.reference import FFNWeights
+from ..ops.rows import RowsFFN, RowsLinear
+from .masked import MaskedThresholdExperts
+
+if TYPE_CHECKING:
+    from .rows import RowsExecutor, RowsRecord
+
+
+class RowsExperts(MaskedThresholdExperts):
+    """A token's experts in one call, or in two with what the module does between its projections; masked for all else."""
+
+    def __init__(self, executor: RowsExecutor, index: int, mine: RowsRecord) -> None:
+        super().__init__(executor.engine, index, executor.tracker)
+        self._mine = mine
+        self._room = executor.room
+        self._norms = executor.engine.channel_weights()[index].contiguous()
+        self._name = _whole(self._record)
+        self._whole: RowsFFN | None = None
+        self._inward: RowsLinear | None = None
+        self._outward: RowsLinear | None = None
+        mine.makers.append(self._make)
+
+    def _make(self, wanted: bool) -> None:
+        self._whole = self._inward = self._outward = None
+        if not wanted:
+            return
+        record = self._record
+        views = record.all_views(record.size)
+        (inward,), down = map(_detached, views.inputs), _detached(views.down)
+        if self._name is None:
+            self._inward, self._outward = (RowsLinear(_apart(view), self._room) for view in (inward, down))
+            return
+        gate = _part(inward, 0, record.size) if record.module.has_gate else None
+        up = inward if gate is None else _part(inward, record.size, 2 * record.size)
+        self._whole = RowsFFN(FFNWeights(gate, up, down, self._name, self._norms), self._room)
+
+    @torch.compiler.disable
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``: every forward of the experts."""
+        kernel = self._whole or self._inward
+        if kernel is None or not self.forward.fast or not kernel.takes(hidden):
+            return super().__call__(hidden, ids, weights)
+        mine, chosen = self._mine, ids[0]
+        mine.vectors[0] += 1
+        mine.vectors[1] += len(chosen)
+        if self._whole is not None:
+            return self._whole.experts(hidden, chosen, weights[0], mine.x, mine.h, mine.kept)
+        assert self._inward is not None and self._outward is not None
+        numbers, module = chosen.tolist(), self._module
+        wide = torch.stack(self._inward(hidden, mine.x, None, mine.kept[:1], numbers))
+        h = self._activate(wide)
+        bounds = mine.h[:1].expand(len(numbers)).contiguous()
+        out = torch.stack(self._outward(h, bounds, self._norms[chosen], mine.kept[1:], numbers))
+        if getattr(module, "has_post_expert_norm", False):
+            out = module.post_expert_norm(out)
+        return (out * weights[0].unsqueeze(1)).sum(0, keepdim=True).to(hidden.dtype)
+
+
+@torch.no_grad()
+def _whole(record: Experts) -> str | None:
+    """The activation, if experts are ``act(gate) * up`` or ``act(up)``, gate first, and nothing else; None otherwise."""
+    module: Any = record.module
+    name = activation_name(getattr(module, "act_fn", None))
+    if name is None or getattr(module, "has_post_expert_norm", False):
+        return None
+    if not module.has_gate:
+        return name
+    if not module.is_concatenated:
+        return None
+    x = torch.randn(2, 2 * record.size, generator=torch.Generator().manual_seed(0)).mul_(4)
+    x = x.to(record.down.device, record.down.dtype)
+    gate, up = x.chunk(2, -1)
+    try:
+        found = module._apply_gate(x)
+    except Exception:  # whatever it wants, it is asked as it stands
+        return None
+    expected = ACTIVATIONS[name](gate) * up
+    return name if found.shape == expected.shape and torch.allclose(found, expected, rtol=0.01, atol=0.01) else None
+
+
+def _part(view: View, start: int, end: int) -> View:
+    weight, bias = view
+    return weight[..., start:end], None if bias is None else bias[..., start:end]
+
+
+def _apart(view: View) -> list[View]:
+    """The matrices of a stack, each with its bias."""
+    weight, bias = view
+    return [(one, None if bias is None else bias[number]) for number, one in enumerate(weight)]
+
+
+def _detached(view: View) -> View:
+    weight, bias = view
+    return weight.detach(), None if bias is None else bias.detach()
+
+
+__all__ = ["RowsExperts"]
