@@ -115,17 +115,25 @@ class Watch:
                 where for (where, d, name), t in zip(self._slots, self._tensors, strict=True) if d.get(name) is not t
             )
             return f"{where} was replaced"
-        if not all(map(is_, map(dict.get, self._calls, self._call_names), self._called)):
-            return self._other_call()
+        other = all(map(is_, map(dict.get, self._calls, self._call_names), self._called)) or self._other_call()
+        if isinstance(other, str):
+            return other
         if list(map(_data_ptr, self._addressed)) != self._addresses:
             return "the data of a weight was replaced"
         if list(map(_version, self._counted)) != list(self._versions.of.values()):
             return "a weight was written to"
         return None
 
-    def _other_call(self) -> str:
+    def _other_call(self) -> str | None:
+        """What is called instead of what was; what wraps it (``functools.wraps``) calls the same."""
         now = list(map(dict.get, self._calls, self._call_names))
-        changed = [i for i, called in enumerate(self._called) if now[i] is not called]
+        changed = [
+            i
+            for i, called in enumerate(self._called)
+            if now[i] is not called and not _wraps(now[i], called, self._callers[i // len(_CALLS)])
+        ]
+        if not changed:
+            return None
         modules = [self._callers[i // len(_CALLS)] for i in changed]
         for i, module in zip(changed, modules, strict=True):
             if is_ours(self._called[i]) and not is_compiled(module):
@@ -164,6 +172,13 @@ class Watch:
             for number, total in zip(numbers, together.tolist(), strict=True):
                 sums[number] = int(total)
         return sums
+
+
+def _wraps(forward: object, called: object, module: nn.Module) -> bool:
+    """Whether a forward wraps (``functools.wraps``) what was called before it."""
+    inner = getattr(forward, "__wrapped__", None)
+    own = called is None and getattr(inner, "__func__", None) is type(module).forward
+    return inner is not None and (inner is called or own)
 
 
 def _modules(record: FFN | Experts | InputGroup) -> Iterator[nn.Module]:

@@ -7,6 +7,7 @@ up here.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections import defaultdict
@@ -96,6 +97,7 @@ class PartClock:
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function as a part."""
 
+        @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             self.push(part)
             try:
