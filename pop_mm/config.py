@@ -95,12 +95,12 @@ class PopConfig:
         Share of the weight bytes in ``scope`` that a decoded token reads, in (0, 1]; of routed experts, those that a token
         uses. 1 is the dense model, bit for bit. POP reads R and C of gate, up and down.
     method : str or Method
-        ``"auto"`` or the name of a registered :class:`~pop_mm.methods.Method`, or an instance.
-        What a decode step leaves out. ``thresholds``: the entries of each matrix's input that are below a threshold from
-        the prompt, for each sequence by itself; it takes a budget alone, and so far it masks, which saves no time. ``pop``: the
-        paper. Its ablations, for comparison: ``static`` keeps the prompt's best channels for every step (no candidates),
-        ``full`` chooses among all channels at every step (best quality, computes everything, saves nothing). ``auto``:
-        ``pop`` if a ratio is given, else ``thresholds``.
+        What a decode step leaves out: ``"auto"``, the name of a registered :class:`~pop_mm.methods.Method`, or an instance.
+        ``thresholds``: the entries of each matrix's input that are below a threshold from the prompt, for each sequence by
+        itself; it takes a budget alone, and is fast for one sequence on a CPU with a C compiler. ``pop``: the paper. Its
+        ablations, for comparison: ``static`` keeps the prompt's best channels for every step (no candidates), ``full`` chooses
+        among all channels at every step (best quality, computes everything, saves nothing). ``auto``: ``pop`` if a ratio is
+        given, else ``thresholds``.
 
     Raises
     ------

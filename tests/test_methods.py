@@ -1,6 +1,7 @@
 """Methods by name, and one that the library does not know: what it takes to write it, and that everything runs it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +112,15 @@ def test_fixed_methods_are_for_everyone(model, name):
     assert found[0][2].to_dict()["config"]["method"] == name
     with prune(model, config_for(name, RATIO, scope="ffn")):
         assert torch.equal(MODES["single"][0](model)[0], found[0][0])
+
+
+def test_the_example_of_the_page_decodes(model):
+    page = (Path(__file__).parent.parent / "docs/methods.md").read_text()
+    try:
+        exec(page.split("```python\n")[1].split("```")[0], {})
+        same(model, MODES["single"][0], method="loud_steps")
+    finally:
+        unregister_method("loud_steps")
 
 
 def test_a_variant_is_a_method_by_its_old_name():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..backends.inplace import direct_forward_fits
 from ..backends.moved import before_moves
+from ..classes import same_class
 from ..events import tells
 from ..experts import Experts
 from ..groups import InputGroup
@@ -79,7 +80,7 @@ def _projections(record: FFN | InputGroup, plain_types: Sequence[type[nn.Module]
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
+    return same_class(type(module), "transformers.pytorch_utils:Conv1D")
 
 
 def _turning(record: FFN | Experts | InputGroup) -> list[nn.Parameter]:
