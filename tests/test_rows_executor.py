@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_thresholds import LAYOUTS, same, thresholds
 
-from modes import EXPERT_LAYOUTS, LENGTH, MODES, dense_run, generate, with_experts
-from observe import differences, fingerprint, prompt, same_afterwards
+from modes import EXPERT_LAYOUTS, IMPLEMENTATIONS, LENGTH, MODES, dense_run, generate, with_experts
+from observe import Wrapped, differences, fingerprint, prompt, same_afterwards
 from pop_mm import SessionError
 from pop_mm.methods import thresholds as methods
 from pop_mm.ops import library
@@ -104,6 +104,20 @@ def test_a_vision_language_model():
     same(found, expected, 1e-9)
     assert own == shares
     assert differences(before, fingerprint(model)) == []
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_every_implementation_of_experts_runs_on_turned_weights(load, name, implementation):
+    model = with_experts(load, name, implementation)
+
+    def run(model):
+        generate(model, prompt(1, LENGTH))
+        return generate(model, prompt(2, LENGTH))
+
+    (expected, _), (found, _), session = both(run, model)
+    same(found, expected, 1e-3 if implementation == "grouped_mm" else 1e-9)
+    assert by_rows(session) and 0 < session.timings.masked_forwards < session.timings.decode_forwards
 
 
 @torch.no_grad()
@@ -290,6 +304,18 @@ def test_a_weight_that_another_module_uses_is_masked():
     assert [p.backend for p in session.plans if "mlp" in p.record.name] == ["masked"] * 2
     assert {p.backend for p in session.plans if "attn" in p.record.name} == {"rows"}
     assert "shares its weights" in str(session.report)
+
+
+def test_what_is_not_plain_is_masked():
+    model = tiny("llama", torch.float64)
+    layer = model.model.layers[1]
+    layer.mlp.up_proj, layer.self_attn.o_proj = Wrapped(layer.mlp.up_proj), Wrapped(layer.self_attn.o_proj)
+    with same_afterwards(model):
+        (expected, shares), (found, own), session = both(lambda model: generate(model, prompt(1, LENGTH)), model)
+    same(found, expected, 1e-9)
+    assert own == shares
+    masked = [plan.record.name for plan in session.plans if plan.backend == "masked"]
+    assert masked == ["model.layers.1.self_attn.o_proj", "model.layers.1.mlp"]
 
 
 def test_a_weight_of_another_model_is_masked():
