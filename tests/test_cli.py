@@ -58,7 +58,7 @@ def test_generate(call, folder, tmp_path):
     )
     assert (code, err) == (0, "")
     values = json.loads((tmp_path / "a.json").read_text())
-    assert set(values) == {"model", "config", "dense", "pruned", "report"}
+    assert set(values) == {"model", "prompt", "config", "dense", "pruned", "report"}
     assert values["model"] == folder
     assert PopConfig.from_dict(values["config"]) == PopConfig(0.4)
     assert set(values["dense"]) == set(values["pruned"]) == ANSWER_KEYS
@@ -154,7 +154,7 @@ def test_process_keeps_stdout_clean(folder):
     command = [sys.executable, "-c", script, "generate", "--model", folder, "--prompt", PROMPT, "--json", "-"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "default"})
     assert done.returncode == 0
-    assert set(json.loads(done.stdout)) == {"model", "config", "dense", "pruned", "report"}
+    assert set(json.loads(done.stdout)) == {"model", "prompt", "config", "dense", "pruned", "report"}
     for noise in ("Warning", "Loading weights", "it/s", "generation flags"):
         assert noise not in done.stderr
 

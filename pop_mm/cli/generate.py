@@ -100,7 +100,7 @@ def run(
         inputs = encode(model, tokenizer, prompt, sampling)
         start = {key: value[:, :_WARM_UP] for key, value in inputs.items()}
         both = compare(model, tokenizer, inputs, start, config, sampling)
-    both.show({"model": name}, json_file, None if plot is None else lambda: both.report.plot(plot))
+    both.show({"model": name, "prompt": prompt}, json_file, None if plot is None else lambda: both.report.plot(plot))
 
 
 @dataclass(frozen=True)
