@@ -110,7 +110,7 @@ BAD = [
     ({"budget": "0.5"}, "budget must be a number"),
     ({"budget": True}, "budget must be a number"),
     ({"budget": float("nan")}, "budget must be a number"),
-    ({"method": "treshold"}, "Unknown method 'treshold'; known: auto, thresholds.*Did you mean 'thresholds'"),
+    ({"method": "treshold"}, "Unknown method 'treshold'; known: auto, .*thresholds.*Did you mean 'thresholds'"),
     ({"method": 3}, "Unknown method 3"),
     ({"method": "thresholds", "ratio": 0.4}, "takes a budget.*not ratio=0.4"),
     ({"budget": 0.6, "gamma": 0.2}, "gamma=0.2 is a setting of POP"),
