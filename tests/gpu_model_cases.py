@@ -127,7 +127,7 @@ def test_two_caches_in_turn(calls):
 @torch.no_grad()
 def test_weights_inside_a_session(calls, tmp_path):
     model, other = model_of("llama"), model_of("llama", seed=1)
-    own, new = copy.deepcopy(model.state_dict()), other.state_dict()
+    own, new = copy.deepcopy(model.state_dict()), copy.deepcopy(other.state_dict())  # held by no other model
     ids = prompt(1).to(DEVICE)
     with pruned(other, "masked", batch="per_sequence"):
         expected = generate(other, ids, 2)[1]

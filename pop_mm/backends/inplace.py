@@ -152,6 +152,10 @@ class InplaceBackend:
             self._resident = None
             self._placed.pop(index, None)
             restore()
+            if (
+                current := self._tracker.current
+            ) is not None:  # a hook moves weights within a forward (accelerate's do)
+                current.fast = current.few = False
 
         for module in record.modules:
             self._undo += before_moves(module, canonical)
