@@ -52,7 +52,7 @@ class Watch:
     ) -> None:
         records = list(records)
         watched = dict.fromkeys(module for record in records for module in _modules(record))
-        self._watched = [module for module in watched if not _is_offloaded(module)]
+        self._watched = [module for module in watched if _holds_tensors(module)]
         self._places = list(_places(model, watched))
         self._parents: list[Any] = [parent for parent, _, _ in self._places]
         self._children = [name for _, name, _ in self._places]
@@ -203,6 +203,12 @@ def _places(model: nn.Module, watched: Iterable[nn.Module]) -> Iterator[tuple[di
 
     holds(model)
     yield from found
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    """Whether its tensors stay where they are, in dicts of torch's; compressed-tensors puts caches of its own in their place."""
+    plain = type(module._parameters) is dict and type(module._buffers) is dict
+    return plain and not _is_offloaded(module)
 
 
 def _is_offloaded(module: nn.Module) -> bool:
