@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, ClassVar, TypeVar
@@ -53,6 +53,7 @@ class ChannelMethod(Method):
 
     scorer: Scorer | None = None
 
+    @abstractmethod
     def sizes(self, channels: int, ratio: float, gamma: float, round_to: int = 1) -> Sizes:
         """How many of an FFN's (or expert's) channels are in R, C and P.
 
@@ -67,7 +68,6 @@ class ChannelMethod(Method):
         round_to : int
             |R| + |C| is a multiple of this, or D.
         """
-        raise NotImplementedError  # pragma: no cover
 
     def step_scores(self, hidden: Tensor, weight: Tensor, channels: Tensor, position: Tensor) -> Tensor:
         """Scores of a step's candidates, of which the highest are kept; tokens that share a choice add up their squares.
