@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-packages lint format clean
+.PHONY: setup demo docs test test-packages lint format clean
 
 setup: $(VENV)/.installed
 
@@ -27,6 +27,14 @@ test-packages: setup
 	done
 	$(BIN)/python -m pytest tests/packages -rs
 
+# The documentation, in site/index.html; a broken link or reference fails.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,4 +45,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info out
+	rm -rf $(VENV) build site *.egg-info out

@@ -344,7 +344,15 @@ def load(model: str, *, dtype: Any = "auto", device: Any = None) -> tuple[PreTra
     device : str or torch.device, optional
         Where to put the model; the default leaves it on the CPU.
 
-    Returns the model, in evaluation mode, and the tokenizer. Hub, network and file errors become ``SampleError``.
+    Returns
+    -------
+    model, tokenizer
+        The model is in evaluation mode.
+
+    Raises
+    ------
+    SampleError
+        The name is unknown, or the hub, the network or a file failed.
     """
     from transformers import AutoTokenizer
 

@@ -139,11 +139,13 @@ def test_links_lead_somewhere(page):
     assert [script for script in scripts if not (ROOT / script).exists()] == []
 
 
-def test_the_index_lists_every_page():
+def test_the_index_lists_every_page_once():
+    """``make docs`` takes the navigation of the site from there (scripts/site.py)."""
     index = ROOT / "docs" / "index.md"
-    listed = re.findall(r"^- \[(\S+)\]\((\S+)\): .+", index.read_text(encoding="utf-8"), re.MULTILINE)
-    assert all(title == target for title, target in listed)
-    assert sorted(target for _, target in listed) == [page.name for page in PAGES if page not in (README, index)]
+    listed = re.findall(r"^- \[[^\]]+\]\((\S+)\): .+", index.read_text(encoding="utf-8"), re.MULTILINE)
+    outside = [target for target in listed if target.startswith("../")]
+    assert sorted(set(listed) - set(outside)) == [page.name for page in PAGES if page not in (README, index)]
+    assert len(listed) == len(set(listed))
 
 
 def test_readme_is_short_and_narrow():
