@@ -37,6 +37,8 @@ class InputState:
     ----------
     counts : mapping of int to Tensor
         Modality -> ``[B, BINS]``: magnitudes of the prompt's entries, in bins. Never changed in place, so copies share them.
+    width : int
+        Entries of a token's input.
     threshold : Tensor or None
         ``[B]``, float32; None before the first decode step.
     kept : Tensor or float
@@ -47,6 +49,7 @@ class InputState:
 
     def __init__(self) -> None:
         self.counts: Mapping[int, Tensor] = {}
+        self.width = 0
         self.threshold: Tensor | None = None
         self.kept: Tensor | float = 0.0
         self.entries: Tensor | float = 0.0
@@ -168,6 +171,7 @@ class ThresholdEngine(Engine):
         A sequence's first token does not count: attention makes it a sink of large activations that no later token has, which
         would lower the thresholds of short prompts.
         """
+        state.width = values.shape[-1]
         later = ~self._first_tokens(forward, values.device)[row, step.column]
         for modality, mask in step.by_modality:
             found = histogram(values, row, step.rows, weight, later if mask is None else later & mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from torch import nn
 from .adapters import Adapter
 from .config import PopConfig
 from .groups import InputGroup
-from .methods.thresholds import MIN_PROMPT_TOKENS, share_above
+from .methods.thresholds import MIN_PROMPT_TOKENS, PASS_ALL, deciding, share_above
 from .modality import MODALITIES
 from .report import Timings
 from .threshold_engine import InputState, RecordState
@@ -118,6 +118,8 @@ class ThresholdReport:
         Of the latest prompt.
     modality_tokens : mapping of str to int
         Modality -> tokens of the latest prompt.
+    threshold_tokens : mapping of str to int
+        Modality -> those tokens that set the thresholds.
     timings : Timings
     weights_per_token : mapping of str to int
         Part -> weights that a decoded token reads from the dense model.
@@ -130,6 +132,7 @@ class ThresholdReport:
     inputs: Sequence[InputReport]
     prompt_tokens: int
     modality_tokens: Mapping[str, int]
+    threshold_tokens: Mapping[str, int]
     timings: Timings
     weights_per_token: Mapping[str, int]
     dtype_bytes: int
@@ -180,7 +183,8 @@ class ThresholdReport:
         ffns: list[Any] = [plan for plan in plans if not isinstance(plan.record, InputGroup)]
         read = weights_per_token(model, adapter, ffns)
         size = next(model.parameters()).dtype.itemsize
-        return cls(config, inputs, sum(counts.values()), counts, timings, read, size, notes)
+        used = {} if state is None else _deciding_tokens(state, known.values())
+        return cls(config, inputs, sum(counts.values()), counts, used, timings, read, size, notes)
 
     @property
     def kept_share(self) -> dict[str, tuple[float, float | None]]:
@@ -235,6 +239,7 @@ class ThresholdReport:
             "kernels": "compiled" if "rows" in self.backends else "stock",
             "prompt_tokens": self.prompt_tokens,
             "modality_tokens": dict(self.modality_tokens),
+            "threshold_tokens": dict(self.threshold_tokens),
             "left_out_share": self.left_out_share,
             "budget_read": {"intended": self.scope_share[0], "kept": self.scope_share[1]},
             "bytes_per_token": {
@@ -260,6 +265,12 @@ class ThresholdReport:
             "notes": list(self.notes),
             "inputs": [report.to_dict() for report in self.inputs],
         }
+
+    def _threshold_range(self, matrix: str) -> str:
+        """Smallest and largest threshold of one kind of matrix, over its layers and the sequences that have one."""
+        mine = [bound for found in self.inputs if found.matrix == matrix for bound in found.thresholds]
+        real = [bound for bound in mine if bound != PASS_ALL]
+        return f"{min(real):.2g} to {max(real):.2g}" if real else "-"
 
     def _by_modality(self, matrix: str) -> dict[str, float]:
         """Modality -> mean share of its prompt tokens' entries above the thresholds of one kind of matrix."""
@@ -307,9 +318,13 @@ def threshold_summary(report: ThresholdReport) -> Any:
     if not times.prefill_forwards:
         lines.append("No prompt has been processed yet.")
     else:
-        counts = ", ".join(f"{count} {name}" for name, count in report.modality_tokens.items())
+        counts, used = (
+            ", ".join(f"{count} {name}" for name, count in tokens.items())
+            for tokens in (report.modality_tokens, report.threshold_tokens)
+        )
         lines.append(
-            f"Prompt tokens: {counts}. Prefill {times.prefill:.2f} s, {times.decode_forwards} decode steps {times.decode:.2f} s."
+            f"Prompt tokens: {counts}; of these set the thresholds: {used or 'none'}. Prefill {times.prefill:.2f} s, "
+            f"{times.decode_forwards} decode steps {times.decode:.2f} s."
         )
     meant, read = report.read_weights()
     dense = sum(report.weights_per_token.values())
@@ -328,14 +343,31 @@ def threshold_table(report: ThresholdReport) -> Any:
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("matrix")
-    for name in ("inputs", "intended", "kept", *(f"of prompt's {name}" for name in report.modality_tokens)):
+    for name in (
+        "inputs",
+        "thresholds",
+        "intended",
+        "kept",
+        *(f"of prompt's {name}" for name in report.modality_tokens),
+    ):
         table.add_column(name, justify="right")
     for matrix, (share, kept) in report.kept_share.items():
         count = sum(found.matrix == matrix for found in report.inputs)
         by_modality = report._by_modality(matrix)
         shares = [f"{by_modality[name]:.1%}" if name in by_modality else "-" for name in report.modality_tokens]
-        table.add_row(matrix, str(count), f"{share:.1%}", "-" if kept is None else f"{kept:.1%}", *shares)
+        bounds, now = report._threshold_range(matrix), "-" if kept is None else f"{kept:.1%}"
+        table.add_row(matrix, str(count), bounds, f"{share:.1%}", now, *shares)
     return table
+
+
+def _deciding_tokens(state: PromptState, records: Iterable[RecordState]) -> dict[str, int]:
+    """Modality -> tokens of a prompt that set its thresholds; the same for every record that the prompt ran."""
+    for record in records:
+        found = record.inputs["x"]
+        if found.counts:
+            own = deciding(found.counts, state.tokens_of)
+            return {MODALITIES[m]: n for m, counts in own.items() if (n := int(counts.sum()) // found.width)}
+    return {}
 
 
 __all__ = ["InputReport", "ThresholdReport", "threshold_summary", "threshold_table"]

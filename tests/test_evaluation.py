@@ -15,7 +15,7 @@ import pop_mm
 from pop_mm import ConfigError, PopConfig
 from pop_mm.evaluation import METHODS, calibrate, config_for, cost_of, dense_cost, first_differences, score_texts
 from pop_mm.evaluation import run as module
-from pop_mm.evaluation.fidelity import compare, greedy
+from pop_mm.evaluation.fidelity import compare, greedy, pruned_step_logits
 from pop_mm.evaluation.intervals import bootstrap, difference
 from pop_mm.evaluation.run import EvaluationError, Point, Run, Setup, grid
 from pop_mm.evaluation.show import markdown_table, print_table
@@ -74,6 +74,21 @@ def test_texts_of_a_batch_do_not_matter_to_each_other(model):
             assert (a.loss, a.kl, a.agreement) == pytest.approx((b.loss, b.kl, b.agreement), abs=1e-9)
     shared = score_texts(model, ids, 12, config_for("static", 0.4, scope="ffn", batch="shared"))
     assert shared[0].kl != pytest.approx(together[0].kl)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "qwen2_moe"])
+@torch.no_grad()
+def test_one_forward_scores_the_steps_of_thresholds(load, model_type):
+    model, ids = load(model_type, torch.float64), stacked(texts())
+    config = config_for("thresholds", budget=0.6)
+    whole, session = pruned_step_logits(model, ids, 12, config)
+    with pop_mm.prune(model, config) as single:
+        cache = model(ids[:, :12], use_cache=True).past_key_values
+        steps = [model(column, past_key_values=cache).logits for column in ids[:, 12:-1].split(1, 1)]
+    torch.testing.assert_close(whole, torch.cat(steps, 1), rtol=0, atol=1e-12)
+    assert [i.thresholds for i in session.report.inputs] == [i.thresholds for i in single.report.inputs]
+    assert [i.kept for i in session.report.inputs] == [i.kept for i in single.report.inputs]
+    assert session.report.timings.decode_forwards <= 1 < single.report.timings.decode_forwards
 
 
 def test_first_difference_is_counted_from_the_prompt(model):
@@ -302,7 +317,10 @@ def test_rows(model):
         assert row["kl"] == pytest.approx(sum(run.values(point, "kl")) / 3)
         assert row["perplexity"] == pytest.approx(math.exp(sum(run.values(point, "loss")) / 3))
         assert ("kl_minus_static" in row) == (point.method != "static")
+        assert row["bytes_read"] == sum(row["cost"]["bytes"].values())
+        assert (row["budget"] is None) != (row["ratio"] is None)
         assert 0 <= row["same_tokens"] <= SETUP.generate
+    assert {(row["method"], row["budget"]) for row in rows} >= {("thresholds", 0.6), ("pop", 0.6), ("static", 0.6)}
 
 
 # texts --------------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def test_the_thresholds_are_those_of_the_text(model_type):
         }
     assert sorted({inputs.thresholds[0] for inputs in report.inputs}) == sorted(set(found.values()))
     assert {"text", "image"} == set(report.inputs[0].prompt_share)
+    assert report.threshold_tokens == {"text": int((modality == 0).sum()) - 1}
     for inputs in report.inputs:
         assert abs(inputs.prompt_share["text"] - inputs.share) < 2e-3
     assert "of prompt's image" in " ".join(str(report).split())
@@ -65,6 +66,7 @@ def test_all_tokens_set_them_where_there_is_too_little_text():
     inputs["input_ids"], inputs["attention_mask"] = ids[:, keep], torch.ones_like(ids[:, keep])
     with prune(model, budget=0.6) as session:
         generate(model, inputs)
+    assert session.report.threshold_tokens == {"text": FEWEST - 2, "image": int(image.sum())}
     for found in session.report.inputs:
         share = (found.prompt_share["text"] * (FEWEST - 2) + found.prompt_share["image"] * int(image.sum())) / int(
             keep.sum() - 1

@@ -130,11 +130,11 @@ def share_above(counts: Tensor, threshold: Tensor) -> Tensor:
     return (1 - (counts * part).sum(-1) / total.clamp(min=1)).where(total > 0, torch.nan)
 
 
-def threshold(counts: Mapping[int, Tensor], tokens: Mapping[int, Tensor], share: float) -> Tensor | None:
-    """The threshold of each sequence, from its prompt.
+def deciding(counts: Mapping[int, Tensor], tokens: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """The counts that set a sequence's threshold; those of other modalities are zero.
 
     Decoded tokens are text, so text sets it (measured best on a vision-language model); all modalities do where the prompt
-    has too little text.
+    has too little text, and nothing does for a prompt of fewer than :data:`MIN_PROMPT_TOKENS` tokens.
 
     Parameters
     ----------
@@ -145,20 +145,34 @@ def threshold(counts: Mapping[int, Tensor], tokens: Mapping[int, Tensor], share:
 
     Returns
     -------
+    dict of int to Tensor
+        Modality -> ``[B, BINS]``.
+    """
+    if not counts:
+        return {}
+    device = next(iter(counts.values())).device
+    short = torch.stack([count.to(device) for count in tokens.values()]).sum(0) < MIN_PROMPT_TOKENS
+    alone = torch.zeros_like(short)
+    if TEXT in counts and len(counts) > 1:
+        alone = tokens[TEXT].to(device) >= MIN_PROMPT_TOKENS
+    return {
+        modality: own.masked_fill((short if modality == TEXT else short | alone).unsqueeze(-1), 0)
+        for modality, own in counts.items()
+    }
+
+
+def threshold(counts: Mapping[int, Tensor], tokens: Mapping[int, Tensor], share: float) -> Tensor | None:
+    """The threshold of each sequence, from its prompt; the arguments are those of :func:`deciding`.
+
+    Returns
+    -------
     Tensor or None
-        ``[B]``, float32; :data:`PASS_ALL` for a prompt of fewer than :data:`MIN_PROMPT_TOKENS` tokens. None if nothing was
-        counted.
+        ``[B]``, float32; :data:`PASS_ALL` where nothing decides. None if nothing was counted.
     """
     if not counts:
         return None
-    every = torch.stack(list(counts.values())).sum(0)
-    seen = torch.stack([count.to(every.device) for count in tokens.values()]).sum(0)
-    chosen = every
-    if TEXT in counts and len(counts) > 1:
-        enough = tokens[TEXT].to(every.device) >= MIN_PROMPT_TOKENS
-        chosen = counts[TEXT].where(enough.unsqueeze(-1), every)
-    short = (seen < MIN_PROMPT_TOKENS) | (chosen.sum(-1) == 0)
-    return quantile(chosen, share).masked_fill(short, PASS_ALL)
+    chosen = torch.stack(list(deciding(counts, tokens).values())).sum(0)
+    return quantile(chosen, share).masked_fill(chosen.sum(-1) == 0, PASS_ALL)
 
 
 @cache
@@ -177,6 +191,7 @@ __all__ = [
     "MIN_PROMPT_TOKENS",
     "PASS_ALL",
     "Thresholds",
+    "deciding",
     "hidden_share",
     "histogram",
     "kept",
