@@ -19,6 +19,8 @@ from ..layout import FFN
 from ..phase import PhaseTracker
 from ..threshold_engine import ThresholdEngine
 
+Changed = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 class MaskedInputs:
     """Forward pre-hooks on the modules of each record; routed experts are reached through transformers' ExpertsInterface."""
@@ -55,14 +57,22 @@ class MaskedInputs:
         record: Any = self._engine.ffns[index]
         turns = self._turns[module] = Turns(index)
 
+        tracker, by_rows = self._tracker, self.by_rows
+        is_compiling = torch.compiler.is_compiling
+
         @torch.compiler.disable
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def masked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed | None:
             if asking():  # its norms are being read: these are unit vectors
-                return args, kwargs
-            forward = current_forward(self._tracker, record)
-            if forward.fast and (rows := self.by_rows.get(module)) is not None and rows.alone():
-                return args, kwargs
+                return None
+            forward = current_forward(tracker, record)
             return (self._engine.mask(turns.next(forward), which, forward, args[0]), *args[1:]), kwargs
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed | None:
+            if not is_compiling():  # what disable() wraps costs more than this look
+                forward = tracker.current
+                if forward is not None and forward.fast and (rows := by_rows.get(module)) is not None and rows.alone():
+                    return None
+            return masked(args, kwargs)
 
         self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
 

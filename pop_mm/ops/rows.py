@@ -155,7 +155,7 @@ class RowsLinear(_Step):
             self._room.address(size),
             threads,
         )
-        return out.split(outputs)
+        return (out,) if len(outputs) == 1 else out.split_with_sizes(outputs)
 
 
 class RowsFFN(_Step):
