@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def rows_share(model: Any, ids: Tensor, new_tokens: int = 32) -> float:
         after = model.register_forward_hook(lambda *_: ends.append((time.perf_counter(), total[0])))
         generate_timed(model, ids, new_tokens)
         after.remove()
-    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(ends[1:], ends[2:], strict=False)]
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(ends[1:])]
     return statistics.median(rows / whole for whole, rows in steps)
 
 

@@ -15,7 +15,7 @@ from .engine import Engine
 from .errors import AdapterError, SessionError
 from .executors.masked import MaskedInputs
 from .executors.rows import RowsExecutor
-from .executors.rows import why_not as why_not_rows
+from .executors.rows_record import why_not as why_not_rows
 from .experts import Experts
 from .groups import InputGroup
 from .layout import FFN, PLAIN_TYPES

@@ -10,8 +10,10 @@ from test_thresholds import LAYOUTS, same, thresholds
 from modes import EXPERT_LAYOUTS, IMPLEMENTATIONS, LENGTH, MODES, dense_run, generate, with_experts
 from observe import Wrapped, differences, fingerprint, prompt, same_afterwards
 from pop_mm import SessionError
+from pop_mm.executors import rows_record
 from pop_mm.methods import thresholds as methods
 from pop_mm.ops import library
+from pop_mm.ops.turn import Turned, is_turned
 from tiny_models import tiny
 from tiny_vlms import image_inputs, tiny_vlm
 
@@ -381,26 +383,69 @@ def test_gradients_reach_the_weights(model):
         torch.testing.assert_close(grads[1][name], grad, rtol=0, atol=1e-9)
 
 
-def test_control_c_while_weights_are_turned(model, monkeypatch, interruptible):
-    from pop_mm.executors import rows
+def test_control_c_while_weights_are_turned(model, failing_turn, interruptible):
+    failing_turn(lambda: signal.raise_signal(signal.SIGINT))
+    goes_on_after(KeyboardInterrupt, model)
 
-    calls, own = [], rows.turn
 
-    def turn(parameter):
-        calls.append(parameter)
-        if len(calls) == 9:
-            signal.raise_signal(signal.SIGINT)
-        return own(parameter)
+def test_no_memory_while_weights_are_turned(model, failing_turn):
+    def fail():
+        raise MemoryError
 
-    monkeypatch.setattr(rows, "turn", turn)
+    failing_turn(fail)
+    goes_on_after(MemoryError, model)
+
+
+@pytest.fixture
+def failing_turn(monkeypatch):
+    """Have something happen when the ninth weight is turned."""
+
+    def install(happen):
+        calls, own = [], rows_record.turn
+
+        def turn(parameter):
+            calls.append(parameter)
+            if len(calls) == 9:
+                happen()
+            return own(parameter)
+
+        monkeypatch.setattr(rows_record, "turn", turn)
+
+    return install
+
+
+def goes_on_after(error, model):
+    ids = prompt(1, LENGTH)
     with same_afterwards(model), thresholds(model) as session:
-        expected_after = prompt(1, LENGTH)
-        with pytest.raises(KeyboardInterrupt):
-            generate(model, expected_after)
-        found = generate(model, expected_after)
+        with pytest.raises(error):
+            generate(model, ids)
+        assert 0 < turned(model) < 2 * 7
+        found = generate(model, ids)
+        assert turned(model) == 2 * 7
         assert session.timings.masked_forwards <= 1
     with thresholds(model, backend="masked"):
-        same(found, generate(model, expected_after), 1e-9)
+        same(found, generate(model, ids), 1e-9)
+
+
+def test_no_memory_to_turn_a_weight_back(model, monkeypatch):
+    ids, own = prompt(1, LENGTH), Turned.back
+    expected = generate(model, ids)
+    wanting = model.model.layers[0].self_attn.o_proj.weight
+
+    failed = []
+
+    def back(self):
+        if self.parameter is wanting:
+            failed.append(self)
+            raise MemoryError
+        own(self)
+
+    with pytest.raises(MemoryError), thresholds(model):
+        generate(model, ids)
+        monkeypatch.setattr(Turned, "back", back)
+    assert turned(model) == 1 and is_turned(wanting)  # the right numbers, in another order
+    same(generate(model, ids), expected, 1e-12)
+    own(failed[0])
 
 
 def test_two_threads_at_once_are_refused(model):

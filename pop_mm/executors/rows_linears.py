@@ -1,0 +1,98 @@
+"""Linear modules that read the chosen rows of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..kernels import View
+from ..ops.rows import RowsLinear
+from .rows_record import is_transposed
+
+if TYPE_CHECKING:
+    from .rows import RowsExecutor, RowsRecord
+
+
+class RowsLinears:
+    """Linear modules of one input: the first that is called computes all, the others take their part."""
+
+    def __init__(
+        self,
+        executor: RowsExecutor,
+        index: int,
+        mine: RowsRecord,
+        modules: Sequence[nn.Module],
+        norms: Tensor | None = None,
+    ) -> None:
+        self.modules = modules
+        self._executor = executor
+        self._index = index
+        self._norms = norms
+        self._mine = mine
+        self._number = 0 if norms is None else 1
+        self._bound = mine.x if norms is None else mine.h
+        self._kept = mine.kept[self._number : self._number + 1]
+        self._hooks = [module._forward_pre_hooks for module in modules]
+        self._kernel: RowsLinear | None = None
+        self._step = -1
+        self._x: Tensor | None = None
+        self._version = 0
+        self._parts: list[Tensor | None] = [None] * len(modules)
+        mine.makers.append(self._make)
+
+    def _make(self, wanted: bool) -> None:
+        self._kernel = self._x = None
+        if wanted:
+            weights: list[Any] = [(m.weight, getattr(m, "bias", None), is_transposed(m)) for m in self.modules]
+            views = [detached((w if transposed else w.t(), bias)) for w, bias, transposed in weights]
+            self._kernel = RowsLinear(views, self._executor.room)
+
+    def alone(self) -> bool:
+        """Whether nobody else looks at what the modules are given: then a step need not mask it."""
+        return sum(map(len, self._hooks)) == len(self._hooks)
+
+    def forward_of(self, number: int) -> Callable[[Tensor], Tensor]:
+        """What to put in the place of a module's forward."""
+        module, tracker, executor = self.modules[number], self._executor.tracker, self._executor
+        own_forward = type(module).forward
+        which = "x" if self._norms is None else "h"
+
+        def forward(input: Tensor) -> Tensor:  # nn.Linear's name for it
+            current = tracker.current
+            if current is None or not current.fast or not self.alone():
+                return own_forward(module, input)
+            kernel = self._kernel
+            if kernel is None or not kernel.takes(input):
+                return own_forward(module, executor.engine.mask(self._index, which, current, input))
+            part = self._parts[number]
+            if input is not self._x or part is None or self._version != _version(input):
+                part = self._compute(kernel, input)[number]
+            self._parts[number] = None
+            return part.view(*input.shape[:-1], -1)
+
+        return forward
+
+    def _compute(self, kernel: RowsLinear, x: Tensor) -> Sequence[Tensor]:
+        kept = None
+        if self._step != self._executor.step:
+            self._step, kept = self._executor.step, self._kept
+            self._mine.vectors[self._number] += 1
+        parts = kernel(x, self._bound, self._norms, kept)
+        if len(parts) > 1:
+            self._x, self._version, self._parts = x, _version(x), list(parts)
+        return parts
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def detached(view: View) -> View:
+    """Without gradients."""
+    weight, bias = view
+    return weight.detach(), None if bias is None else bias.detach()
+
+
+__all__ = ["RowsLinears", "detached"]

@@ -1,0 +1,165 @@
+"""The weights of a record that are read by rows: whether they can be, and how they are stored meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..classes import same_class
+from ..experts import Experts
+from ..groups import InputGroup
+from ..interrupts import uninterrupted
+from ..layout import FFN, Projection
+from ..methods.thresholds import PASS_ALL
+from ..ops import library
+from ..ops.turn import Turned, turn
+from ..ops.turn import why_not as why_not_turned
+from ..threshold_engine import RecordState
+
+
+def why_not(record: FFN | Experts | InputGroup, plain_types: Sequence[type[nn.Module] | str]) -> str | None:
+    """Why a record's weights cannot be read by rows, or None if they can; one that is not loaded is judged as on a CPU.
+
+    Parameters
+    ----------
+    plain_types : sequence of type or str
+        Classes of modules that are ``x @ W.T + b``, as :class:`pop_mm.layout.Projection` takes them.
+    """
+    if isinstance(record, Experts):
+        reason = record.why_not_plain()
+        module: Any = record.module
+        if reason is None and module._is_expert_parallel:
+            reason = f"the experts of {record.name} are on several devices"
+    else:
+        projections = _projections(record, plain_types)
+        reason = next((why for p in projections if (why := p.why_not_plain())), None)
+    if reason is not None:
+        return reason
+    tensors = [p for module in record.modules for p in module.parameters(False)]
+    if any(p.device.type not in ("cpu", "meta") for p in tensors):
+        return f"the weights of {record.name} are on {record.device}"
+    dtypes = {p.dtype for p in tensors}
+    if len(dtypes) > 1:
+        return f"the weights of {record.name} have several dtypes"
+    if (reason := library.why_not(dtypes.pop())) is not None:
+        return f"there are no compiled kernels: {reason}"
+    for weight in (p for p in tensors if p.dim() > 1 and p.device.type != "meta"):
+        if not weight.is_contiguous() and (reason := why_not_turned(weight)):
+            return f"a weight of {record.name} cannot be turned: {reason}"
+    turning = [p for p in _turning(record) if p.device.type != "meta"]
+    reason = next((why for p in turning if (why := why_not_turned(p))), None)
+    return None if reason is None else f"a weight of {record.name} cannot be turned: {reason}"
+
+
+def _projections(record: FFN | InputGroup, plain_types: Sequence[type[nn.Module] | str]) -> Sequence[Projection]:
+    if isinstance(record, FFN):
+        return record.projections
+    return [
+        Projection(f"a module of {record.name}", m, "out", 1, is_transposed(m), tuple(plain_types))
+        for m in record.modules
+    ]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module's class stores its weight input-major."""
+    return same_class(type(module), "transformers.pytorch_utils:Conv1D")
+
+
+def _turning(record: FFN | Experts | InputGroup) -> list[nn.Parameter]:
+    """The weights that are not stored input-major by their class."""
+    if isinstance(record, Experts):
+        module: Any = record.module
+        return [] if module.is_transposed else [getattr(module, record.input_name), module.down_proj]
+    if isinstance(record, FFN):
+        pairs = [(p.module, p.transposed) for p in record.projections]
+    else:
+        pairs = [(module, is_transposed(module)) for module in record.modules]
+    return [module.weight for module, transposed in pairs if not transposed]  # type: ignore[misc]
+
+
+class RowsRecord:
+    """One record: its weights while they are turned, its thresholds at fixed addresses, and counts of what was kept.
+
+    Attributes
+    ----------
+    x, h : Tensor
+        ``[1]`` and ``[E]``, float32: the resident prompt's thresholds.
+    kept : Tensor
+        ``[2]``, int64: entries of x and h that were kept.
+    vectors : list of int
+        How many vectors those were among, of x and of h.
+    makers : list of callable
+        Make kernels on the turned weights, once they are; called with False they drop them.
+    """
+
+    def __init__(self, record: Any) -> None:
+        experts = record.count if isinstance(record, Experts) else 1
+        self.record = record
+        self.x = torch.full((1,), PASS_ALL, dtype=torch.float32, device="cpu")
+        self.h = torch.full((experts,), PASS_ALL, dtype=torch.float32, device="cpu")
+        self.kept = torch.zeros(2, dtype=torch.int64, device="cpu")
+        self.vectors = [0, 0]
+        self.sizes = (record.size if isinstance(record, InputGroup) else record.hidden_size, record.size)
+        self.makers: list[Callable[[bool], None]] = []
+        self.ready = False
+        self._turned: list[tuple[Turned, int]] = []
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of the weights that a session stores in another order."""
+        return sum(parameter.nbytes for parameter in _turning(self.record))
+
+    @property
+    def turned(self) -> list[nn.Parameter]:
+        """The weights that are stored in another order now."""
+        return [turned.parameter for turned, _ in self._turned]
+
+    @property
+    def turned_bytes(self) -> int:
+        """Of :attr:`turned`."""
+        return sum(parameter.nbytes for parameter in self.turned)
+
+    @uninterrupted()
+    def turn(self) -> None:
+        """Store the weights input-major and make the kernels. Where that fails half-way, the next call goes on."""
+        for parameter in _turning(self.record):
+            if (turned := turn(parameter)) is not None:
+                self._turned.append((turned, parameter.data_ptr()))
+        for make in self.makers:
+            make(True)
+        self.ready = True
+
+    @uninterrupted()
+    def back(self) -> list[nn.Parameter]:
+        """Store the weights as they were, but for those whose data somebody has replaced; the parameters that have moved."""
+        self.ready = False
+        for make in self.makers:
+            make(False)
+        moved = []
+        while self._turned:
+            turned, address = self._turned[-1]
+            if turned.parameter.data_ptr() == address:
+                turned.back()
+                moved.append(turned.parameter)
+            self._turned.pop()
+        return moved
+
+    def load(self, state: RecordState) -> None:
+        """Take the thresholds of a prompt of one sequence."""
+        for which, inputs in state.inputs.items():
+            assert inputs.threshold is not None
+            (self.x if which == "x" else self.h).fill_(float(inputs.threshold[0]))
+
+    def flush(self, state: RecordState) -> None:
+        """Hand the counts to a prompt."""
+        for number, (which, kept) in enumerate(zip("xh", self.kept.tolist(), strict=True)):
+            if self.vectors[number]:
+                state.inputs[which].log(kept, self.vectors[number] * self.sizes[number])
+        self.kept.zero_()
+        self.vectors = [0, 0]
+
+
+__all__ = ["RowsRecord", "is_transposed", "why_not"]
