@@ -66,20 +66,30 @@ def test_rows_read_only_what_passes(layout):
     assert {plan.backend for plan in session.plans} == {"masked"}
 
 
+@torch.no_grad()
+def steps(model):
+    """Logits of decode steps of the same tokens, whatever they say."""
+    out, logits = model(prompt(1, LENGTH), use_cache=True), []
+    for token in prompt(1, 12, seed=8)[0]:
+        out = model(token.view(1, 1), past_key_values=out.past_key_values)
+        logits.append(out.logits.double())
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("dtype", library.OPTIONS)
+def test_the_same_input_is_chosen_alike_in_every_dtype(load, dtype):
+    """Nothing has been left out in front of the first layer's attention, so both executors are given the same numbers."""
+    (_, shares), (_, own), session = both(steps, load("llama", dtype))
+    assert by_rows(session)
+    first = [key for key in shares if key[0].startswith("model.layers.0.self_attn.{q_proj")]
+    assert len(first) == 1 and own[first[0]] == shares[first[0]] and 0 < own[first[0]] < 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "opt", "mixtral", "gpt_oss"])
-@torch.no_grad()
 def test_narrow_floats_are_as_near_float64_as_masked(load, name, dtype):
     """Rounding moves entries across thresholds, in both: so both are held against float64."""
     model, exact = load(name, dtype), load(name, torch.float64)
-
-    def steps(model):
-        out, logits = model(prompt(1, LENGTH), use_cache=True), []
-        for token in prompt(1, 12, seed=8)[0]:
-            out = model(token.view(1, 1), past_key_values=out.past_key_values)
-            logits.append(out.logits.double())
-        return torch.cat(logits)
-
     with thresholds(exact, backend="masked"):
         expected = steps(exact)
     (masked, shares), (found, own), session = both(steps, model)
@@ -440,9 +450,11 @@ def test_no_memory_to_turn_a_weight_back(model, monkeypatch):
             raise MemoryError
         own(self)
 
-    with pytest.raises(MemoryError), thresholds(model):
-        generate(model, ids)
-        monkeypatch.setattr(Turned, "back", back)
+    session = thresholds(model).attach()
+    generate(model, ids)
+    monkeypatch.setattr(Turned, "back", back)
+    with pytest.raises(MemoryError):
+        session.detach()
     assert turned(model) == 1 and is_turned(wanting)  # the right numbers, in another order
     same(generate(model, ids), expected, 1e-12)
     own(failed[0])

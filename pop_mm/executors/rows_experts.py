@@ -13,9 +13,11 @@ from ..kernels.activations import ACTIVATIONS, activation_name
 from ..ops.reference import FFNWeights
 from ..ops.rows import RowsFFN, RowsLinear
 from .masked import MaskedThresholdExperts
+from .rows_linears import detached
 
 if TYPE_CHECKING:
-    from .rows import RowsExecutor, RowsRecord
+    from .rows import RowsExecutor
+    from .rows_record import RowsRecord
 
 
 class RowsExperts(MaskedThresholdExperts):
@@ -38,7 +40,7 @@ class RowsExperts(MaskedThresholdExperts):
             return
         record = self._record
         views = record.all_views(record.size)
-        (inward,), down = map(_detached, views.inputs), _detached(views.down)
+        (inward,), down = map(detached, views.inputs), detached(views.down)
         if self._name is None:
             self._inward, self._outward = (RowsLinear(_apart(view), self._room) for view in (inward, down))
             return
@@ -99,11 +101,6 @@ def _apart(view: View) -> list[View]:
     """The matrices of a stack, each with its bias."""
     weight, bias = view
     return [(one, None if bias is None else bias[number]) for number, one in enumerate(weight)]
-
-
-def _detached(view: View) -> View:
-    weight, bias = view
-    return weight.detach(), None if bias is None else bias.detach()
 
 
 __all__ = ["RowsExperts"]

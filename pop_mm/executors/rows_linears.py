@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..kernels import View
 from ..ops.rows import RowsLinear
-from .rows_record import is_transposed
+from .rows_record import RowsRecord, is_transposed
 
 if TYPE_CHECKING:
-    from .rows import RowsExecutor, RowsRecord
+    from .rows import RowsExecutor
 
 
 class RowsLinears:
