@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import PopError
+from .folders import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -212,12 +213,6 @@ SAMPLES: dict[str, Sample] = {
 
 
 _CHOICE = f"Give a folder, a hub id that this machine can reach, or a sample: {', '.join(sorted(SAMPLES))}."
-
-
-def cache_folder() -> Path:
-    """Return where samples are kept: ``$POP_MM_CACHE``, else ``$XDG_CACHE_HOME/pop_mm``, else ``~/.cache/pop_mm``."""
-    own = os.environ.get("POP_MM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pop_mm")
-    return Path(own).expanduser()
 
 
 def fetch(name: str, *, cache_dir: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:

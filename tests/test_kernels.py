@@ -426,6 +426,6 @@ def test_a_machine_without_a_home_folder_is_no_error(no_compiler, monkeypatch):
     def no_home():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr("pop_mm.samples.cache_folder", no_home)
+    monkeypatch.setattr("pop_mm.native.compiler.cache_folder", no_home)
     assert kernels.load("auto") is None
     assert "home directory" in kernels.why_not()

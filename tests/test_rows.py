@@ -323,7 +323,7 @@ def test_other_storages_and_devices_are_refused():
 
 
 def test_without_a_compiler_it_says_so(monkeypatch):
-    monkeypatch.setattr("pop_mm.kernels._compiler", lambda: [])
+    monkeypatch.setattr("pop_mm.native.compiler.command", lambda: [])
     assert library.make(torch.float32) == "none was found"
 
 

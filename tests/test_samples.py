@@ -16,6 +16,7 @@ import pytest
 
 from pop_mm import samples
 from pop_mm.errors import PopError
+from pop_mm.folders import cache_folder
 from pop_mm.passages import load_passages
 from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_config, load_vision, resolve
 from tiny_folder import save
@@ -79,11 +80,11 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("POP_MM_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert samples.cache_folder() == tmp_path / ".cache" / "pop_mm"
+    assert cache_folder() == tmp_path / ".cache" / "pop_mm"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert samples.cache_folder() == tmp_path / "xdg" / "pop_mm"
+    assert cache_folder() == tmp_path / "xdg" / "pop_mm"
     monkeypatch.setenv("POP_MM_CACHE", str(tmp_path / "own"))
-    assert samples.cache_folder() == tmp_path / "own"
+    assert cache_folder() == tmp_path / "own"
 
 
 def test_fetch_builds_once(toy, cache):

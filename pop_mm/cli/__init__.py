@@ -325,7 +325,8 @@ def models_list() -> None:
     """List the sample models."""
     from rich.console import Console
 
-    from ..samples import SAMPLES, cache_folder
+    from ..folders import cache_folder
+    from ..samples import SAMPLES
     from ..tables import samples_table
 
     console = Console()

@@ -2,19 +2,12 @@
 nothing but speed.
 
 Stock kernels read weights at a third to a half of the memory's speed at batch 1, and pay a fixed price for every call, so
-that narrow weights gain little. These are a few pages of C that the machine's own compiler turns into a library on first use
-(about a second; kept in the cache folder).
+that narrow weights gain little. These are a few pages of C; :mod:`pop_mm.native` says where the library comes from.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,17 +16,19 @@ from struct import pack
 import torch
 from torch import Tensor
 
+from .. import native
 from ..errors import ConfigError
 from ..partition import Sizes
 from .attention import Attention
 from .functions import DTYPES, INT, INTEGER, POINTER, function, functions, untraced
 from .norm import RMSNorm
 
-_SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("attention.c", "matvec.c", "moves.c", "norm.c", "statistics.c")
+HEADERS = (Path(__file__).with_name("vectors.h"),)
+SOURCES = native.Sources(
+    "kernels",
+    tuple(Path(__file__).with_name(f"{name}.c") for name in ("attention", "matvec", "moves", "norm", "statistics")),
+    HEADERS,
 )
-_HEADERS = (Path(__file__).with_name("vectors.h"),)
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 LeaveOut = Callable[[Tensor, Tensor | None], None]  # of a step's activations, where ``valid`` ones have a say
 View = tuple[Tensor, Tensor | None]  # a weight as [in, out], and its bias
 MOST_TOKENS = 32  # that the library decodes at once: with more, arithmetic takes over, and torch's kernels are better
@@ -293,66 +288,8 @@ def why_not() -> str | None:
     return made if isinstance(made, str) else None
 
 
-def build(sources: Sequence[Path], target: Path, options: Sequence[str] = ()) -> str | None:
-    """Compile C for this very machine into a shared library; why that failed, or None if it did not."""
-    compiler = _compiler()
-    command = [*compiler, *_FLAGS, *options, "-o", str(target), *map(str, sources), "-lm"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if not done.returncode:
-        return None
-    return f"{' '.join(compiler)} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}"
-
-
-def _compiler() -> list[str]:
-    """The command of the C compiler; empty if there is none."""
-    named = os.environ.get("CC", "").split()  # it may hold options, or begin with ccache
-    return named if named and shutil.which(named[0]) else [c for c in ("gcc", "cc") if shutil.which(c)][:1]
-
-
 @cache
 def _library() -> Matvec | str:
-    """The library, made on first use; or why there is none."""
-    made = cached_library(_SOURCES, _HEADERS)
+    """The library, shipped or made on first use; or why there is none."""
+    made = native.load(SOURCES)
     return made if isinstance(made, str) else Matvec(made)
-
-
-def cached_library(sources: Sequence[Path], headers: Sequence[Path], options: Sequence[str] = ()) -> ctypes.CDLL | str:
-    """A shared library of C sources, from the cache folder if it has been made before; or why there is none.
-
-    Parameters
-    ----------
-    sources, headers : sequence of Path
-        The headers are only part of the key.
-    options : sequence of str
-        For the compiler, behind the flags that all libraries have.
-    """
-    from ..samples import cache_folder
-
-    compiler = _compiler()
-    if not compiler:
-        return "none was found"
-    try:
-        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-        texts = (source.read_text() for source in (*sources, *headers))
-        facts = (*texts, " ".join((*_FLAGS, *options)), version, _cpu())
-        key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
-        path = cache_folder() / "kernels" / f"kernels-{key}.so"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                made = Path(folder, path.name)
-                if (reason := build(sources, made, options)) is not None:
-                    return reason
-                made.replace(path)
-        return ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, UnicodeError, subprocess.SubprocessError) as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def _cpu() -> str:
-    """What the code is compiled for: a cache folder may be shared by machines that differ."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return f"{platform.machine()} {platform.processor()}"
-    lines = info.read_text().split("\n\n")[0].splitlines()
-    return "\n".join(line for line in lines if line.split(":")[0].strip() in ("model name", "flags", "Features"))

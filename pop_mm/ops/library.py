@@ -1,4 +1,4 @@
-"""The C sources of this folder as libraries, one for each dtype, compiled on first use like those of :mod:`pop_mm.kernels`."""
+"""The C sources of this folder as libraries, one for each dtype, shipped or compiled on first use: :mod:`pop_mm.native`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .. import kernels
+from .. import kernels, native
 from ..kernels.functions import INT, INTEGER, POINTER, function
 
 OPTIONS = {
@@ -18,8 +18,13 @@ OPTIONS = {
     torch.float16: "-DFLOAT16",
     torch.float64: "-DFLOAT64",
 }
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "histogram.c", "transpose.c"))
-HEADERS = (*(Path(__file__).with_name(name) for name in ("scalar.h", "activate.h")), *kernels._HEADERS)
+_FILES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "histogram.c", "transpose.c"))
+_HEADERS = (*(Path(__file__).with_name(name) for name in ("scalar.h", "activate.h")), *kernels.HEADERS)
+
+
+def sources(dtype: torch.dtype, options: Sequence[str] = ()) -> native.Sources:
+    """What the library for a dtype of :data:`OPTIONS` is made of; with more options for the compiler."""
+    return native.Sources(f"ops-{str(dtype).removeprefix('torch.')}", _FILES, _HEADERS, (OPTIONS[dtype], *options))
 
 
 class Library:
@@ -57,10 +62,10 @@ def why_not(dtype: torch.dtype) -> str | None:
 
 
 def make(dtype: torch.dtype, options: Sequence[str] = ()) -> Library | str:
-    """Compile or find the library for a dtype, with more options for the compiler; or why there is none."""
+    """The library for a dtype, with more options for the compiler; or why there is none."""
     if dtype not in OPTIONS:
         return f"there is none for {dtype}"
-    found = kernels.cached_library(SOURCES, HEADERS, (OPTIONS[dtype], *options))
+    found = native.load(sources(dtype, options))
     return found if isinstance(found, str) else Library(found, dtype)
 
 

@@ -1,0 +1,116 @@
+"""Shipped libraries: which one is taken, that it computes what a compiled one does, and what happens where none fits."""
+
+import ctypes
+import platform
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pop_mm import kernels, native
+from pop_mm.kernels import Matvec, Rows
+from pop_mm.native import compiler, shipped
+from pop_mm.ops import library
+from pop_mm.ops.library import Library
+
+VARIANTS = shipped.VARIANTS.get(platform.machine(), ())
+pytestmark = [
+    pytest.mark.skipif(not VARIANTS, reason="no libraries are shipped for this kind of processor"),
+    pytest.mark.skipif(not compiler.command(), reason="there is no C compiler"),
+]
+
+
+def ship(sources, variant):
+    """Put the library of some sources where a wheel has it."""
+    target = shipped.path(sources, variant)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    assert compiler.build(sources.files, target, sources.options, variant.options) is None
+    return target
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """An empty folder of shipped libraries, and an empty cache."""
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "libraries")
+    monkeypatch.setenv("POP_MM_CACHE", str(tmp_path / "cache"))
+    shipped.FOLDER.mkdir()
+    return shipped.FOLDER
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Sources of one small function."""
+    file = tmp_path / "answer.c"
+    file.write_text("int answer(void) { return ANSWER; }\n")
+    return native.Sources("small", (file,), (), ("-DANSWER=1",))
+
+
+def test_the_best_variant_that_the_processor_runs_is_loaded(folder, small, monkeypatch):
+    for number, variant in enumerate(VARIANTS, 1):
+        target = shipped.path(small, variant)
+        target.parent.mkdir(parents=True)
+        assert compiler.build(small.files, target, (f"-DANSWER={number}",), ()) is None
+    monkeypatch.setattr(compiler, "command", list)
+    for number, variant in enumerate(VARIANTS, 1):
+        monkeypatch.setattr(shipped, "processor_flags", lambda flags=variant.needs: flags)
+        assert native.load(small).answer() == number
+    monkeypatch.setattr(shipped, "processor_flags", frozenset)
+    assert native.load(small).answer() == len(VARIANTS)
+
+
+def test_a_library_of_other_sources_is_not_taken(folder, small):
+    ship(small, VARIANTS[-1])
+    assert native.load(small).answer() == 1
+    small.files[0].write_text("int answer(void) { return 7; }\n")
+    assert native.load(small).answer() == 7
+    assert native.load(replace(small, options=("-DANSWER=2",))).answer() == 7
+
+
+def test_a_damaged_library_is_no_error(folder, small, monkeypatch):
+    ship(small, VARIANTS[-1]).write_bytes(b"not a library")
+    assert native.load(small).answer() == 1
+    monkeypatch.setattr(compiler, "command", list)
+    assert "the shipped library cannot be loaded" in native.load(small)
+    assert native.load(small).endswith("a compiler: none was found")
+
+
+def test_the_flags_are_those_of_this_machine():
+    flags = shipped.processor_flags()
+    assert bool(flags) == (platform.machine() == "x86_64")
+    assert "AVX512" not in torch.backends.cpu.get_cpu_capability() or "avx512f" in flags
+
+
+def best():
+    return next(variant for variant in VARIANTS if variant.needs <= shipped.processor_flags())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_those_of_a_compiled_library(folder, dtype):
+    x, weight = torch.randn(1, 331).to(dtype), torch.randn(97, 331).to(dtype)
+    found, expected = (
+        Matvec(made)([Rows([weight])], x) for made in (ctypes.CDLL(str(ship(kernels.SOURCES, best()))), compiled())
+    )
+    assert torch.equal(found, expected)
+
+
+def compiled():
+    made = compiler.load(kernels.SOURCES)
+    assert not isinstance(made, str), made
+    return made
+
+
+@pytest.mark.parametrize("dtype", library.OPTIONS, ids=str)
+def test_ffns_by_rows_are_those_of_a_compiled_library(folder, dtype, monkeypatch):
+    from pop_mm.ops.reference import FFNWeights
+    from pop_mm.ops.rows import RowsFFN
+
+    make = torch.Generator().manual_seed(3)
+    gate, up, down = ((torch.randn(1, *s, generator=make).to(dtype), None) for s in [(67, 130), (67, 130), (130, 67)])
+    weights = FFNWeights(gate, up, down, "silu", None)
+    x = torch.randn(67, generator=make).to(dtype)
+    sources = library.sources(dtype)
+    found = []
+    for made in (ctypes.CDLL(str(ship(sources, best()))), compiler.load(sources)):
+        monkeypatch.setattr("pop_mm.ops.rows.library", lambda _, made=made: Library(made, dtype))
+        found.append(RowsFFN(weights)(x, torch.tensor([0.4]), torch.tensor([0.1])))
+    assert torch.equal(*found)
