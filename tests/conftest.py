@@ -80,3 +80,32 @@ def interruptible():
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, own)
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory):
+    """A cache of samples in which the language models are tiny."""
+    from pages import stand_in_cache
+
+    folder = tmp_path_factory.mktemp("samples")
+    stand_in_cache(folder)
+    return folder
+
+
+@pytest.fixture
+def away(stand_ins, tmp_path, monkeypatch):
+    """For examples: a folder of their own, tiny samples, no network; what they register is forgotten."""
+    from pages import working_folder
+    from pop_mm.adapters import registered_adapters, unregister_adapter
+    from pop_mm.methods import METHODS, unregister_method
+
+    monkeypatch.setenv("POP_MM_CACHE", str(stand_ins))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    working_folder(tmp_path)
+    adapters, methods = set(registered_adapters()), set(METHODS)
+    yield tmp_path
+    for name in set(registered_adapters()) - adapters:
+        unregister_adapter(name)
+    for name in set(METHODS) - methods:
+        unregister_method(name)

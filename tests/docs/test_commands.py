@@ -1,0 +1,43 @@
+"""Every command line in a ``bash`` block of README and docs runs, on stand-ins for the samples (``make test-docs``)."""
+
+import importlib
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from pages import ROOT, blocks, commands, run_python
+
+BASH = [block for block in blocks("bash") if not block.not_run]
+LINES = [
+    pytest.param(line, id=f"{block}:{number}") for block in BASH for number, line in enumerate(commands(block.code))
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_command_lines_run(line, away, call, capsys):
+    program, *words = shlex.split(line, comments=True)
+    if (program, words[0]) == ("pop-mm", "app"):
+        pytest.skip("a server does not end; test_app.py and test_app_browser.py start it")
+    if program == "pop-mm":
+        code, printed, errors = call(*words)
+        assert code == 0, errors
+        assert printed.strip() or errors.strip()
+    elif program == "python" and words[0] == "-m":
+        importlib.import_module(words[1]).main(words[2:])
+        assert capsys.readouterr().out.strip()
+    else:
+        assert program == "python", f"a block of {line!r} needs <!-- not run: why -->"
+        command = [sys.executable, ROOT / words[0], *words[1:]]
+        done = subprocess.run(
+            command, env={**os.environ, "COLUMNS": "120"}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("block", [block for block in blocks("python") if block.slow], ids=str)
+def test_slow_python_blocks_run(block, away):
+    run_python(block)
