@@ -72,12 +72,13 @@ def quality(part: str, parts: Parts, progress: Progress) -> None:
     """Every method at every budget, by teacher forcing."""
     args = parts.args
     model, tokenizer = load(SAMPLES[part], dtype=torch.float32)
-    setup = Setup(SAMPLES[part], prompt=args.prompt, continuation=args.continuation, generate=0, batch_size=args.batch)
+    sizes = {"prompt": args.prompt, "continuation": args.continuation, "generate": 0, "batch_size": args.batch}
+    setup = Setup(SAMPLES[part], scope=args.scope, **sizes)
     passages = load_passages()
     windows = [w for w in texts.windows(passages, tokenizer, setup.tokens) if "#" not in w.name][: args.limit]
     rest = [w for w in texts.pieces(passages, tokenizer, setup.tokens) if len(w.ids) < setup.tokens or "#" in w.name]
     points = grid(args.method, [], [0.1], ["dense"], args.budget)
-    run = Run(model, setup, windows, rest[:12], parts.folder / f"{part}-{len(windows)}")
+    run = Run(model, setup, windows, rest[:12], parts.folder / f"{part}-{len(windows)}-{args.scope}")
     task = progress.add_task(part, total=run.total(points))
     run.work(points, lambda: progress.advance(task))
     parts.save(part, run.results(points))
@@ -192,7 +193,8 @@ def speed(parts: Parts, progress: Progress) -> None:
             {"method": name, "budget": budget, "step_s": steps, "speedup": speedup(found["dense", None], steps)}
             for (name, budget), steps in found.items()
         ]
-        parts.save("speed", {"machine": machine, "prompt": args.speed_prompt, "decoded": args.decoded, "rows": rows})
+        how = f"{args.speed_prompt} tokens of prompt, median of {args.decoded} decode steps in each of {number + 1} rounds"
+        parts.save("speed", {"machine": machine, "how": how, "rows": rows})
 
 
 def speedup(dense: Sequence[float], steps: Sequence[float]) -> list[float]:
@@ -216,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=list(PARTS), nargs="*", metavar="PART", default=list(PARTS))
     parser.add_argument("--method", choices=[m for m in METHODS if m != "dense"], nargs="+", default=list(NAMES))
     parser.add_argument("--budget", type=float, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--scope", choices=["overall", "ffn"], default="overall", help="of the budgets of text and moe")
     parser.add_argument("--limit", type=int, default=12, help="texts")
     parser.add_argument("--prompt", type=int, default=256, help="prompt tokens of a text")
     parser.add_argument("--continuation", type=int, default=128, help="decode steps scored of a text")

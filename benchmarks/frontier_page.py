@@ -22,10 +22,14 @@ STYLES = {
     "random": ("#56B4E9", ">"),
 }
 SHOWN = 3.0  # the largest KL in the picture, nats
+TICKS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 HEAD = """# Quality against bytes and against speed
 
-    python benchmarks/frontier.py
+<!-- not run: takes two hours -->
+```bash
+python benchmarks/frontier.py
+```
 
 Written by that script from what it has measured; each part says its settings. *Layers' bytes*: weights of attention and FFNs
 that a decoded token reads, of what the dense model reads (the output layer comes on top); what the steps really read, so it may
@@ -59,29 +63,36 @@ def layers_share(row: Mapping[str, Any], dense: Mapping[str, Any]) -> float:
 def _text(found: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
     setup, (dense, *rows) = found["setup"], found["rows"]
     speeds = _speedups(parts) if found is parts.get("text") else {}
-    heads = ["budget", "method", "layers' bytes", "KL to dense", "of pop's", "same top token", "perplexity"]
-    pops = {row["budget"]: row["kl"] for row in rows if row["method"] == "pop"}
+    heads = ["asked for", "method", "layers' bytes", "KL to dense", "of pop's", "same top token", "perplexity"]
+    pops = {row["budget"]: row["kl"] for row in rows if row["method"] == "pop" and row["budget"] is not None}
     table = [["1", "dense", "100 %", "0", "-", "100 %", _span(dense, "perplexity", ".1f")]]
-    for row in sorted(rows, key=lambda row: -row["budget"]):
+    for row in sorted(rows, key=lambda row: -layers_share(row, dense)):
         over = f"{row['kl'] / pops[row['budget']]:.3f}" if row["budget"] in pops and row["method"] != "pop" else "-"
         table.append(
             [
-                f"{row['budget']:g}",
+                _amount(row),
                 row["method"],
                 f"{layers_share(row, dense):.1%}",
-                _span(row, "kl", ".3f" if row["kl"] >= 0.1 else ".4f"),
+                _span(row, "kl", ".3f" if row["kl"] >= 0.02 else ".4f"),
                 over,
-                f"{row['agreement']:.1%}",
-                _span(row, "perplexity", ".1f") if row["perplexity"] < 1e4 else f"{row['perplexity']:.1e}",
+                "-" if row["agreement"] is None else f"{row['agreement']:.1%}",
+                _span(row, "perplexity", ".1f" if (row["perplexity"] or 0) < 1e4 else ".1e"),
             ]
         )
     if speeds:
         heads.append("decode speed")
         table = [[*line, _speed_cell(speeds, line[1], line[0])] for line in table]
     return (
-        f"## {setup['model']}: text\n\n{len(setup['texts'])} of the passages that ship, {setup['prompt']} tokens of prompt and "
-        f"{setup['continuation']} scored by teacher forcing; {setup['dtype']}, dense prefill.\n\n{markdown_table(heads, table)}\n"
+        f"## {setup['model']}: text\n\n{found.get('note', '')}"
+        f"{len(setup['texts'])} of the passages that ship, {setup['prompt']} tokens of prompt and "
+        f"{setup['continuation']} scored by teacher forcing; {setup['dtype']}, dense prefill. Budgets are shares of "
+        f"{'the FFNs alone' if setup['scope'] == 'ffn' else 'attention and FFNs'}.\n\n{markdown_table(heads, table)}\n"
     )
+
+
+def _amount(row: Mapping[str, Any]) -> str:
+    """What was asked for: the budget, or the ratio that is left out."""
+    return f"{row['budget']:g}" if row["budget"] is not None else f"ratio {row['ratio']:g}"
 
 
 def _vision(found: Mapping[str, Any], _: Mapping[str, Any]) -> str:
@@ -125,7 +136,7 @@ def _speed(found: Mapping[str, Any], _: Mapping[str, Any]) -> str:
     facts = found["machine"]
     table = [
         [
-            "-" if row["budget"] is None else f"{row['budget']:g}",
+            "-" if row["budget"] is None and row.get("ratio") is None else _amount(row),
             row["method"],
             f"{1 / median(row['step_s']):.1f}",
             _quartiles(row["speedup"]),
@@ -133,9 +144,8 @@ def _speed(found: Mapping[str, Any], _: Mapping[str, Any]) -> str:
         for row in found["rows"]
     ]
     return (
-        f"## smollm2-135m: decode speed\n\nThrough `generate`, float32, {found['prompt']} tokens of prompt, median of "
-        f"{found['decoded']} decode steps in each of {len(found['rows'][0]['step_s'])} rounds; over the dense model on torch's "
-        f"kernels in the same round, median and quartiles. {facts.get('cpu', '')}, {facts.get('threads', '')} threads, torch "
+        f"## smollm2-135m: decode speed\n\nThrough `generate`, float32, {found['how']}; over the dense model on torch's kernels "
+        f"in the same round, median and quartiles. {facts.get('cpu', '')}, {facts.get('threads', '')} threads, torch "
         f"{facts.get('torch', '')}. `static` stands for every method with a fixed mask.\n\n"
         f"{markdown_table(['budget', 'method', 'tokens/s', 'speed-up'], table)}\n"
     )
@@ -146,21 +156,25 @@ def _quartiles(speedup: Sequence[float]) -> str:
     return f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
 
 
-def _speedups(parts: Mapping[str, Any]) -> dict[tuple[str, float], float]:
-    """Method and budget -> speed-up; fixed masks all decode as ``static`` does."""
+def _speedups(parts: Mapping[str, Any]) -> dict[tuple[str, str], Sequence[float]]:
+    """Method and budget (or ratio) -> quartiles of the speed-up; fixed masks all decode as ``static`` does."""
     rows = parts.get("speed", {"rows": []})["rows"]
-    known = {(r["method"], r["budget"]): r["speedup"][1] for r in rows if r["budget"] is not None}
+    known = {(r["method"], _amount(r)): r["speedup"] for r in rows if r["budget"] or r.get("ratio")}
     fixed = [name for name in STYLES if name not in ("thresholds", "pop", "static")]
     return known | {(name, budget): v for (m, budget), v in known.items() if m == "static" for name in fixed}
 
 
-def _speed_cell(speeds: Mapping[tuple[str, float], float], method: str, budget: str) -> str:
-    found = 1.0 if method == "dense" else speeds.get((method, float(budget)))
-    return "-" if found is None else f"{found:.2f}x"
+def _speed_cell(speeds: Mapping[tuple[str, str], Sequence[float]], method: str, amount: str) -> str:
+    if method == "dense":
+        return "1.00x"
+    found = speeds.get((method, amount))
+    return "-" if found is None else f"{found[1]:.2f}x"
 
 
 def _span(row: Mapping[str, Any], name: str, form: str) -> str:
     interval = row[f"{name}_interval"]
+    if row[name] is None:  # it was not noted
+        return "-"
     return f"{row[name]:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
 
 
@@ -190,24 +204,29 @@ def draw(parts: Mapping[str, Any], path: Path) -> None:
 
 
 def _panel(axis: Any, part: str, against: str, found: Mapping[str, Any], speeds: Any, handles: dict[str, Any]) -> None:
+    from matplotlib.ticker import FixedLocator, MultipleLocator, NullLocator
+
     dense = found["rows"][0]
     for name, (colour, marker) in STYLES.items():
-        points = []
+        points = []  # x, y, and how far x is known to either side
         for row in (row for row in found["rows"] if row["method"] == name):
             if part == "vision":
-                points.append((row["budget"], 100 * sum(row["right"]) / len(row["right"])))
+                points.append((row["budget"], 100 * sum(row["right"]) / len(row["right"]), 0.0, 0.0))
             elif against == "bytes" and row["kl"] <= SHOWN:
-                points.append((layers_share(row, dense), row["kl"]))
-            elif row["kl"] <= SHOWN and (name, row["budget"]) in speeds:
-                points.append((speeds[name, row["budget"]], row["kl"]))
+                points.append((layers_share(row, dense), row["kl"], 0.0, 0.0))
+            elif row["kl"] <= SHOWN and (name, _amount(row)) in speeds:
+                low, middle, high = speeds[name, _amount(row)]
+                points.append((middle, row["kl"], middle - low, high - middle))
         if points:
+            x, y, left, right = zip(*sorted(points, key=lambda point: point[1]), strict=True)
             style = {
                 "color": colour,
                 "marker": marker,
                 "markersize": 5,
                 "linewidth": 1.6 if name == "thresholds" else 1.1,
             }
-            handles[name] = axis.plot(*zip(*sorted(points), strict=True), **style)[0]
+            spans = {"xerr": [left, right], "elinewidth": 0.6} if against == "speed" else {}
+            handles[name] = axis.errorbar(x, y, **spans, **style)
     axis.grid(color="#E4E4E4", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -217,6 +236,9 @@ def _panel(axis: Any, part: str, against: str, found: Mapping[str, Any], speeds:
         axis.set_ylabel("exact match, %")
     else:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(FixedLocator(TICKS))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.set_title(f"{found['setup']['model']}, {len(found['setup']['texts'])} texts", loc="left", fontsize=10)
         axis.set_ylabel("KL to dense, nats a token")
     if against == "speed":
@@ -224,5 +246,6 @@ def _panel(axis: Any, part: str, against: str, found: Mapping[str, Any], speeds:
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     else:
         axis.set_xlabel("bytes of the layers' weights that a token reads")
+        axis.xaxis.set_major_locator(MultipleLocator(0.05))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.invert_xaxis()

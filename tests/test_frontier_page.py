@@ -28,7 +28,14 @@ def row(method, budget, kl):
 
 def text(model):
     rows = [row(name, budget, kl / budget) for budget in (0.75, 0.65) for name, kl in KL.items()]
-    setup = {"model": model, "texts": {"a": "", "b": ""}, "prompt": 8, "continuation": 4, "dtype": "float32"}
+    setup = {
+        "model": model,
+        "texts": {"a": "", "b": ""},
+        "prompt": 8,
+        "continuation": 4,
+        "dtype": "float32",
+        "scope": "ffn",
+    }
     return {"setup": setup, "rows": [row("dense", None, 0), *rows]}
 
 
@@ -50,8 +57,7 @@ PARTS = {
     },
     "speed": {
         "machine": {"cpu": "a CPU", "threads": 2, "torch": "2"},
-        "prompt": 8,
-        "decoded": 4,
+        "how": "4 steps",
         "rows": [speeds("dense", None, 1), speeds("thresholds", 0.65, 2), speeds("static", 0.65, 1.5)],
     },
 }
@@ -68,7 +74,7 @@ def test_page(module, tmp_path, names):
             assert min(picture.size) > 300
         assert (tmp_path / "frontier.png").stat().st_size < 200_000
     if "text" in names:
-        assert "| 0.65 | thresholds | 65.0% | 0.0769 [0.0769, 0.0769] | 0.100 |" in page
+        assert "| 0.65 | thresholds | 65.0% | 0.077 [0.077, 0.077] | 0.100 |" in page
     if "vision" in names:
         assert "| 0.65 | thresholds | 80.0 %" in page and "-10.00 [" in page
     if len(names) > 1:
