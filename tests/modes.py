@@ -146,3 +146,14 @@ def dense_run(mode, model):
         return MODES[mode][0](model)
     except Exception as error:
         pytest.skip(f"transformers: {type(error).__name__} {str(error)[:80]}")
+
+
+def in_modes(types, full, modes=tuple(MODES)):
+    """Pairs of type and mode: types of ``full`` in every mode, the others in the first mode and, in turn, in one more.
+
+    Modes differ in which forwards there are and in their caches, types of one layout in their attention: a pair of each
+    mode with each type would prove nothing new.
+    """
+    for place, model_type in enumerate(types):
+        in_turn = (modes[0], modes[1 + place % (len(modes) - 1)])
+        yield from ((model_type, mode) for mode in (modes if model_type in full else in_turn))

@@ -3,7 +3,21 @@
 import pytest
 import torch
 
-from modes import BACKENDS, LENGTH, MODES, RATIO, STEPS, backends, dense_run, generate, greedy_run, left_padded, pruned
+from modes import (
+    BACKENDS,
+    LAYOUTS,
+    LENGTH,
+    MODES,
+    RATIO,
+    STEPS,
+    backends,
+    dense_run,
+    generate,
+    greedy_run,
+    in_modes,
+    left_padded,
+    pruned,
+)
 from observe import Active, partitions, prompt
 from reference import Pop, counts, down_projections
 from tiny_models import DENSE_MODELS
@@ -18,11 +32,14 @@ def any_model(request, load):
     return load(request.param, torch.float32 if overflows else torch.float64)
 
 
-modes = pytest.mark.parametrize("mode", MODES)
+def modes(names=tuple(MODES)):
+    """Every layout in these modes, every other type in the first of them and one more."""
+    pairs = list(in_modes(DENSE_MODELS, LAYOUTS, names))
+    return pytest.mark.parametrize(("any_model", "mode"), pairs, indirect=["any_model"])
 
 
 @backends
-@modes
+@modes()
 def test_ratio_0_is_dense_bit_for_bit(any_model, mode, backend):
     tokens, logits = dense_run(mode, any_model)
     with pruned(any_model, backend, ratio=0.0):
@@ -31,7 +48,7 @@ def test_ratio_0_is_dense_bit_for_bit(any_model, mode, backend):
     assert torch.equal(again[1], logits)
 
 
-@modes
+@modes()
 def test_inplace_selects_and_decodes_like_masked(any_model, mode):
     dense_run(mode, any_model)
     found = {}
@@ -46,9 +63,7 @@ def test_inplace_selects_and_decodes_like_masked(any_model, mode):
 
 
 @backends
-@pytest.mark.parametrize(
-    "mode", [mode for mode, (_, rows) in MODES.items() if rows and mode not in ("greedy", "single")]
-)
+@modes([mode for mode, (_, rows) in MODES.items() if rows and mode not in ("greedy", "single")])
 def test_every_exact_mode_equals_greedy(any_model, mode, backend):
     rows = MODES[mode][1]
     tokens, logits = dense_run(mode, any_model)
@@ -64,8 +79,7 @@ def test_every_exact_mode_equals_greedy(any_model, mode, backend):
 
 
 @backends
-@pytest.mark.parametrize("prefill", ["dense", "partition"])
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("prefill", "rows"), [("dense", 1), ("dense", 2), ("partition", 2)])
 def test_greedy_equals_the_reference(any_model, backend, prefill, rows):
     ids = prompt(rows, LENGTH)
     with Pop(any_model, RATIO, prefill=prefill) as reference:

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from modes import (
     BACKENDS,
-    EXPERT_LAYOUTS,
     LENGTH,
     MODES,
     STEPS,
@@ -24,6 +23,7 @@ from modes import (
     generate,
     greedy_run,
     implementations,
+    in_modes,
     left_padded,
     pruned,
     with_experts,
@@ -33,6 +33,11 @@ from tiny_models import MOE_MODELS, tiny
 
 WAIT = {"min_tokens": 4}
 every_type = pytest.mark.parametrize("model_type", MOE_MODELS)
+# each backend and each implementation; that both backends are equal is tested with every type and implementation
+kinds = pytest.mark.parametrize(
+    ("implementation", "backend"),
+    [("eager", "masked"), ("eager", "inplace"), ("batched_mm", "inplace"), ("grouped_mm", "masked")],
+)
 EXACT = [mode for mode, (_, rows) in MODES.items() if rows and mode not in ("greedy", "single")]
 
 
@@ -95,15 +100,13 @@ def test_the_prefill_is_the_dense_model(load, model_type):
                     assert torch.equal(model(ids).logits, dense)
 
 
-@every_type
-def test_every_type_decodes_in_every_exact_mode_like_greedy(load, model_type):
-    modes = EXACT if model_type in EXPERT_LAYOUTS else EXACT[:3]
-    check_exact_modes(with_experts(load, model_type), "inplace", modes)
+@pytest.mark.parametrize(("model_type", "mode"), [pair for pair in in_modes(MOE_MODELS, ()) if pair[1] in EXACT])
+def test_every_type_decodes_in_exact_modes_like_greedy(load, model_type, mode):
+    check_exact_modes(with_experts(load, model_type), "inplace", [mode])
 
 
 @expert_layouts
-@backends
-@implementations
+@kinds
 def test_every_exact_mode_equals_greedy(load, model_type, implementation, backend):
     check_exact_modes(with_experts(load, model_type, implementation), backend, EXACT)
 
@@ -291,8 +294,7 @@ def continued(model, logits, cache, steps=STEPS):
     return torch.stack(found)
 
 
-@backends
-@implementations
+@kinds
 @expert_layouts
 def test_state_never_leaks_between_prompts(load, model_type, implementation, backend):
     model, prompts = with_experts(load, model_type, implementation), [prompt(1, 3, seed) for seed in range(3)]
@@ -307,8 +309,7 @@ def test_state_never_leaks_between_prompts(load, model_type, implementation, bac
             assert state_of(session) == alone[index][1]
 
 
-@backends
-@implementations
+@kinds
 @expert_layouts
 def test_two_caches_in_turn_equal_each_alone(load, model_type, implementation, backend):
     model, prompts = with_experts(load, model_type, implementation), [prompt(1, 3, seed) for seed in range(2)]
