@@ -23,7 +23,6 @@ from modes import (
     generate,
     greedy_run,
     implementations,
-    in_modes,
     left_padded,
     pruned,
     with_experts,
@@ -100,9 +99,11 @@ def test_the_prefill_is_the_dense_model(load, model_type):
                     assert torch.equal(model(ids).logits, dense)
 
 
-@pytest.mark.parametrize(("model_type", "mode"), [pair for pair in in_modes(MOE_MODELS, ()) if pair[1] in EXACT])
-def test_every_type_decodes_in_exact_modes_like_greedy(load, model_type, mode):
-    check_exact_modes(with_experts(load, model_type), "inplace", [mode])
+@every_type
+def test_every_type_decodes_in_an_exact_mode_like_greedy(load, model_type):
+    """Each in the first mode, in turn, that transformers offers it."""
+    first = list(MOE_MODELS).index(model_type) % len(EXACT)
+    check_exact_modes(with_experts(load, model_type), "inplace", EXACT[first:] + EXACT[:first], enough=1)
 
 
 @expert_layouts
@@ -111,9 +112,11 @@ def test_every_exact_mode_equals_greedy(load, model_type, implementation, backen
     check_exact_modes(with_experts(load, model_type, implementation), backend, EXACT)
 
 
-def check_exact_modes(model, backend, modes):
+def check_exact_modes(model, backend, modes, enough=None):
     checked = []
     for mode in modes:
+        if len(checked) == enough:
+            break
         rows = MODES[mode][1]
         try:
             dense = dense_run(mode, model), dense_run("greedy" if rows == 2 else "single", model)
