@@ -136,6 +136,8 @@ class ThresholdEngine(Engine):
         self.shares = shares
         self._waiting = []  # decode steps teach nothing
         self._first: weakref.WeakKeyDictionary[Forward, Tensor] = weakref.WeakKeyDictionary()
+        # of a step, [N]: tokens that are not a sequence's first
+        self._later: weakref.WeakKeyDictionary[Step, Tensor] = weakref.WeakKeyDictionary()
 
     @property
     def per_sequence(self) -> bool:
@@ -172,7 +174,9 @@ class ThresholdEngine(Engine):
         would lower the thresholds of short prompts.
         """
         state.width = values.shape[-1]
-        later = ~self._first_tokens(forward, values.device)[row, step.column]
+        later = self._later.get(step)
+        if later is None:
+            later = self._later[step] = ~self._first_tokens(forward, values.device)[row, step.column]
         for modality, mask in step.by_modality:
             found = histogram(values, row, step.rows, weight, later if mask is None else later & mask)
             state.counts = added(state.counts, modality, found)
