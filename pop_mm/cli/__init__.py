@@ -343,6 +343,42 @@ def bench(
 
 
 @app.command()
+def tune(
+    model: Model,
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", metavar="NATS", help="Find the smallest budget that keeps this KL to dense."),
+    ] = None,
+    min_speedup: Annotated[
+        float | None,
+        typer.Option("--min-speedup", metavar="FACTOR", help="Find the largest budget that is so much faster."),
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Your text; else prose that ships.")] = None,
+    save: Annotated[str | None, typer.Option(metavar="FILE", help="Write the settings file, for --settings.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, max=_MOST, help="Prompt tokens of each piece of text.")] = 256,
+    continuation: Annotated[int, typer.Option(min=1, max=_MOST, help="Decode steps scored.")] = 128,
+    limit: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Most pieces of text to score.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=4, max=_MOST, help="Decoded to measure speed, exactly.")] = 64,
+    rounds: Annotated[
+        int, typer.Option(min=0, max=_MOST, help="Dense and pruned in turn for each speed; 0: none.")
+    ] = 3,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Find the budget for a quality or a speed on your text, and write the settings for it. Code 1: it cannot be met.
+
+    Examples: pop-mm tune --model smollm2-135m --max-kl 0.05 --save settings.json; then
+    pop-mm generate --model smollm2-135m --prompt "Why is the sky blue?" --settings settings.json
+    """
+    from .tune import run
+
+    measured = (prompt, continuation, limit, new_tokens, rounds)
+    if not run(model, max_kl, min_speedup, text or (), *measured, save, dtype, device, json_file):
+        raise typer.Exit(1)
+
+
+@app.command()
 def adapters(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)] = False,
     markdown: Annotated[
