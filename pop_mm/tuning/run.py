@@ -17,7 +17,7 @@ from ..evaluation.intervals import difference
 from ..groups import InputGroup
 from ..passages import load_passages
 from ..session import weights_per_token
-from ..threshold_session import plan_thresholds
+from ..threshold_session import ThresholdPlan, plan_thresholds
 from .quality import Quality, QualityMeter
 from .result import TuneError, TunePoint, TuneResult
 from .search import first_that_holds, most_questions
@@ -118,6 +118,11 @@ def _named(text: str | Sequence[str] | Mapping[str, str] | None) -> dict[str, st
     return dict(text) if isinstance(text, Mapping) else {f"text {n}": one for n, one in enumerate(text, start=1)}
 
 
+def _why_masked(plans: Sequence[ThresholdPlan]) -> str | None:
+    """Why no weights are read by rows; None if some are."""
+    return None if any(plan.backend == "rows" for plan in plans) else plans[0].reason
+
+
 class _Search:
     """What was measured so far. Budgets are told apart by the share of all layers' bytes, whatever they are a budget of."""
 
@@ -140,11 +145,11 @@ class _Search:
         self._qualities: dict[tuple[str, int], Quality] = {}
         self.notes: list[str] = []
         plans = plan_thresholds(model, PopConfig(budget=0.99))
-        if not any(plan.backend == "rows" for plan in plans):
-            reason = f"Nothing is read by rows here, so there is no speed-up: {plans[0].reason}."
+        if (reason := _why_masked(plans)) is not None:
+            said = f"Nothing is read by rows here, so there is no speed-up: {reason}."
             if min_speedup is not None:
-                raise TuneError(reason)
-            self.notes.append(reason)
+                raise TuneError(said)
+            self.notes.append(said)
         counts = weights_per_token(model, adapter_for(model), [p for p in plans if not isinstance(p.ffn, InputGroup)])  # type: ignore[misc]
         layers = sum(count for name, count in counts.items() if name != "lm_head")
         self._attention = counts["attention"] / layers
