@@ -225,7 +225,7 @@ def test_thresholds_score_what_steps_after_each_prompt_give(model, tokenizer, tm
 
     agree(lm.loglikelihood(requests(*ASKED), disable_tqdm=True), [stepped(*pair) for pair in PAIRS])
     tally = lm.tallies["some"]
-    assert tally.prefill_requests == 1, "a context of two tokens sets no thresholds: all of it is dense"
+    assert tally.prefill_requests == 2, "contexts of two and three tokens set no thresholds: all of them is dense"
     assert tally.pruned_scored_tokens == sum(len(steps) - 1 for context, steps in PAIRS if len(context) > 3)
     lm.loglikelihood_rolling(requests(words(*range(10, 23)), kind="loglikelihood_rolling", task="rolling"))
     assert lm.tallies["rolling"].pruned_token_share == 0

@@ -124,7 +124,7 @@ def _left_out(config: PopConfig) -> str:
 def _sliders(gr: Any, amounts: list[float], config: PopConfig) -> list[Any]:
     """Budget or ratio, gamma and the longest answer."""
     by_budget = config.ratio is None
-    start = config.budget if config.ratio is None else config.ratio
+    start = config.ratio or 0.0 if config.budget is None else config.budget
     of = "attention and FFN weights" if config.scope == "overall" else "FFN weights"
     return [
         gr.Slider(

@@ -331,14 +331,17 @@ def bench(
 
     source = source_of(model, config, random_weights, layers, dtype)
     pruned = pruning(grid_of(context, settings, scope="scope", gamma="gamma", batch_mode="batch"))
-    grid = {
-        "batches": batch,
-        "prompts": prompt,
-        "new_tokens": new_tokens,
-        "kernels": kernels or ["stock"],
-        "caches": cache,
-    }
-    setup = Setup(**grid, **pruned, compile=compiled, rounds=rounds, seed=seed)
+    setup = Setup(
+        batches=batch,
+        prompts=prompt,
+        new_tokens=new_tokens,
+        kernels=kernels or ["stock"],
+        caches=cache,
+        compile=compiled,
+        rounds=rounds,
+        seed=seed,
+        **pruned,
+    )
     run(source, setup, kernels or [], memory, device, json_file, plot)
 
 
