@@ -360,7 +360,7 @@ def tune(
     save: Annotated[str | None, typer.Option(metavar="FILE", help="Write the settings file, for --settings.")] = None,
     prompt: Annotated[int, typer.Option(min=1, max=_MOST, help="Prompt tokens of each piece of text.")] = 256,
     continuation: Annotated[int, typer.Option(min=1, max=_MOST, help="Decode steps scored.")] = 128,
-    limit: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Most pieces of text to score.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=_MOST, help="Most pieces of text to score.")] = 12,
     new_tokens: Annotated[int, typer.Option(min=4, max=_MOST, help="Decoded to measure speed, exactly.")] = 64,
     rounds: Annotated[
         int, typer.Option(min=0, max=_MOST, help="Dense and pruned in turn for each speed; 0: none.")

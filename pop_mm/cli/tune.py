@@ -23,7 +23,7 @@ def run(
     files: Sequence[str],
     prompt: int,
     continuation: int,
-    limit: int | None,
+    limit: int,
     new_tokens: int,
     rounds: int,
     save: str | None,

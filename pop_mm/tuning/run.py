@@ -36,7 +36,7 @@ def tune(
     text: str | Sequence[str] | Mapping[str, str] | None = None,
     prompt: int = 256,
     continuation: int = 128,
-    limit: int | None = None,
+    limit: int | None = 12,
     new_tokens: int = 64,
     rounds: int = 3,
     progress: Callable[[int, int], object] = lambda done, total: None,
@@ -63,7 +63,7 @@ def tune(
     prompt, continuation : int
         Tokens of each window: of its prompt, and scored after it.
     limit : int, optional
-        Most windows.
+        Most windows; of several texts, the first of each come first. None: all.
     new_tokens : int
         Decoded in each round of a measurement of speed.
     rounds : int
