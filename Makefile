@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo docs test test-docs test-packages lint format clean
+.PHONY: setup demo docs test test-docs test-packages dist test-dist lint format clean
 
 setup: $(VENV)/.installed
 
@@ -43,6 +43,20 @@ $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	@touch $@
 
+# sdist and wheel in dist/, checked. The wheel has the C libraries in it, so that no compiler is needed where it is installed.
+dist: $(VENV)/.dist
+	$(BIN)/python scripts/dist.py
+
+$(VENV)/.dist: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dist]"
+	@touch $@
+
+# README's first example from that wheel, in an environment of its own and without a compiler; and two builds are equal.
+test-dist: dist
+	$(BIN)/python scripts/try_dist.py
+	$(BIN)/python scripts/dist.py --output build/dist-again
+	diff -r dist build/dist-again
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,4 +67,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build site *.egg-info out
+	rm -rf $(VENV) .venv-dist build dist site *.egg-info out

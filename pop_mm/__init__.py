@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from .errors import AdapterError, ConfigError, NonFiniteError, PhaseError, PopError, SessionError
     from .scoring import Scorer, register_scorer
     from .session import Session, prune
-    from .tuning import tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AdapterError",
     "ConfigError",
@@ -31,7 +30,6 @@ __all__ = [
     "prune",
     "register_adapter",
     "register_scorer",
-    "tune",
 ]
 _HOME = {
     "PopConfig": "config",
@@ -40,7 +38,6 @@ _HOME = {
     "prune": "session",
     "register_adapter": "adapters",
     "register_scorer": "scoring",
-    "tune": "tuning",
 }
 
 

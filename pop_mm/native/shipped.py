@@ -22,7 +22,7 @@ class Variant:
     Attributes
     ----------
     name : str
-        Of the folder in :data:`FOLDER`.
+        Of the folder in :data:`FOLDER`; as that of a module, like the names of the files.
     needs : frozenset of str
         Flags of ``/proc/cpuinfo`` that the processor must have.
     options : tuple of str
@@ -39,9 +39,9 @@ _V4 = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"
 # Best first. The levels are those of the x86-64 psABI; the last variant runs on any processor of the kind.
 VARIANTS = {
     "x86_64": (
-        Variant("x86-64-v4", _V4, ("-march=x86-64-v4",)),
-        Variant("x86-64-v3", _V3, ("-march=x86-64-v3",)),
-        Variant("x86-64", frozenset(), ("-march=x86-64",)),
+        Variant("x86_64_v4", _V4, ("-march=x86-64-v4",)),
+        Variant("x86_64_v3", _V3, ("-march=x86-64-v3",)),
+        Variant("x86_64", frozenset(), ("-march=x86-64",)),
     ),
     "aarch64": (Variant("aarch64", frozenset(), ("-march=armv8-a",)),),
 }
@@ -49,7 +49,7 @@ VARIANTS = {
 
 def path(sources: Sources, variant: Variant) -> Path:
     """Where the library of these sources lies for a variant, whether or not it is there."""
-    return FOLDER / variant.name / f"{sources.name}-{sources.digest()}.so"
+    return FOLDER / variant.name / f"{sources.name}_{sources.digest()}.so"
 
 
 def load(sources: Sources) -> ctypes.CDLL | str | None:

@@ -24,7 +24,7 @@ _HEADERS = (*(Path(__file__).with_name(name) for name in ("scalar.h", "activate.
 
 def sources(dtype: torch.dtype, options: Sequence[str] = ()) -> native.Sources:
     """What the library for a dtype of :data:`OPTIONS` is made of; with more options for the compiler."""
-    return native.Sources(f"ops-{str(dtype).removeprefix('torch.')}", _FILES, _HEADERS, (OPTIONS[dtype], *options))
+    return native.Sources(f"ops_{str(dtype).removeprefix('torch.')}", _FILES, _HEADERS, (OPTIONS[dtype], *options))
 
 
 class Library:
