@@ -60,7 +60,7 @@ test-dist: dist
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python scripts/check_types.py
 
 format: setup
 	$(BIN)/ruff check --fix .
