@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import html
+import html as entities
 import os
 import re
 import shutil
@@ -80,5 +80,10 @@ def command_reference() -> str:
     """Return every command and option, as typer writes them, two headings lower."""
     command = [sys.executable, "-m", "typer", "pop_mm.cli", "utils", "docs", "--name", "pop-mm"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    text = html.unescape(done.stdout.split("**Commands**:")[1])
+    text = entities.unescape(done.stdout.split("**Commands**:")[1])
     return re.sub(r"^(#+) ", r"#\1 ", text[text.index("## ") :], flags=re.MULTILINE)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Drop the roles of reStructuredText that docstrings have: ``:class:`Session```."""
+    return re.sub(r":(?:class|meth|func|attr|mod|data):(?=<code>)", "", html)

@@ -108,11 +108,12 @@ def stand_in_cache(cache: Path) -> None:
 
 
 def working_folder(folder: Path) -> None:
-    """Put what command lines of the pages name into a folder: a picture and a text."""
+    """Put what the pages name into a folder: a picture, a text, and settings."""
     shutil.copyfile(SCENES / "two-blue.png", folder / "photo.png")
     (folder / "mine.txt").write_text(
         "The lighthouse keeper climbed the stairs and lit the lamp. " * 20, encoding="utf-8"
     )
+    (folder / "settings.json").write_text('{"budget": 0.65}', encoding="utf-8")
 
 
 def run_python(block: Block) -> str:
