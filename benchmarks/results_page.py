@@ -80,7 +80,7 @@ python -m pop_mm.evaluation.lm_harness run --model pop --batch_size 10 \\
     --model_args pretrained=meta-llama/Llama-3.1-8B,ratio=0.2,gamma=0.1,prefill=partition,batch=shared,loglikelihood=prefill,dtype=bfloat16 \\
     --tasks boolq,rte,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa,piqa
 pop-mm eval --model meta-llama/Llama-3.1-8B --dataset Salesforce/wikitext --subset wikitext-2-raw-v1 \\
-    --method static --method pop --method full --prefill partition --batch shared --batch-size 10 --output llama-wikitext
+    --method static --method pop --method full --ratio 0.2 --ratio 0.4 --prefill partition --batch shared --batch-size 10 --output llama-wikitext
 ```
 
 More of them, and which tasks they are: [harness.md](harness.md), [harness_vision.md](harness_vision.md).

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import AdapterError, ConfigError, NonFiniteError, PhaseError, PopError, SessionError
     from .scoring import Scorer, register_scorer
     from .session import Session, prune
+    from .tuning import tune
 
 __version__ = "0.2.0"
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "prune",
     "register_adapter",
     "register_scorer",
+    "tune",
 ]
 _HOME = {
     "PopConfig": "config",
@@ -38,6 +40,7 @@ _HOME = {
     "prune": "session",
     "register_adapter": "adapters",
     "register_scorer": "scoring",
+    "tune": "tuning",
 }
 
 

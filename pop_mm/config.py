@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from .errors import ConfigError
@@ -283,6 +284,51 @@ class PopConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"A JSON config is an object; got {type(values).__name__}.")
         return cls.from_dict(values)
+
+    def changes(self) -> dict[str, Any]:
+        """Plain values of what differs from the defaults, and the method that ``auto`` stands for, for :meth:`from_dict`."""
+        plain = {f.name: {} if f.default is MISSING else f.default for f in fields(self)}
+        found = {name: value for name, value in self.to_dict().items() if value != plain[name]}
+        found.pop("variant", None)  # the method says it
+        return {**found, "method": self.chosen_method}
+
+    def save(self, path: str | Path) -> Path:
+        """Write a settings file: JSON of :meth:`changes`.
+
+        Raises
+        ------
+        ConfigError
+            The file cannot be written, or an own scorer or method is not registered, so that no file can name it.
+        """
+        values = self.changes()
+        get_scorer(values.get("scorer", "wanda"))
+        get_method(values["method"])
+        target = Path(path).expanduser()
+        try:
+            target.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"The settings file {target} cannot be written: {error.strerror or error}.") from None
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> PopConfig:
+        """The config of a settings file: JSON with some of the settings, as :meth:`save` and ``pop-mm tune`` write it.
+
+        Raises
+        ------
+        ConfigError
+            The file cannot be read, is no JSON object, or has a setting that is unknown (the nearest name is given) or wrong.
+        """
+        target = Path(path).expanduser()
+        try:
+            text = target.read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            said = getattr(error, "strerror", None) or "it is no UTF-8 text"
+            raise ConfigError(f"The settings file {target} cannot be read: {said}.") from None
+        try:
+            return cls.from_json(text)
+        except ConfigError as error:
+            raise ConfigError(f"The settings file {target}: {error}") from None
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

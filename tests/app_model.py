@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from observe import differences, fingerprint
-from pop_mm import prune
+from pop_mm import PopConfig, prune
 from pop_mm.app import Asker
 from pop_mm.app.examples import examples
 from pop_mm.vision import load_image, load_processor, prepare
@@ -37,7 +37,7 @@ def tiny_asker(folder: Path) -> Asker:
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, reader.tokenizer.pad_token_id
     model.save_pretrained(folder)
     asker = Asker.load(str(folder))
-    asker.warm_up(0.4)
+    asker.warm_up(PopConfig(0.4))
     return asker
 
 

@@ -26,6 +26,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from pop_mm import PopConfig
 from pop_mm.app.examples import SCENES
 from pop_mm.samples import SAMPLES
 from tiny_models import tiny
@@ -110,6 +111,7 @@ def stand_in_cache(cache: Path) -> None:
 def working_folder(folder: Path) -> None:
     """Put what the pages name into a folder: a picture, a text, and settings."""
     shutil.copyfile(SCENES / "two-blue.png", folder / "photo.png")
+    PopConfig(budget=0.7).save(folder / "settings.json")
     (folder / "mine.txt").write_text(
         "The lighthouse keeper climbed the stairs and lit the lamp. " * 20, encoding="utf-8"
     )

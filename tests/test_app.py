@@ -13,6 +13,7 @@ from app_model import QUESTION, SCENE, alone, changes, free_port, idle, tiny_ask
 from PIL import Image
 
 from observe import fingerprint
+from pop_mm import PopConfig
 from pop_mm.app import Asker
 from pop_mm.app.server import serve
 from pop_mm.cli import main
@@ -60,7 +61,8 @@ def test_a_text_model_answers_without_image(tmp_path):
     assert not asker.takes_images
     (*_, last) = asker.ask(None, "w5 w9 w11", **SETTINGS)
     assert last.dense.text and last.pruned.done and last.report.config.ratio == 0.4
-    assert 0.4 <= asker.largest_ratio() < 0.8
+    assert 0.4 <= asker.amounts(PopConfig(0.4))[-1] < 0.8
+    assert 0 < asker.amounts(PopConfig())[0] < 0.3
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_a_missing_gradio_is_named(monkeypatch, capsys):
 def served(asker):
     names = ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "NO_PROXY", "no_proxy")
     environment = [os.environ.get(name) for name in names]
-    with serve(asker, free_port()) as served:
+    with serve(asker, free_port(), PopConfig(0.4)) as served:
         yield served
     assert [os.environ.get(name) for name in names] == environment
 

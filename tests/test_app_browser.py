@@ -10,6 +10,7 @@ from app_model import QUESTION, SCENE, alone, changes, free_port, idle, tiny_ask
 from PIL import Image
 
 from observe import fingerprint
+from pop_mm import PopConfig
 from pop_mm.app.examples import examples
 from pop_mm.app.server import serve
 
@@ -52,7 +53,7 @@ def driver(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(asker):
-    with serve(asker, free_port()) as served:
+    with serve(asker, free_port(), PopConfig(0.4)) as served:
         yield served
 
 

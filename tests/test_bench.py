@@ -35,13 +35,14 @@ PUBLISHED = {
     "qwen2.5-vl-7b": 8.29e9,
 }
 ROW_KEYS = {
-    *("method", "ratio", "gamma", "batch", "prompt", "cache", "new_tokens", "kernels", "compile", "backends"),
+    *("method", "ratio", "budget", "gamma", "batch", "prompt", "cache", "new_tokens", "kernels", "compile", "backends"),
     *("prefill_s", "ttft_s", "decode_tokens_per_s", "step_s", "end_to_end_s", "peak_memory_bytes"),
     *("speedup", "speedup_quartiles", "speedup_same_kernels", "speedup_same_kernels_quartiles"),
     *("step_speedup", "ttft_speedup", "end_to_end_speedup"),
     *("byte_limit", "bytes_per_token", "amdahl_limit", "fraction_of_limit"),
     *("step_parts_s", "selection_share", "prompt_parts_s", "prompt_overhead"),
 }
+LAYERS = ("FFN", "routed experts", "shared experts", "attention")
 COMPILED = kernels.why_not() is None
 SMALL = Setup(prompts=(8,), new_tokens=5, rounds=1)
 
@@ -193,6 +194,44 @@ def test_rows(load):
     assert any("larger batches go without" in note for note in results["notes"]) == COMPILED
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_rows_of_thresholds(load, model_type):
+    model = load(model_type, torch.float32)
+    asked = kernels_for(torch.device("cpu"), model.dtype)
+    amounts = {"ratios": (0.3,), "budgets": (0.7,), "methods": ("thresholds", "pop")}
+    results = measure(model, None, Setup((1, 2), (8,), 5, kernels=asked, rounds=1, **amounts))
+    json.dumps(results)
+    rows = {(r["batch"], r["method"], r["ratio"], r["budget"], r["kernels"]): r for r in results["rows"]}
+    assert all(set(row) == ROW_KEYS for row in rows.values())
+    fast = "rows" if COMPILED else "stock"
+    row, dense = rows[1, "thresholds", None, 0.7, fast], rows[1, "dense", None, None, asked[-1]]
+    assert set(row["backends"]) == ({"rows"} if COMPILED else {"masked"})
+    assert row["fraction_of_limit"] == pytest.approx(row["speedup_same_kernels"] / row["amdahl_limit"])
+    same = dense["decode_tokens_per_s"], row["decode_tokens_per_s"]
+    assert row["speedup_same_kernels"] == pytest.approx(same[1] / same[0]), "over dense on the fastest kernels"
+    if COMPILED:
+        read, whole = (sum(n for k, n in r["bytes_per_token"].items() if k in LAYERS) for r in (row, dense))
+        assert read == pytest.approx(0.7 * whole, rel=1e-3)
+        assert row["amdahl_limit"] > rows[1, "pop", None, 0.7, "compiled"]["amdahl_limit"] or model_type == "mixtral"
+        assert row["bytes_per_token"]["attention"] < dense["bytes_per_token"]["attention"]
+    several = rows[2, "thresholds", None, 0.7, "stock"]
+    assert set(several["backends"]) == {"masked"} and several["byte_limit"] == several["amdahl_limit"] == 1
+
+
+def test_a_step_of_thresholds_is_timed_after_the_weights_are_turned(load, monkeypatch):
+    model, seen = load("llama", torch.float32), []
+
+    def timed(model, *args, **options):
+        seen.append(model.model.layers[0].mlp.up_proj.weight.is_contiguous())
+        return generate_timed(model, *args, **options)
+
+    monkeypatch.setattr(run, "generate_timed", timed)
+    measure(
+        model, None, Setup(prompts=(8,), new_tokens=4, ratios=(), budgets=(0.5,), methods=("thresholds",), rounds=1)
+    )
+    assert sorted(seen) == ([False, False, True, True] if COMPILED else [True] * 4)
+
+
 def test_every_round_has_every_variant_in_an_order_of_its_own(load, monkeypatch):
     model, seen = load("llama", torch.float32), []
 
@@ -307,7 +346,11 @@ def test_prompts_repeat_passages_and_avoid_special_ids():
         (["--model", "x", "--batch", 0], "greater than or equal to 1"),
         (["--model", "x", "--ratio", 1.5], "ratio must lie in [0, 1)"),
         (["--model", "x", "--ratio", 0], "give ratios above 0"),
-        (["--model", "x", "--method", "full"], "methods must be of static, pop; got 'full'"),
+        (["--model", "x", "--method", "full"], "methods must be of static, pop, thresholds; got 'full'"),
+        (["--model", "x", "--budget", 1], "give budgets below 1"),
+        (["--model", "x", "--budget", 2], "budget must be a number in (0, 1]"),
+        (["--model", "x", "--method", "thresholds", "--ratio", 0.2], "thresholds takes budgets"),
+        (["--config", "llama2-7b", "--random-weights", "--method", "pop", "--budget", 0.1], "reads at least"),
         (["--model", "x", "--cache", "paged"], "caches must be of dynamic, static"),
         (["--model", "x", "--compile"], "take the static cache alone"),
         (["--model", "x", "--batch-mode", "row"], "batch must be one of"),

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from modes import pruned
 from observe import differences, fingerprint
-from pop_mm import ConfigError, PopError
+from pop_mm import ConfigError, PopConfig, PopError, prune
 from pop_mm.evaluation import lm_harness
 from pop_mm.evaluation.lm_harness import PopLM, tasks_folder
 from pop_mm.samples import SampleError
@@ -109,7 +109,9 @@ def test_the_model_is_registered():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({}, "needs 'ratio'"),
+        ({"budget": 0.65, "loglikelihood": "prefill"}, "thresholds leave the prefill dense"),
+        ({"budget": 0.65, "ratio": 0.2}, "Give one"),
+        ({"settings": "nowhere.json"}, "nowhere.json cannot be read"),
         ({"ratio": 1.5}, "ratio must lie in"),
         ({"ratio": 0.2, "gama": 0.1}, "Did you mean 'gamma'"),
         ({"ratio": 0.2, "loglikelihood": "both"}, "'decode', 'prefill'"),
@@ -206,6 +208,29 @@ def count_forwards(model, run):
         return run(), shapes
     finally:
         hook.remove()
+
+
+def test_thresholds_score_what_steps_after_each_prompt_give(model, tokenizer, tmp_path):
+    PopConfig(budget=0.5).save(tmp_path / "settings.json")
+    lm = PopLM(model, tokenizer=tokenizer, settings=tmp_path / "settings.json", batch_size=2)
+    assert (lm.pop_config.chosen_method, lm.pop_config.budget) == ("thresholds", 0.5)
+
+    def stepped(context, continuation):
+        with torch.no_grad(), prune(model, budget=0.5):
+            output = model(torch.tensor([context]), use_cache=True)
+            logits, cache = [output.logits[0, -1:]], output.past_key_values
+            for token in continuation[:-1]:
+                logits.append(model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0])
+        return score(torch.cat(logits), continuation)
+
+    agree(lm.loglikelihood(requests(*ASKED), disable_tqdm=True), [stepped(*pair) for pair in PAIRS])
+    tally = lm.tallies["some"]
+    assert tally.prefill_requests == 2, "contexts of two and three tokens set no thresholds: all of them is dense"
+    assert tally.pruned_scored_tokens == sum(len(steps) - 1 for context, steps in PAIRS if len(context) > 3)
+    lm.loglikelihood_rolling(requests(words(*range(10, 23)), kind="loglikelihood_rolling", task="rolling"))
+    assert lm.tallies["rolling"].pruned_token_share == 0
+    (warning,) = [text for text in lm.pop_info()["warnings"] if text.startswith("rolling")]
+    assert "nor texts without a context" in warning and "partition" not in warning
 
 
 def test_answers_of_one_token_share_a_forward_and_warn(model, harness, caplog):

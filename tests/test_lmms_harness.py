@@ -711,7 +711,9 @@ def test_the_command_is_lmms_evals_with_the_model_registered(harness, monkeypatc
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({}, "needs 'ratio'"),
+        ({"budget": 0.65, "loglikelihood": "prefill"}, "thresholds leave the prefill dense"),
+        ({"budget": 0.65, "ratio": 0.2}, "Give one"),
+        ({"settings": "nowhere.json"}, "nowhere.json cannot be read"),
         ({"ratio": 0.4, "gama": 0.1}, "Did you mean 'gamma'"),
         ({"ratio": 0.4, "batch_size": "auto"}, "batch_size"),
         ({"ratio": 0.4, "batch_size": 0}, "batch_size"),

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 from ..cli.generate import Sampling, exceeded_context, is_unicode, tokenize, warm_up
 from ..config import PopConfig
 from ..errors import ConfigError, PopError
+from ..plans import plans_of
 from ..report import Report
 from ..samples import load, load_config, load_vision, takes_images
-from ..session import plan_ffns, prune
+from ..session import prune
+from ..threshold_report import ThresholdReport
 from ..vision import ImageSource, load_image, prepare
 from .examples import examples
 from .streams import Run, Stop, Stream
@@ -22,7 +24,7 @@ from .streams import Run, Stop, Stream
 MAX_BYTES = 10 * 2**20  # of an image
 MAX_CHARACTERS = 4000  # of a question
 MAX_NEW_TOKENS = 256
-_RATIOS = [step / 20 for step in range(1, 17)]  # 5 % to 80 %
+_AMOUNTS = [step / 20 for step in range(1, 20)]  # 5 % to 95 %
 
 
 class AskError(PopError, ValueError):
@@ -55,13 +57,13 @@ class Progress:
     Attributes
     ----------
     dense, pruned : Answer
-    report : Report or None
+    report : Report or ThresholdReport or None
         Of the pruned answer's session; only in the last one, where all is done.
     """
 
     dense: Answer = Answer()
     pruned: Answer = Answer()
-    report: Report | None = None
+    report: Report | ThresholdReport | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -102,36 +104,37 @@ class Asker:
         """Whether a question is being answered. Never while the model is pruned is this false."""
         return self._turn.locked()
 
-    def largest_ratio(self) -> float:
-        """The largest ratio, in steps of 5 %, that leaves something of every FFN.
+    def amounts(self, config: PopConfig) -> list[float]:
+        """Budgets or ratios, in steps of 5 %, that the model takes beside a config's other settings, ascending.
 
         Raises
         ------
         AdapterError, ConfigError
             The model cannot be pruned at all.
         """
-        largest = 0.0
-        for ratio in _RATIOS:
+        name = "budget" if config.ratio is None else "ratio"
+        found: list[float] = []
+        for amount in _AMOUNTS[::-1] if config.ratio is None else _AMOUNTS:  # the mildest first
             try:
-                plan_ffns(self.model, PopConfig(ratio))
+                plans_of(self.model, replace(config, **{name: amount}))  # type: ignore[arg-type]
             except ConfigError:
-                if not largest:
+                if not found:
                     raise
                 break
-            largest = ratio
-        return largest
+            found.append(amount)
+        return sorted(found)
 
-    def warm_up(self, ratio: float) -> None:
+    def warm_up(self, config: PopConfig) -> None:
         """Answer an example in a few tokens, dense and pruned: a first call costs more than the later ones."""
         picture, question = examples(self.takes_images)[0]
         with self._turn:
             inputs = self._encode(None if picture is None else load_image(picture), question, 4)
             warm_up(self.model, inputs)
-            with prune(self.model, ratio):
+            with prune(self.model, config):
                 warm_up(self.model, inputs)
 
     def ask(
-        self, image: ImageSource | None, question: str, *, ratio: float, gamma: float, max_new_tokens: int
+        self, image: ImageSource | None, question: str, *, max_new_tokens: int, **settings: Any
     ) -> Iterator[Progress]:
         """Answer greedily, dense and then pruned.
 
@@ -144,11 +147,10 @@ class Asker:
         image : ImageSource, optional
             Needed by, and only for, a model that takes images.
         question : str
-        ratio : float
-            Overall: of attention and FFN weights.
-        gamma : float
         max_new_tokens : int
             1 to ``MAX_NEW_TOKENS``.
+        **settings
+            Fields of :class:`~pop_mm.PopConfig`: ``budget=0.65``, or ``ratio=0.4, gamma=0.1``.
 
         Yields
         ------
@@ -162,9 +164,9 @@ class Asker:
         InputError
             An image that cannot be used (larger than ``MAX_BYTES``, for one).
         ConfigError
-            A ratio or gamma that does not fit the model.
+            A setting that is wrong or does not fit the model.
         """
-        config = PopConfig(ratio, gamma=gamma)
+        config = PopConfig.from_dict(settings)
         _check(question, max_new_tokens)
         picture = None
         if self.takes_images:
@@ -185,7 +187,7 @@ class Asker:
         while (event := run.events.get()) is not None:
             if isinstance(event, Exception):
                 raise event
-            if isinstance(event, Report):
+            if isinstance(event, Report | ThresholdReport):
                 progress = replace(progress, report=event)
             else:
                 which, value = event
@@ -210,7 +212,7 @@ class Asker:
 
     def _answer(self, run: Run, picture: Any, question: str, config: PopConfig, max_new_tokens: int) -> None:
         inputs = self._encode(picture, question, max_new_tokens)
-        session = prune(self.model, config)  # first, since it checks that the ratio fits the model
+        session = prune(self.model, config)  # first, since it checks that the settings fit the model
         self._generate(run, inputs, max_new_tokens, "dense")
         if run.stop.is_set():
             return

@@ -13,8 +13,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..config import PopConfig
 from ..errors import PopError
 from ..report import Report
+from ..threshold_report import ThresholdReport
 from ..vision import InputError
 from .asker import MAX_BYTES, MAX_CHARACTERS, MAX_NEW_TOKENS, Answer, Asker, AskError, Progress
 from .examples import examples
@@ -36,22 +38,22 @@ CSS = """
 _log = logging.getLogger("pop_mm.app")
 
 
-def build_page(asker: Asker, ratio: float) -> Any:
+def build_page(asker: Asker, config: PopConfig) -> Any:
     """The page as ``gradio.Blocks``, not served yet.
 
     Parameters
     ----------
     asker : Asker
-    ratio : float
-        Where its slider starts.
+    config : PopConfig
+        Its method, and where its sliders start.
     """
     import gradio as gr
 
     with gr.Blocks(title="pop_mm", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(
             f"<h1>pop_mm: dense and pruned, side by side</h1><div class='pop-notes'>{escape(asker.name)} on "
-            f"{escape(str(asker.model.device))}. The model answers twice; for the second answer POP leaves channels of its "
-            "FFNs out while it decodes.</div>",
+            f"{escape(str(asker.model.device))}. The model answers twice; for the second answer {_left_out(config)} while it "
+            "decodes.</div>",
             padding=False,
         )
         with gr.Row():
@@ -74,7 +76,7 @@ def build_page(asker: Asker, ratio: float) -> Any:
                     lines=1 if asker.takes_images else 3,
                     elem_id="question",
                 )
-                settings = _sliders(gr, max(asker.largest_ratio(), ratio), ratio)
+                sliders = _sliders(gr, asker.amounts(config), config)
         _add_examples(gr, asker, picture, question)
         with gr.Row():
             ask = gr.Button("Ask", variant="primary", elem_id="ask")
@@ -97,8 +99,8 @@ def build_page(asker: Asker, ratio: float) -> Any:
         )
         asked = gr.on(
             [ask.click, question.submit],
-            partial(_answer, gr, asker),
-            [picture, question, *settings],
+            partial(_answer, gr, asker, config),
+            [picture, question, *sliders],
             [*boxes, status, channels],
             show_progress="minimal",
             show_progress_on=[status],
@@ -112,19 +114,35 @@ def build_page(asker: Asker, ratio: float) -> Any:
     return page
 
 
-def _sliders(gr: Any, largest: float, ratio: float) -> list[Any]:
-    """Ratio, gamma and the longest answer."""
+def _left_out(config: PopConfig) -> str:
+    """The beginning of a sentence about the method."""
+    if config.chosen_method == "thresholds":
+        return "thresholds from the prompt leave the smallest inputs of its matrices out"
+    return f"{config.chosen_method.upper()} leaves channels of its FFNs out"
+
+
+def _sliders(gr: Any, amounts: list[float], config: PopConfig) -> list[Any]:
+    """Budget or ratio, gamma and the longest answer."""
+    by_budget = config.ratio is None
+    start = config.ratio or 0.0 if config.budget is None else config.budget
+    of = "attention and FFN weights" if config.scope == "overall" else "FFN weights"
     return [
         gr.Slider(
-            0,
-            largest,
-            value=ratio,
-            step=0.05,
-            label="Ratio: share of attention and FFN weights to leave out",
-            elem_id="ratio",
+            min(amounts[0], start) if by_budget else 0,
+            1 if by_budget else max(amounts[-1], start),
+            value=start,
+            step=0.05 if round(20 * start, 6).is_integer() else 0.01,
+            label=f"Budget: share of {of} that a token reads" if by_budget else f"Ratio: share of {of} to leave out",
+            elem_id="budget" if by_budget else "ratio",
         ),
         gr.Slider(
-            0, 0.5, value=0.1, step=0.05, label="Gamma: share of an FFN's channels that are candidates", elem_id="gamma"
+            0,
+            0.5,
+            value=config.gamma,
+            step=0.05,
+            label="Gamma: share of an FFN's channels that are candidates",
+            elem_id="gamma",
+            visible=config.chosen_method == "pop",
         ),
         gr.Slider(8, MAX_NEW_TOKENS, value=_LONGEST, step=8, label="Longest answer, in tokens", elem_id="longest"),
     ]
@@ -149,14 +167,24 @@ def _add_examples(gr: Any, asker: Asker, picture: Any, question: Any) -> None:
 
 
 def _answer(
-    gr: Any, asker: Asker, picture: str | None, question: str, ratio: float, gamma: float, longest: float
+    gr: Any,
+    asker: Asker,
+    config: PopConfig,
+    picture: str | None,
+    question: str,
+    amount: float,
+    gamma: float,
+    longest: float,
 ) -> Iterator[tuple[Any, ...]]:
     """What the page shows, again and again: both answers, both speeds, the line below them and the picture."""
     hidden = gr.update(value=None, visible=False)
     yield "", _line(""), "", _line(""), _line("Reading the prompt ..."), hidden
     shown, last = 0.0, Progress()
     try:
-        steps = asker.ask(_file(picture), question, ratio=ratio, gamma=gamma, max_new_tokens=int(longest))
+        settings = {**config.changes(), "budget" if config.ratio is None else "ratio": amount}
+        if config.chosen_method == "pop":
+            settings["gamma"] = gamma
+        steps = asker.ask(_file(picture), question, max_new_tokens=int(longest), **settings)
         with closing(steps):  # type: ignore[type-var]
             for progress in steps:
                 done = progress.dense.done != last.dense.done or progress.report is not None
@@ -178,24 +206,35 @@ def _answer(
         yield *_texts(last), _line(text, "pop-error"), hidden
 
 
-def draw(report: Report, path: str) -> None:
+def draw(report: Report | ThresholdReport, path: str) -> None:
     """Save the picture below the answers as PNG."""
     report.plot(path)
 
 
-def summary(report: Report) -> str:
+def summary(report: Report | ThresholdReport) -> str:
     """What was pruned, in a line or two of HTML."""
-    ratios = sorted(ffn.plan.ratio for ffn in report.ffns)
-    of_each = f"{ratios[0]:.1%}" if ratios[-1] - ratios[0] < 5e-4 else f"{ratios[0]:.1%} to {ratios[-1]:.1%}"
-    facts = [f"{of_each} of each FFN left out"]
+    facts = _of_thresholds(report) if isinstance(report, ThresholdReport) else _of_channels(report)
     if report.left_out_share is not None:
-        facts.append(f"{report.left_out_share:.1%} of all weights that a token reads")
+        facts.append(f"{report.left_out_share:.1%} of all weights that a token reads left out")
     kinds = ", ".join(f"{count} {name}" for name, count in report.modality_tokens.items() if count)
     facts.append(f"{report.prompt_tokens} prompt tokens" + (f" ({kinds})" if "," in kinds else ""))
-    facts.append("FFNs: " + ", ".join(f"{count} {name}" for name, count in report.backends.items()))
+    what = "Inputs" if isinstance(report, ThresholdReport) else "FFNs"
+    facts.append(f"{what}: " + ", ".join(f"{count} {name}" for name, count in report.backends.items()))
     notes = "".join(f"<div class='pop-notes'>{escape(note)}</div>" for note in report.notes)
     rough = "<div class='pop-notes'>Decode speed without prefill, one run each: a rough figure.</div>"
     return f"<div class='pop-line'>{escape('; '.join(facts))}.</div>{rough}{notes}"
+
+
+def _of_channels(report: Report) -> list[str]:
+    ratios = sorted(ffn.plan.ratio for ffn in report.ffns)
+    of_each = f"{ratios[0]:.1%}" if ratios[-1] - ratios[0] < 5e-4 else f"{ratios[0]:.1%} to {ratios[-1]:.1%}"
+    return [f"{of_each} of each FFN left out"]
+
+
+def _of_thresholds(report: ThresholdReport) -> list[str]:
+    meant, kept = report.scope_share
+    of = "attention and FFN weights" if report.config.scope == "overall" else "FFN weights"
+    return [f"{meant if kept is None else kept:.1%} of {of} read (meant: {meant:.1%})"]
 
 
 def _texts(progress: Progress) -> tuple[str, str, str, str]:

@@ -16,8 +16,8 @@ from rich.console import Console
 from ..cli.generate import find_device, torch_dtype
 from ..cli.terminal import CommandError, quiet, spinner
 from ..config import PopConfig
+from ..plans import plans_of
 from ..samples import resolve
-from ..session import plan_ffns
 from .asker import MAX_BYTES, Asker
 from .examples import SCENES
 from .page import CSS, build_page
@@ -41,17 +41,17 @@ class Served:
     asker: Asker
 
 
-def run(name: str, port: int, ratio: float, dtype: str, device: str) -> None:
+def run(name: str, port: int, config: PopConfig, dtype: str, device: str) -> None:
     """The command: load the model, serve the page and wait for Ctrl-C."""
     check_gradio()
-    where, kind, config = find_device(device), torch_dtype(dtype), PopConfig(ratio)
+    where, kind = find_device(device), torch_dtype(dtype)
     resolve(name)  # a sample is made here, with its own progress display
     with quiet():
         with spinner(f"Loading {name}"):
             asker = Asker.load(name, dtype=kind, device=where)
-            plan_ffns(asker.model, config)  # that the ratio fits is better known now
-            asker.warm_up(ratio)
-        with serve(asker, port, ratio) as served:
+            plans_of(asker.model, config)  # that the settings fit is better known now
+            asker.warm_up(config)
+        with serve(asker, port, config) as served:
             Console().print(f"{name} answers at {served.url} (Ctrl-C ends it).", highlight=False, soft_wrap=True)
             threading.Event().wait()
 
@@ -63,8 +63,15 @@ def check_gradio() -> None:
 
 
 @contextmanager
-def serve(asker: Asker, port: int, ratio: float = 0.4) -> Iterator[Served]:
+def serve(asker: Asker, port: int, config: PopConfig | None = None) -> Iterator[Served]:
     """Serve the page while the block runs; what users uploaded is deleted afterwards.
+
+    Parameters
+    ----------
+    asker : Asker
+    port : int
+    config : PopConfig, optional
+        What the page begins with; without one, the default budget.
 
     Raises
     ------
@@ -77,7 +84,7 @@ def serve(asker: Asker, port: int, ratio: float = 0.4) -> Iterator[Served]:
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-        page = build_page(asker, ratio)
+        page = build_page(asker, config or PopConfig())
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
         try:
             _, url, _ = page.launch(

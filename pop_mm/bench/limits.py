@@ -1,7 +1,8 @@
-"""How much faster a decode step could be: by the bytes that it reads, and by the share of its time that the FFNs take."""
+"""How much faster a decode step could be: by the bytes that it reads, and by the share of its time that what is pruned takes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from ..adapters import adapter_for
 from ..config import PopConfig
 from ..experts import Experts
-from ..report import FFNPlan
-from ..session import PART_NAMES, plan_ffns, weights_per_token
+from ..groups import InputGroup
+from ..plans import plans_of
+from ..session import PART_NAMES, weights_per_token
+from ..threshold_session import ThresholdPlan
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,12 @@ class StepBytes:
     ----------
     parts : dict of str to float
         "attention", "lm_head", "KV cache", and as the model has them "FFN", "routed experts", "shared experts".
+    projections : float
+        Of attention's, those of modules that thresholds can leave inputs out of.
     """
 
     parts: dict[str, float]
+    projections: float = 0.0
 
     @property
     def ffn(self) -> float:
@@ -37,11 +43,19 @@ class StepBytes:
         return sum(self.parts.values())
 
 
+def backends_of(model: Any, config: PopConfig, batch: int) -> dict[str, int]:
+    """How many of the plans run on each backend in a step of ``batch`` rows; rows are read for one sequence alone."""
+    found = Counter(plan.backend for plan in plans_of(model, config))
+    if batch > 1 and (count := found.pop("rows", 0)):
+        found["masked"] += count
+    return dict(found)
+
+
 def step_bytes(model: Any, config: PopConfig, batch: int, context: float) -> StepBytes:
     """What a decode step of ``batch`` rows reads from the model's own tensors; weights are read once for all rows.
 
     An FFN in place is read on K = |R| + |C| of its D channels, a gathered one on K for each row, at most D, and a masked one
-    whole. Of E routed experts,
+    whole. Thresholds read the rows that they are meant to, of one sequence. Of E routed experts,
     ``min(batch * top_k, E)`` count: how many different ones a batch really needs is not known beforehand.
 
     Parameters
@@ -52,19 +66,28 @@ def step_bytes(model: Any, config: PopConfig, batch: int, context: float) -> Ste
         Positions in the KV cache of each row.
     """
     adapter = adapter_for(model)
-    plans = plan_ffns(model, config, adapter)
+    plans = plans_of(model, config)
+    ffns = [plan for plan in plans if not isinstance(plan.ffn, InputGroup)]
     size = model.dtype.itemsize
-    parts: dict[str, float] = {name: size * count for name, count in weights_per_token(model, adapter, plans).items()}
+    parts: dict[str, float] = {name: size * count for name, count in weights_per_token(model, adapter, ffns).items()}
     for role, name in PART_NAMES.items():
         if name in parts:
-            parts[name] = size * sum(_weights_read(plan, batch) for plan in plans if plan.ffn.role == role)
-    return StepBytes({**parts, "KV cache": cache_bytes(model, batch, context)})
+            parts[name] = size * sum(_weights_read(plan, batch) for plan in ffns if plan.ffn.role == role)
+    groups = [plan for plan in plans if isinstance(plan.ffn, InputGroup)]
+    whole = size * sum(group.weight_count for group in adapter.input_groups(model))
+    left_out = size * sum(plan.ffn.weight_count - _weights_read(plan, batch) for plan in groups)
+    parts["attention"] -= left_out
+    return StepBytes({**parts, "KV cache": cache_bytes(model, batch, context)}, whole - left_out)
 
 
-def _weights_read(plan: FFNPlan, batch: int) -> float:
+def _weights_read(plan: Any, batch: int) -> float:
     count: float = plan.ffn.weight_count
+    if isinstance(plan, ThresholdPlan) and plan.backend == "rows" and batch == 1:
+        return plan.read
     if isinstance(plan.ffn, Experts):
         count *= min(batch * plan.ffn.top_k, plan.ffn.count) / plan.ffn.top_k
+    if isinstance(plan, ThresholdPlan):
+        return count
     width, whole = plan.sizes.width, plan.sizes.channels
     return count * {"inplace": width, "gathered": min(batch * width, whole)}.get(plan.backend, whole) / whole
 
@@ -86,7 +109,7 @@ def cache_bytes(model: Any, batch: int, context: float) -> float:
     return batch * total
 
 
-def amdahl_limit(ffn_share: float, ffn_bytes: float) -> float:
+def amdahl_limit(ffn_share: float, ffn_bytes: float, other_share: float = 0.0, other_bytes: float = 1.0) -> float:
     """``T / (T - F + F * b)``: the dense step's time T with that of the FFNs, F, scaled by their bytes.
 
     Parameters
@@ -95,8 +118,10 @@ def amdahl_limit(ffn_share: float, ffn_bytes: float) -> float:
         F / T, measured.
     ffn_bytes : float
         b, the FFNs' bytes pruned : dense.
+    other_share, other_bytes : float
+        Likewise of what else is pruned: attention's projections.
     """
-    return 1 / (1 - ffn_share + ffn_share * ffn_bytes)
+    return 1 / (1 - ffn_share * (1 - ffn_bytes) - other_share * (1 - other_bytes))
 
 
-__all__ = ["StepBytes", "amdahl_limit", "cache_bytes", "step_bytes"]
+__all__ = ["StepBytes", "amdahl_limit", "backends_of", "cache_bytes", "step_bytes"]

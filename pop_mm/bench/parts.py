@@ -27,6 +27,7 @@ from ..session import Session
 from .timing import generate, synchronise
 
 STEP_PARTS = ("ffn", "attention", "lm_head", "selection")  # and framework, the rest
+_PROJECTIONS = "projections"  # within attention
 PROMPT_PARTS = ("statistics", "partition", "reordering")
 
 
@@ -41,15 +42,23 @@ class Parts:
         is all the rest: norms, residuals, and what ``generate`` does between two forwards.
     prompt : dict of str to float
         Once a prompt: "statistics", "partition", "reordering", and "forward", the prefill's forward without these.
+    projections : float
+        Of attention, its modules that share an input with others or have one: q, k, v and o.
     """
 
     step: dict[str, float]
     prompt: dict[str, float]
+    projections: float = 0.0
 
     @property
     def ffn_share(self) -> float:
         """F / T of a dense decode step."""
         return self.step["ffn"] / sum(self.step.values())
+
+    @property
+    def projections_share(self) -> float:
+        """Attention's projections, of a dense decode step."""
+        return self.projections / sum(self.step.values())
 
     @property
     def selection_share(self) -> float:
@@ -137,11 +146,14 @@ class PartClock:
     def parts(self) -> Parts:
         """Of a run of at least three tokens."""
         first, steps = self.records[1], self.records[3:]  # the step before them is the one that reorders
+        projections = statistics.median(record.get(_PROJECTIONS, 0) for record in steps)
+        for record in steps:
+            record["attention"] = record.get("attention", 0) + record.pop(_PROJECTIONS, 0)
         step = {name: statistics.median(record.get(name, 0) for record in steps) for name in STEP_PARTS}
         rest = [sum(v for k, v in record.items() if k not in STEP_PARTS) for record in steps]
         prompt = {name: sum(record.get(name, 0) for record in self.records) for name in PROMPT_PARTS}
         forward = sum(v for k, v in first.items() if k not in (*PROMPT_PARTS, "outside"))
-        return Parts({**step, "framework": statistics.median(rest)}, {**prompt, "forward": forward})
+        return Parts({**step, "framework": statistics.median(rest)}, {**prompt, "forward": forward}, projections)
 
 
 def measure_parts(
@@ -191,6 +203,9 @@ def _model_targets(model: Any, records: Sequence[FFN | Experts]) -> Iterator[tup
                 yield module, "forward", "ffn"
     for module in attention_modules(model, adapter, records):
         yield module, "forward", "attention"
+    for group in adapter.input_groups(model):
+        for module in group.modules:
+            yield module, "forward", _PROJECTIONS
     head = model.get_output_embeddings()
     if head is not None:
         yield head, "forward", "lm_head"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import random
 import statistics
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -14,9 +13,9 @@ from typing import Any
 from ..adapters import adapter_for
 from ..experts import Experts
 from ..inputs import Context, context_of
-from ..session import plan_ffns
+from ..plans import plans_of
 from .errors import BenchError
-from .limits import amdahl_limit, step_bytes
+from .limits import amdahl_limit, backends_of, step_bytes
 from .machine import machine_facts
 from .memory import Job
 from .parts import STEP_PARTS, Parts, measure_parts
@@ -43,7 +42,7 @@ def check(model: Any, setup: Setup) -> None:
     if context is not None and context.fixed and (beyond := _beyond_context(context, setup)):
         raise BenchError(f"{beyond}, and it has no positions beyond. Take shorter prompts or fewer new tokens.")
     for _, variant in setup.jobs():
-        plan_ffns(model, setup.config(variant))
+        plans_of(model, setup.config(variant))
 
 
 def _beyond_context(context: Context, setup: Setup) -> str | None:
@@ -120,14 +119,14 @@ def _rounds(
         for variant in order.sample(variants, len(variants)):
             gc.collect()
             with running(model, setup, variant):
-                if setup.compile:  # compiling is not decoding
-                    generate(model, following, setup.new_tokens, **options)
+                if setup.compile or variant.method == "thresholds":  # compiling and turning weights are not decoding
+                    generate(model, following, setup.new_tokens if setup.compile else 2, **options)
                 run = generate_timed(model, ids, setup.new_tokens, **options)
             if number:
                 runs[variant].append(run)
         for variant in order.sample(variants, len(variants)) if number else ():
             with running(model, setup, variant) as attached:
-                session = None if variant.ratio is None else attached
+                session = None if variant.method == "dense" else attached
                 look = partial(measure_parts, model, records, session, new_tokens=min(setup.new_tokens, _PART_TOKENS))
                 first = look(ids, **uncompiled)
                 then = None if session is None else look(following, **uncompiled)
@@ -148,21 +147,27 @@ def _row(
         return [getattr(o, name) / getattr(v, name) for o, v in zip(runs[over], runs[variant], strict=True)]
 
     context = cell.prompt + setup.new_tokens / 2
-    dense, mine = (step_bytes(model, setup.config(v), cell.batch, context) for v in (STOCK_DENSE, variant))
-    shares = [first.ffn_share for first, _ in parts[variant.dense]]
-    limit = statistics.median(amdahl_limit(share, mine.ffn / dense.ffn) for share in shares)
-    speedups, same = ratios("decode", STOCK_DENSE), ratios("decode", variant.dense)
+    config, same_dense = setup.config(variant), setup.dense_of(variant, cell)
+    dense = step_bytes(model, setup.config(STOCK_DENSE), cell.batch, context)
+    mine = step_bytes(model, config, cell.batch, context)
+    left = mine.ffn / dense.ffn, mine.projections / dense.projections if dense.projections else 1.0
+    limit = statistics.median(
+        amdahl_limit(first.ffn_share, left[0], first.projections_share, left[1]) for first, _ in parts[same_dense]
+    )
+    speedups, same = ratios("decode", STOCK_DENSE), ratios("decode", same_dense)
     allocated = [run.peak_bytes for run in runs[variant] if run.peak_bytes is not None]
     peak = max(allocated) if allocated else memory
+    backends = backends_of(model, config, cell.batch)
     return {
         "method": variant.method,
         "ratio": variant.ratio,
+        "budget": variant.budget,
         "gamma": setup.gamma if variant.method == "pop" else None,
         **cell._asdict(),
         "new_tokens": setup.new_tokens,
-        "kernels": variant.kernels,
+        "kernels": "stock" if variant.kernels == "rows" and "rows" not in backends else variant.kernels,
         "compile": setup.compile,
-        "backends": dict(Counter(plan.backend for plan in plan_ffns(model, setup.config(variant)))),
+        "backends": backends,
         "prefill_s": median("prefill"),
         "ttft_s": median("ttft"),
         "decode_tokens_per_s": cell.batch * (setup.new_tokens - 1) / median("decode"),

@@ -19,8 +19,9 @@ from .parts import STEP_PARTS
 
 NOTES = (
     "Medians over rounds; in brackets quartiles. Speed-ups: decode (first to last new token, with the prompt's ranking and "
-    "reordering) over dense with stock kernels in the same round; same kernels: over dense with the row's. Limits: what the "
-    "bytes of a step allow, and Amdahl's, which scales the time of the dense FFNs alone; of limit: same kernels / Amdahl.",
+    "reordering) over dense with stock kernels in the same round; same kernels: over dense with the row's, or beside rows with "
+    "the fastest there are. Limits: what the bytes of a step allow, and Amdahl's, which scales the dense time of what is pruned "
+    "by its bytes; of limit: same kernels / Amdahl.",
     "Parts: milliseconds of the median decode step, in runs of their own. Statistics, partition and reordering: once a prompt, "
     "and of the prefill's forward without them, for a session's first prompt and for its next one.",
 )
@@ -102,7 +103,9 @@ def _table(title: str, heads: Sequence[str]) -> Table:
 
 def _names(row: Row) -> list[str]:
     masked = " (masked)" if "masked" in row["backends"] else ""
-    return [row["method"] + ("" if row["ratio"] is None else f" {100 * row['ratio']:.4g}%") + masked, row["kernels"]]
+    ratio = "" if row["ratio"] is None else f" {100 * row['ratio']:.4g}%"
+    budget = "" if row["budget"] is None else f" budget {row['budget']:.4g}"
+    return [row["method"] + ratio + budget + masked, row["kernels"]]
 
 
 def _span(quartiles: Sequence[float]) -> str:
@@ -130,7 +133,7 @@ def plot(results: Mapping[str, Any], path: str | Path) -> Path:
     size = (1.5 + columns * (1 + 0.55 * longest), 0.8 + 3.4 * lines)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    colours = {"stock": "#0072B2", "compiled": "#D55E00", "triton": "#009E73"}
+    colours = {"stock": "#0072B2", "compiled": "#D55E00", "triton": "#009E73", "rows": "#CC79A7"}
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
     for axis, rows in zip(axes, cells, strict=False):
         for place, row in enumerate(rows):

@@ -1,17 +1,17 @@
-"""What is compared: the dense model and pruned ones, each with torch's kernels or with the compiled one."""
+"""What is compared: the dense model and pruned ones, each with torch's kernels, compiled ones, or the rows of thresholds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from ..config import PopConfig
 from ..kernels import MOST_TOKENS, gpu, why_not
-from ..methods import METHODS, ChannelMethod, get_method
+from ..methods import METHODS, get_method
 from ..session import prune
 from .errors import BenchError
 
@@ -29,18 +29,17 @@ class Variant(NamedTuple):
     method : str
         "dense" or that of a method that saves time.
     ratio : float or None
-        Overall; None for dense.
-    kernels : {"stock", "compiled", "triton"}
+        None for dense, and where there is a budget.
+    kernels : {"stock", "compiled", "triton", "rows"}
+        Thresholds have kernels of their own, "rows".
+    budget : float or None
+        Share of the weights that is read; None where there is a ratio.
     """
 
     method: str
     ratio: float | None
     kernels: str
-
-    @property
-    def dense(self) -> Variant:
-        """The dense model on the same kernels; Triton's are for pruned models alone."""
-        return STOCK_DENSE if self.kernels == "triton" else Variant("dense", None, self.kernels)
+    budget: float | None = None
 
 
 STOCK_DENSE = Variant("dense", None, "stock")
@@ -81,6 +80,10 @@ class Setup:
         That count; one to warm up comes before them.
     seed : int
         Of the order in each round, the prompts and random weights.
+    budgets : sequence of float
+        Beside the ratios, or instead of them.
+    settings : mapping of str to object
+        More of :class:`~pop_mm.PopConfig`, for all methods.
 
     Raises
     ------
@@ -100,6 +103,8 @@ class Setup:
     compile: bool = False
     rounds: int = 7
     seed: int = 0
+    budgets: Sequence[float] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (("batches", 1), ("prompts", 1), ("new_tokens", 4), ("rounds", 1)):
@@ -111,15 +116,23 @@ class Setup:
             for value in getattr(self, name):
                 if value not in known:
                     raise BenchError(f"{name} must be of {', '.join(known)}; got {value!r}.")
-        for name in ("batches", "prompts", "ratios", "methods", "kernels", "caches"):
+        for name in ("batches", "prompts", "methods", "kernels", "caches"):
             if not getattr(self, name):
                 raise BenchError(f"{name} is empty; give at least one.")
+        if not self.ratios and not self.budgets:
+            raise BenchError("There are neither ratios nor budgets; give at least one.")
         if self.compile and tuple(self.caches) != ("static",):
             raise BenchError("compile needs fixed shapes: take the static cache alone (--cache static).")
-        for ratio in self.ratios:
-            if ratio == 0:
-                raise BenchError("A ratio of 0 is the dense model, which is measured anyway; give ratios above 0.")
-            self.config(Variant(self.methods[0], ratio, self.kernels[0]))
+        if 0 in self.ratios or 1 in self.budgets:
+            given = "A ratio of 0" if 0 in self.ratios else "A budget of 1"
+            wanted = "ratios above 0" if 0 in self.ratios else "budgets below 1"
+            raise BenchError(f"{given} is the dense model, which is measured anyway; give {wanted}.")
+        for method in self.methods:
+            found = self._pruned(method, self.kernels[0])
+            if not found:
+                raise BenchError(f"The method {method} takes budgets, and there are ratios alone; give --budget.")
+            for variant in found:
+                self.config(variant)
 
     def cells(self) -> list[Cell]:
         """All of them."""
@@ -127,19 +140,37 @@ class Setup:
 
     def variants(self, cell: Cell) -> list[Variant]:
         """Those that a cell has, stock dense first; kernels that do not take so many rows are left out."""
-        found = [STOCK_DENSE]
+        found, last = [STOCK_DENSE], []
         for name in self.kernels:
             if cell.batch <= MOST_ROWS.get(name, cell.batch):
-                pruned = [Variant(method, ratio, name) for method in self.methods for ratio in self.ratios]
-                found += [pruned[0].dense, *pruned]
-        return list(dict.fromkeys(found))
+                pruned = [variant for method in self.methods for variant in self._pruned(method, name)]
+                found += [self.dense_of(variant, cell) for variant in pruned]
+                found += [variant for variant in pruned if variant.kernels != "rows"]
+                last += [variant for variant in pruned if variant.kernels == "rows"]
+        return list(dict.fromkeys([*found, *last]))
+
+    def _pruned(self, method: str, kernels: str) -> list[Variant]:
+        """The variants of a method; thresholds take budgets alone, and have kernels of their own."""
+        if method == "thresholds":
+            return [Variant(method, None, "rows", budget) for budget in self.budgets]
+        ratios = [Variant(method, ratio, kernels) for ratio in self.ratios]
+        return ratios + [Variant(method, None, kernels, budget) for budget in self.budgets]
+
+    def dense_of(self, variant: Variant, cell: Cell) -> Variant:
+        """The dense model on the same kernels: beside rows on the fastest, beside Triton's, which never run it, on stock."""
+        fastest = "compiled" if "compiled" in self.kernels and cell.batch <= MOST_TOKENS else "stock"
+        kernels = {"triton": "stock", "rows": fastest}
+        return Variant("dense", None, kernels.get(variant.kernels, variant.kernels))
 
     def config(self, variant: Variant) -> PopConfig:
         """The session's settings; of a dense variant, those that leave nothing out."""
-        if variant.ratio is None:
+        if variant.method == "dense":
             return PopConfig(0.0)
-        settings: dict[str, Any] = {"batch": self.batch_mode, "method": variant.method, "kernels": variant.kernels}
-        return PopConfig(variant.ratio, gamma=self.gamma, **settings)
+        amount = {"ratio": variant.ratio, "budget": variant.budget, "method": variant.method}
+        own: dict[str, Any] = {"batch": self.batch_mode}
+        if variant.kernels != "rows":
+            own |= {"gamma": self.gamma, "kernels": variant.kernels}
+        return PopConfig(**{**self.settings, **own, **amount})
 
     def jobs(self) -> list[tuple[Cell, Variant]]:
         """Every variant of every cell."""
@@ -151,9 +182,8 @@ class Setup:
 
 
 def _timed() -> list[str]:
-    """Names of the methods that save time by a ratio."""
-    found = {name: get_method(name) for name in METHODS}
-    return [name for name, method in found.items() if method.saves_time and isinstance(method, ChannelMethod)]
+    """Names of the methods that save time."""
+    return [name for name in METHODS if get_method(name).saves_time]
 
 
 def kernels_for(device: torch.device, dtype: torch.dtype, asked: Sequence[str] = ()) -> list[str]:
@@ -178,7 +208,7 @@ def kernels_for(device: torch.device, dtype: torch.dtype, asked: Sequence[str] =
 
 def running(model: Any, setup: Setup, variant: Variant) -> AbstractContextManager[Any]:
     """Within: the model is this variant. Gives its session; None for the dense model with stock kernels."""
-    if variant.ratio is not None:
+    if variant.method != "dense":
         return prune(model, setup.config(variant))
     return prune(model, ratio=0.0, kernels="compiled") if variant.kernels == "compiled" else nullcontext()
 

@@ -40,6 +40,12 @@ Budget = Annotated[
     typer.Option(help="Share of the weights that a token reads, in (0, 1]; default 0.65.", show_default=False),
 ]
 Method = Annotated[str, typer.Option(metavar="auto|thresholds|pop|static|full", help="auto: pop with a ratio.")]
+Settings = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="Settings that `pop-mm tune` found; options that are given win.", show_default=False
+    ),
+]
 Scope = Annotated[str, typer.Option(metavar="overall|ffn", help="What ratio and budget are a share of.")]
 Gamma = Annotated[float, typer.Option(help="Share of an FFN's channels that are candidates, in [0, 1].")]
 Backend = Annotated[str, typer.Option(metavar="auto|masked|inplace", help="inplace is fast, masked saves no time.")]
@@ -63,16 +69,21 @@ Methods = Annotated[
         show_default=False,
     ),
 ]
-Ratios = Annotated[list[float], typer.Option(metavar="SHARE", help="To leave out, in [0, 1); repeat it for more.")]
+Ratios = Annotated[
+    list[float] | None,
+    typer.Option(metavar="SHARE", help="To leave out, in [0, 1); repeat it for more.", show_default=False),
+]
 Budgets = Annotated[
     list[float] | None,
-    typer.Option(metavar="SHARE", help="To read, in (0, 1]; repeat it for more.", show_default=False),
+    typer.Option(metavar="SHARE", help="To read, in (0, 1]; default 0.65; repeat it for more.", show_default=False),
 ]
 Gammas = Annotated[list[float], typer.Option(metavar="SHARE", help="Of pop: candidates, in [0, 1]; repeat it.")]
 Prefills = Annotated[list[str], typer.Option(metavar="dense|partition", help="Repeat it for both.")]
 Counts = Annotated[list[int], typer.Option(min=1, max=_MOST, metavar="N", help="Repeat it for more.")]
-_METHODS, _RATIOS, _GAMMAS, _PREFILLS = ["static", "pop", "full"], [0.2, 0.4], [0.1], ["dense"]  # of `eval`
-_BATCHES, _PROMPTS, _BENCH_METHODS, _CACHES = [1], [128], ["pop"], ["dynamic"]  # of `bench`
+_SETTINGS = ("ratio", "budget", "method", "scope", "gamma", "backend")  # options that settings are named after
+_OF_BUDGETS, _OF_RATIOS = ["thresholds", "pop"], ["static", "pop", "full"]  # methods of `eval`
+_GAMMAS, _PREFILLS = [0.1], ["dense"]
+_BATCHES, _PROMPTS, _CACHES = [1], [128], ["dynamic"]  # of `bench`
 JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Save as JSON; - is stdout.")]
 Plot = Annotated[str | None, typer.Option(metavar="FILE", help="Save a picture: .png, .svg or .pdf.")]
 
@@ -89,6 +100,7 @@ def _about(
 
 @app.command()
 def generate(
+    context: typer.Context,
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to answer, or with --no-chat to continue.", show_default=False)],
     ratio: Ratio = None,
@@ -99,6 +111,7 @@ def generate(
     prefill: Prefill = "dense",
     probe_tokens: ProbeTokens = 0,
     backend: Backend = "auto",
+    settings: Settings = None,
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
@@ -109,17 +122,17 @@ def generate(
     plot: Plot = None,
 ) -> None:
     """Answer a prompt dense and pruned, side by side, with the decode speed of each."""
-    from ..config import PopConfig
     from .generate import Sampling, run
+    from .settings import config_of
 
-    amount = {"ratio": ratio, "budget": budget, "method": method}
-    config = PopConfig(**amount, scope=scope, gamma=gamma, prefill=prefill, backend=backend, probe_tokens=probe_tokens)  # type: ignore[arg-type]
+    config = config_of(context, settings, *_SETTINGS, "prefill", "probe_tokens")
     sampling = Sampling(max_new_tokens, temperature, seed, chat)
     run(model, prompt, config, sampling, dtype, device, json_file, plot)
 
 
 @app.command()
 def ask(
+    context: typer.Context,
     question: Annotated[str, typer.Argument(help="What to ask about the image.", show_default=False)],
     image: Annotated[list[str], typer.Option(metavar="FILE", help="Give it again for more.", show_default=False)],
     model: Model = "tiny-vlm",
@@ -131,6 +144,7 @@ def ask(
     prefill: Prefill = "dense",
     probe_tokens: ProbeTokens = 0,
     backend: Backend = "auto",
+    settings: Settings = None,
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
@@ -140,12 +154,11 @@ def ask(
     plot: Plot = None,
 ) -> None:
     """Ask a vision-language model about images: dense and pruned, side by side, with the decode speed of each."""
-    from ..config import PopConfig
     from .ask import run
     from .generate import Sampling
+    from .settings import config_of
 
-    amount = {"ratio": ratio, "budget": budget, "method": method}
-    config = PopConfig(**amount, scope=scope, gamma=gamma, prefill=prefill, backend=backend, probe_tokens=probe_tokens)  # type: ignore[arg-type]
+    config = config_of(context, settings, *_SETTINGS, "prefill", "probe_tokens")
     run(
         model,
         image,
@@ -161,15 +174,15 @@ def ask(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     model: Model = "smollm2-135m",
     method: Methods = None,
-    ratio: Annotated[
-        list[float] | None, typer.Option(metavar="SHARE", help="To leave out; default 0.2 and 0.4, without a budget.")
-    ] = None,
+    ratio: Ratios = None,
     budget: Budgets = None,
     gamma: Gammas = _GAMMAS,
     prefill: Prefills = _PREFILLS,
     scope: Scope = "overall",
+    settings: Settings = None,
     text: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="Text to score; else prose that ships.")
     ] = None,
@@ -201,30 +214,45 @@ def evaluate(
     """Measure what pruning costs in quality: KL to the dense model, agreement and perplexity, beside the real cost."""
     from ..evaluation.run import Setup
     from .evaluate import Source, run
+    from .settings import grid_of
 
-    setup = Setup(model, prompt, continuation, generate_tokens, scope, batch, batch_size, seed)
+    grid = grid_of(context, settings, scope="scope", batch="batch", gamma="gamma", prefill="prefill")
+    others = {"scope": scope, "batch": batch, "gamma": gamma, "prefill": prefill, **grid.settings}
+    scope, batch = others.pop("scope"), others.pop("batch")
+    gammas, prefills = (
+        found if isinstance(found := others.pop(name), list) else [found] for name in ("gamma", "prefill")
+    )
+    setup = Setup(model, prompt, continuation, generate_tokens, scope, batch, batch_size, seed, others)
     source = Source(text or (), dataset, subset, split, column, limit, calibration or ())
-    methods = method or (["thresholds", "pop"] if budget else _METHODS)
-    ratios = ratio or ([] if budget or method == ["thresholds"] else _RATIOS)
-    run(setup, methods, ratios, gamma, prefill, source, output, dtype, device, json_file, budget or ())
+    methods = grid.methods or (_OF_BUDGETS if grid.budgets else _OF_RATIOS)
+    run(setup, methods, grid.ratios, gammas, prefills, source, output, dtype, device, json_file, grid.budgets)
 
 
 @app.command("app")
 def web_app(
+    context: typer.Context,
     model: Model = "tiny-vlm",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of 127.0.0.1; no other machine can reach it.")] = 7860,
-    ratio: Annotated[float, typer.Option(help="Share to leave out while decoding, in [0, 1).")] = 0.4,
+    ratio: Ratio = None,
+    budget: Budget = None,
+    method: Method = "auto",
+    scope: Scope = "overall",
+    gamma: Gamma = 0.1,
+    backend: Backend = "auto",
+    settings: Settings = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Serve a web page on this machine that answers a question dense and pruned. Needs the extra [app]."""
     from ..app.server import run
+    from .settings import config_of
 
-    run(model, port, ratio, dtype, device)
+    run(model, port, config_of(context, settings, *_SETTINGS), dtype, device)
 
 
 @app.command()
 def inspect(
+    context: typer.Context,
     model: Model,
     ratio: Ratio = None,
     budget: Budget = None,
@@ -232,6 +260,7 @@ def inspect(
     scope: Scope = "overall",
     gamma: Gamma = 0.1,
     backend: Backend = "auto",
+    settings: Settings = None,
     dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one row per FFN.", show_default=False)] = False,
     check: Annotated[
@@ -239,16 +268,17 @@ def inspect(
     ] = False,
 ) -> None:
     """Show what would be pruned, and what a decoded token would read. The weights are loaded for --check alone."""
-    from ..config import PopConfig
     from .inspect import run
+    from .settings import config_of
 
-    config = PopConfig(ratio, scope, gamma, budget=budget, method=method, backend=backend)  # type: ignore[arg-type]
+    config = config_of(context, settings, *_SETTINGS)
     if not run(model, config, dtype, as_json, check):
         raise typer.Exit(1)
 
 
 @app.command()
 def bench(
+    context: typer.Context,
     model: Annotated[str | None, typer.Option(help="A sample's name, a folder, or a hub id.")] = None,
     config: Annotated[
         str | None, typer.Option(metavar="NAME", help="Published dimensions instead: llama3.2-1b, mixtral-8x7b, ...")
@@ -258,12 +288,22 @@ def bench(
     batch: Counts = _BATCHES,
     prompt: Counts = _PROMPTS,
     new_tokens: Annotated[int, typer.Option(min=4, max=_MOST, help="Decoded tokens, exactly.")] = 128,
-    ratio: Ratios = _RATIOS,
-    method: Annotated[list[str], typer.Option(metavar="pop|static", help="Repeat it for both.")] = _BENCH_METHODS,
+    budget: Budgets = None,
+    ratio: Ratios = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="thresholds|pop|static",
+            help="Repeat it for more; default: thresholds with budgets, pop with ratios.",
+            show_default=False,
+        ),
+    ] = None,
+    scope: Scope = "overall",
     gamma: Gamma = 0.1,
     batch_mode: Annotated[
         str, typer.Option(metavar="shared|per_sequence", help="per_sequence: one partition a row.")
     ] = ("shared"),
+    settings: Settings = None,
     kernels: Annotated[
         list[str] | None,
         typer.Option(
@@ -286,12 +326,59 @@ def bench(
 ) -> None:
     """Measure speed and memory, dense and pruned in turn, beside the byte limit and Amdahl's."""
     from ..bench import Setup
-    from .bench import run, source_of
+    from .bench import pruning, run, source_of
+    from .settings import grid_of
 
     source = source_of(model, config, random_weights, layers, dtype)
-    grid = (batch, prompt, new_tokens, ratio, method, gamma, batch_mode)
-    setup = Setup(*grid, kernels or ["stock"], cache, compiled, rounds, seed)
+    pruned = pruning(grid_of(context, settings, scope="scope", gamma="gamma", batch_mode="batch"))
+    setup = Setup(
+        batches=batch,
+        prompts=prompt,
+        new_tokens=new_tokens,
+        kernels=kernels or ["stock"],
+        caches=cache,
+        compile=compiled,
+        rounds=rounds,
+        seed=seed,
+        **pruned,
+    )
     run(source, setup, kernels or [], memory, device, json_file, plot)
+
+
+@app.command()
+def tune(
+    model: Model,
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", metavar="NATS", help="Find the smallest budget that keeps this KL to dense."),
+    ] = None,
+    min_speedup: Annotated[
+        float | None,
+        typer.Option("--min-speedup", metavar="FACTOR", help="Find the largest budget that is so much faster."),
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Your text; else prose that ships.")] = None,
+    save: Annotated[str | None, typer.Option(metavar="FILE", help="Write the settings file, for --settings.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, max=_MOST, help="Prompt tokens of each piece of text.")] = 256,
+    continuation: Annotated[int, typer.Option(min=1, max=_MOST, help="Decode steps scored.")] = 128,
+    limit: Annotated[int, typer.Option(min=1, max=_MOST, help="Most pieces of text to score.")] = 12,
+    new_tokens: Annotated[int, typer.Option(min=4, max=_MOST, help="Decoded to measure speed, exactly.")] = 64,
+    rounds: Annotated[
+        int, typer.Option(min=0, max=_MOST, help="Dense and pruned in turn for each speed; 0: none.")
+    ] = 3,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Find the budget for a quality or a speed on your text, and write the settings for it. Code 1: it cannot be met.
+
+    Examples: pop-mm tune --model smollm2-135m --max-kl 0.05 --save settings.json; then
+    pop-mm generate --model smollm2-135m --prompt "Why is the sky blue?" --settings settings.json
+    """
+    from .tune import run
+
+    measured = (prompt, continuation, limit, new_tokens, rounds)
+    if not run(model, max_kl, min_speedup, text or (), *measured, save, dtype, device, json_file):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,6 +19,7 @@ from ..bench.memory import Job, measure_memory
 from ..bench.variants import kernels_for
 from .generate import check_outputs, find_device, torch_dtype
 from .inspect import skeleton
+from .settings import Grid
 from .terminal import CommandError, quiet, save_then, spinner, write_json
 
 _REPEATS = 3  # processes for each peak
@@ -90,6 +92,29 @@ def source_of(model: str | None, config: str | None, random_weights: bool, layer
             "name a checkpoint with --model."
         )
     return Source(config, True, layers, dtype)
+
+
+def pruning(grid: Grid) -> dict[str, Any]:
+    """Arguments of :class:`~pop_mm.bench.Setup` about what is pruned.
+
+    Raises
+    ------
+    CommandError
+        A settings file names kernels.
+    """
+    settings = dict(grid.settings)
+    if (kernels := settings.pop("kernels", None)) is not None:
+        raise CommandError(
+            f"The settings file has kernels={kernels!r}; bench compares kernels: give --kernels instead."
+        )
+    return {
+        "budgets": grid.budgets,
+        "ratios": grid.ratios,
+        "methods": grid.methods or [*(["thresholds"] if grid.budgets else []), *(["pop"] if grid.ratios else [])],
+        "gamma": settings.pop("gamma", 0.1),
+        "batch_mode": settings.pop("batch", "shared"),
+        "settings": settings,
+    }
 
 
 @contextmanager

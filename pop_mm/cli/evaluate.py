@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..config import DEFAULT_BUDGET, PopConfig
+from ..config import PopConfig
 from ..evaluation import show, texts
 from ..evaluation.run import UNITS, EvaluationError, Run, Setup, grid
 from ..evaluation.texts import Window
@@ -64,9 +64,11 @@ def run(
         raise CommandError("--output is empty: name a folder.")
     if source.files and source.dataset is not None:
         raise CommandError("Give --text or --dataset, not both.")
-    if "thresholds" in methods and not budgets:
-        budgets = [DEFAULT_BUDGET]
     points = grid(methods, ratios, gammas, prefills, budgets)
+    for name in methods:
+        if all(point.method != name for point in points):
+            given, other = ("--budget", "--ratio") if budgets else ("--ratio", "--budget")
+            raise CommandError(f"The method {name} has no {given[2:]}: give {other}.")
     for budget in budgets:
         PopConfig(scope=setup.scope, budget=budget)  # type: ignore[arg-type]
     for ratio in ratios:

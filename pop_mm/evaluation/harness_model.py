@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -18,9 +18,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..config import PopConfig
 from ..errors import ConfigError
+from ..methods.thresholds import MIN_PROMPT_TOKENS
 from ..samples import SAMPLES, resolve
 from ..session import Session
-from .harness_tally import Counting
+from .harness_tally import Counting, config_from
 
 _SETTINGS = [field.name for field in fields(PopConfig)]
 _HFLM_BACKENDS = ("default", "causal", "seq2seq")  # HFLM has a setting of the same name
@@ -48,7 +49,7 @@ class Text:
 
 @register_model("pop")
 class PopLM(Counting, HFLM):  # type: ignore[misc]
-    """A Hugging Face model under POP, for ``lm_eval --model pop --model_args pretrained=...,ratio=0.2``.
+    """A pruned Hugging Face model, for ``lm_eval --model pop --model_args pretrained=...,budget=0.65`` (or ``ratio=0.2``).
 
     Generation is pruned as in :func:`pop_mm.prune`. A continuation to be scored goes through the model in one forward
     with its context: as decode steps, which gives what generating it would have given, or as a part of the prefill.
@@ -60,10 +61,11 @@ class PopLM(Counting, HFLM):  # type: ignore[misc]
     loglikelihood : {"decode", "prefill"}
         ``"decode"``: the context is prefill and each token of the continuation a decode step. ``"prefill"``: both
         are one prefill that is completed on the retained and candidate channels (``prefill="partition"``), as the
-        paper scores. Empty contexts and rolling windows are always scored so.
+        paper scores. Empty contexts and rolling windows are always scored so. Thresholds leave a prefill dense: those
+        texts are then dense, which the tally counts, and ``"prefill"`` is refused.
     **settings
-        Fields of :class:`PopConfig`; ``ratio`` is needed. ``batch`` is ``"per_sequence"`` unless given, so that
-        answers do not depend on what else is in a batch. Everything else goes to lm_eval's ``HFLM``.
+        Fields of :class:`PopConfig`, and ``settings``, a settings file under them. ``batch`` is ``"per_sequence"`` unless
+        given, so that answers do not depend on what else is in a batch. Everything else goes to lm_eval's ``HFLM``.
 
     Attributes
     ----------
@@ -87,7 +89,7 @@ class PopLM(Counting, HFLM):  # type: ignore[misc]
             pretrained = resolve(pretrained)
         super().__init__(pretrained, **others)
         self._session = Session(self.model, self.pop_config)
-        self._partition_session = Session(self.model, replace(self.pop_config, prefill="partition"))
+        self._partition_session = self._prefill_session(self.model)
         self.prunes = any(plan.backend != "dense" for plan in self._session.plans)
 
     def set_cache_hook(self, cache_hook: Any) -> NoReturn:
@@ -167,6 +169,7 @@ class PopLM(Counting, HFLM):  # type: ignore[misc]
             )
         tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
         prefill = self.mode == "prefill" or key is None or not key[0].strip()
+        prefill |= self._thresholds and len(tokens) - len(continuation) + 1 < MIN_PROMPT_TOKENS  # decodes dense
         return Text(tuple(tokens), len(tokens) - len(continuation) + 1, prefill)
 
     def _rows_for(self, longest: Text) -> int:
@@ -205,8 +208,9 @@ class PopLM(Counting, HFLM):  # type: ignore[misc]
 
 def _sort_out(settings: Mapping[str, Any]) -> tuple[PopConfig, dict[str, Any]]:
     """The session's settings, and those that are left for HFLM."""
-    own: dict[str, Any] = {"batch": "per_sequence"}
+    own: dict[str, Any] = {}
     others = dict(settings)
+    file = others.pop("settings", None)
     for name in _SETTINGS:
         if name in others and not (name == "backend" and others[name] in _HFLM_BACKENDS):
             own[name] = others.pop(name)
@@ -214,7 +218,7 @@ def _sort_out(settings: Mapping[str, Any]) -> tuple[PopConfig, dict[str, Any]]:
     for name in others:
         if name not in known and (close := get_close_matches(name, _SETTINGS, 1, cutoff=0.8)):
             raise ConfigError(f"Unknown setting {name!r}. Did you mean {close[0]!r}?")
-    return PopConfig.from_dict(own), others
+    return config_from(own, file), others
 
 
 def _score(scored: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..config import PopConfig
 from ..errors import ConfigError
+from ..session import Session
 
 MODES = ("decode", "prefill")
+
+
+def config_from(settings: Mapping[str, Any], file: str | None) -> PopConfig:
+    """The config of a settings file and of single settings, which win. Rows of a batch are pruned each by itself unless asked.
+
+    Raises
+    ------
+    ConfigError
+        A setting that is wrong.
+    """
+    stored = {} if file is None else PopConfig.load(file).changes()
+    if "ratio" in settings or "budget" in settings:
+        stored = {name: value for name, value in stored.items() if name not in ("ratio", "budget", "method")}
+    return PopConfig.from_dict({"batch": "per_sequence", **stored, **settings})
 
 
 @dataclass
@@ -49,14 +64,14 @@ class Tally:
         """Of the generated tokens; None without any."""
         return self.pruned_generated_tokens / self.generated_tokens if self.generated_tokens else None
 
-    def warning(self, task: str) -> str | None:
+    def warning(self, task: str, remedy: str = ": use prefill=partition") -> str | None:
         """What to say of a task that hardly shows what pruning does."""
         for share, what in ((self.pruned_token_share, "scored"), (self.pruned_generated_share, "generated")):
             if share is not None and share < 0.5:
                 return (
                     f"{task}: only {share:.0%} of the {what} tokens came from a pruned step, so its figures say little about "
                     "pruning. With a dense prefill the first token of an answer is never pruned, and answers of one "
-                    "token not at all: use prefill=partition."
+                    f"token not at all{remedy}."
                 )
         return None
 
@@ -91,9 +106,10 @@ class Counting:
     def _start_counting(self, config: PopConfig, loglikelihood: str) -> None:
         if loglikelihood not in MODES:
             raise ConfigError(f"loglikelihood must be one of {', '.join(map(repr, MODES))}; got {loglikelihood!r}.")
-        if config.ratio is None:
+        if config.chosen_method == "thresholds" and loglikelihood == "prefill":
             raise ConfigError(
-                f"A harness scores POP, which needs 'ratio'; got {config.label}. Give ratio=0.2, for example."
+                "loglikelihood='prefill' scores a prompt that is completed on the channels that POP retains, and thresholds "
+                "leave the prefill dense. Take loglikelihood='decode', or ratio=0.2."
             )
         self.pop_config, self.mode, self.tallies, self._dense = config, loglikelihood, {}, False
 
@@ -118,7 +134,9 @@ class Counting:
         return self.tallies.setdefault(task or "unnamed", Tally())
 
     def _pruned(self, tokens: int, prefill: bool) -> int:
-        """How many tokens of an answer have logits of pruned FFNs: not the first, if those are the dense prefill's."""
+        """How many tokens of an answer have logits of pruned steps: not the first, if those are the dense prefill's."""
+        if prefill and self._thresholds:
+            return 0
         dense = self.pop_config.prefill == "dense" and not prefill
         return max(tokens - dense, 0) if self.prunes else 0
 
@@ -126,7 +144,17 @@ class Counting:
         """Task -> what to say of one that hardly shows what pruning does."""
         if not self.prunes or self._dense:
             return {}
-        return {task: warning for task, tally in self.tallies.items() if (warning := tally.warning(task))}
+        remedy = ", nor texts without a context" if self._thresholds else ": use prefill=partition"
+        return {task: warning for task, tally in self.tallies.items() if (warning := tally.warning(task, remedy))}
+
+    @property
+    def _thresholds(self) -> bool:
+        return self.pop_config.chosen_method == "thresholds"
+
+    def _prefill_session(self, model: Any) -> Session:
+        """Scores what is one prefill: as the paper does, on R and C; thresholds leave it dense."""
+        config = self.pop_config if self._thresholds else replace(self.pop_config, prefill="partition")
+        return Session(model, config)
 
     def pop_info(self) -> dict[str, Any]:
         """Settings, what was counted (in all and by task), and warnings."""

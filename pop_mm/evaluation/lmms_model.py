@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -15,20 +14,20 @@ from lmms_eval.api.model import lmms
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..config import PopConfig, unique_keys
+from ..config import unique_keys
 from ..errors import ConfigError
 from ..samples import load_vision
 from ..session import Session
 from ..vision import decode, prepare_chats
 from ..vision.qwen import is_qwen
-from .harness_tally import Counting
+from .harness_tally import Counting, config_from
 from .lmms_requests import Until, chat_of, cut, document_of, extended, generate_settings, settings_of
 
 _log = logging.getLogger(__name__)
 
 
 class PopVLM(Counting, lmms):  # type: ignore[misc]
-    """A vision-language model under POP, for ``lmms_eval --model pop --model_args pretrained=...,ratio=0.2``.
+    """A pruned vision-language model, for ``lmms_eval --model pop --model_args pretrained=...,budget=0.65`` (or ``ratio=0.2``).
 
     Parameters
     ----------
@@ -44,14 +43,15 @@ class PopVLM(Counting, lmms):  # type: ignore[misc]
     loglikelihood : {"decode", "prefill"}
         ``"decode"``: image and context are prefill, each token of the continuation is a decode step, which gives what
         generating it would have given. ``"prefill"``: all is one prefill that is completed on the retained and candidate
-        channels (``prefill="partition"``), as the paper scores.
+        channels (``prefill="partition"``), as the paper scores; not for thresholds.
     max_new_tokens : int
         Of answers to tasks that do not say.
     min_pixels, max_pixels : int, optional
         Sizes to which a Qwen-VL processor brings images, instead of its own.
     **settings
-        Fields of :class:`PopConfig`; ``ratio`` is needed, mappings may be JSON. ``batch`` is ``"per_sequence"`` unless given,
-        so that answers do not depend on what else is in a batch; with ``batch_size=1``, ``"shared"`` is the same, faster.
+        Fields of :class:`PopConfig`, mappings may be JSON; and ``settings``, a settings file under them. ``batch`` is
+        ``"per_sequence"`` unless given, so that answers do not depend on what else is in a batch; with ``batch_size=1``,
+        ``"shared"`` is the same, faster.
 
     Attributes
     ----------
@@ -86,7 +86,8 @@ class PopVLM(Counting, lmms):  # type: ignore[misc]
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"batch_size must be a positive integer; got {batch_size!r}.")
-        config = PopConfig.from_dict({"batch": "per_sequence", **_read_mappings(settings)})
+        file = settings.pop("settings", None)
+        config = config_from(_read_mappings(settings), file)
         self._start_counting(config, loglikelihood)
         self.batch_size, self.max_new_tokens = int(batch_size), max_new_tokens
         if isinstance(pretrained, str):
@@ -97,9 +98,8 @@ class PopVLM(Counting, lmms):  # type: ignore[misc]
         self.model, self.processor, self.device = pretrained, processor, pretrained.device
         _limit_pixels(processor.image_processor, min_pixels, max_pixels)
         session = Session(self.model, self.pop_config)
-        paper = replace(self.pop_config, prefill="partition")
         self._session: Session | None = session
-        self._scoring: Session | None = session if self.mode == "decode" else Session(self.model, paper)
+        self._scoring: Session | None = session if self.mode == "decode" else self._prefill_session(self.model)
         self.prunes = any(plan.backend != "dense" for plan in session.plans)
         wrap_evaluator()
 
