@@ -61,6 +61,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python scripts/check_types.py
+	$(BIN)/python scripts/check_layers.py
 
 format: setup
 	$(BIN)/ruff check --fix .
