@@ -96,6 +96,8 @@ class Engine:
             What is left of the prompt cannot be told from what was cropped off. Nothing has changed then.
         """
         state: PromptState = forward.state
+        if forward.past is not None and not forward.draft:
+            state.check_crop(forward.past)
         length = forward.past = forward.past if state.countable else None
         if length is None:
             return

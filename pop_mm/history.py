@@ -79,9 +79,10 @@ class History(Generic[Snapshot]):
                 break
             if length > chunk.start or chunk.before is None:
                 raise PhaseError(
-                    f"The cache was cropped to {length} tokens, which is inside what was prefilled from {chunk.start} to "
-                    f"{chunk.end}: what its tokens taught can only be forgotten together. Prefill the first {length} tokens "
-                    "alone, copy that cache before more follows, and call session.adopt(copy, original); or start a new cache."
+                    f"The cache was cropped to {length} tokens, or others were dropped from it between two forwards, which is "
+                    f"inside what was prefilled from {chunk.start} to {chunk.end}: what its tokens taught can only be forgotten "
+                    f"together. Prefill the first {length} tokens alone, copy that cache before more follows, and call "
+                    "session.adopt(copy, original); or start a new cache. A cache that drops tokens should do so in update()."
                 )
             gone = chunk
         return gone

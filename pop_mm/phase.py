@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .errors import PhaseError
 from .modality import Positions, positions_of
+from .row_adapters import remove_row_adapters
 
 if TYPE_CHECKING:
     from .step import Step
@@ -386,6 +387,8 @@ class PhaseTracker:
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         forward, self._local.current = self.current, None
+        if output is None:  # it raised, or was refused
+            remove_row_adapters(self._model)
         if forward is None:
             return
         if output is not None and forward.cache is None:
@@ -491,7 +494,7 @@ class PhaseTracker:
         generation = None if prepared is None else prepared.generation
         forward.draft = generation is not None and generation.draft
         if prepared is not None and not prepared.first and state is not None:
-            forward.state, forward.phase, forward.past = state, Phase.DECODE, _known_length(forward.cache)
+            forward.state, forward.phase, forward.past = state, Phase.DECODE, known_length(forward.cache)
             return
         forward.past = past = int(forward.cache.get_seq_length())
         forward.state = self._state(forward, past)
@@ -570,7 +573,7 @@ def _use_cache(model: nn.Module, inputs: dict[str, Any]) -> bool:
     return bool(getattr(model.config, "use_cache", True) if use is None else use)
 
 
-def _known_length(cache: Any) -> int | None:
+def known_length(cache: Any) -> int | None:
     """Tokens that a cache holds, or None if asking would wait for an accelerator (a static cache counts on its device)."""
     length = cache.get_seq_length()
     if isinstance(length, Tensor) and length.device.type != "cpu":

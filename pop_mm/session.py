@@ -190,8 +190,9 @@ def _written(name: str) -> str:
 
 def _packed(name: str) -> str:
     return (
-        f"{name} was packed, parametrised or pruned inside the session while its channels were reordered, so what was made of it "
-        "is in another order than the rest of the model. Load the model again, and do that before the session."
+        f"{name} was packed, parametrised or pruned, or another weight was made of it, inside the session while its channels were "
+        "reordered, so that one is in another order than the rest of the model. Load the model again, and do that before the "
+        "session."
     )
 
 
@@ -399,9 +400,13 @@ class Session:
         """Undo :meth:`_engage`: the FFNs are as they were, but for what somebody else has changed."""
         if not self._engaged:
             return
-        self._engaged, self._watch = False, None
-        for weights in self._inplace.moved_weights().values():
+        self._inplace.unpack()
+        moved = self._inplace.moved_weights()
+        for weights in moved.values():
             weights.look()
+        if moved and self._watch is not None and self._versions.written is None:
+            self._versions.written = next((r.name for r in self._watch.rewritten() if r.name in moved), None)
+        self._engaged, self._watch = False, None
         try:
             self._inplace.detach()
         finally:
@@ -614,8 +619,9 @@ class Session:
                 self._tracker.forget(forward)
                 self._last = None
                 raise
-            state: PromptState = forward.state
-            state.end_chunk(forward)
+            forward.state.end_chunk(forward)
+        if completed:
+            forward.state.end_forward(forward)
 
     def _check_model(self, forward: Forward) -> None:
         """Follow what somebody else has changed in the model since the last forward, or say why that cannot be."""
@@ -632,6 +638,8 @@ class Session:
                 f"The forward of a {watch.replaced} was replaced inside the session, which has put its own there. Leave the "
                 "session, replace the forward, and start a new session."
             )
+        if change is None and self._inplace.touched:
+            change = "a weight was written to"
         if watch is not None and forward.phase is not Phase.DECODE and change is None:
             self._inplace.unpack()
             moved = self._inplace.moved_weights()
@@ -658,6 +666,8 @@ class Session:
     def _renew(self, change: str) -> None:
         """Plan and take over the FFNs anew. Prompts keep what is known about them; new ones are ranked by the weights of now."""
         self._release()
+        if self._versions.packed is not None:
+            raise SessionError(_packed(self._versions.packed))
         before = self._outline(self.plans)
         asked = self.config.backend
         config = replace(self.config, backend="auto") if asked == "inplace" else self.config

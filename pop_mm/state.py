@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import PhaseError
 from .history import Chunk, History
 from .lessons import Lessons
 from .modality import weighted_sum
 from .partition import Partition, Sizes
-from .phase import Forward
+from .phase import Forward, known_length
 from .step import Step
 from .steplog import StepLog
 
@@ -194,6 +195,10 @@ class PromptState:
         What was known before each prefill forward but the first.
     countable : bool
         Whether the cache counts its tokens. Where it does not (some with linear attention), it cannot be cropped either.
+    length : int or None
+        Tokens that the cache held after the latest forward, where it says so without waiting.
+    drops : bool
+        Whether the cache has dropped earlier tokens by itself, so that its length no longer tells which it holds.
     """
 
     def __init__(self, ffns: Sequence[FFNState], rows: int, cache: Any) -> None:
@@ -203,6 +208,8 @@ class PromptState:
         self.moved = False
         self.history: History[Snapshot] = History()
         self.countable = True
+        self.length: int | None = None
+        self.drops = False
         self._cache: Any = None
         if cache is not None:
             self.bind(cache)
@@ -239,8 +246,27 @@ class PromptState:
         columns = forward.prompt_length
         if forward.past is not None and forward.cache is not None and columns:
             length = int(forward.cache.get_seq_length())
-            self.countable = length > 0
+            self.countable = length > 0 and not self.drops
             self.history.end(length - (forward.length - columns))
+
+    def end_forward(self, forward: Forward) -> None:
+        """After any forward: whether the cache has dropped tokens of earlier forwards to take in those of this one.
+
+        What a first prefill dropped of its own tokens (a compressed prompt) leaves the later ones in order.
+        """
+        length = None if forward.cache is None else known_length(forward.cache)
+        if length is not None and forward.past and length < forward.past + forward.length:
+            self.drops, self.countable = True, False
+        self.length = length
+
+    def check_crop(self, length: int) -> None:
+        """Raise :class:`PhaseError` if a cache that drops tokens was cropped as well since the latest forward."""
+        if self.drops and self.length is not None and length < self.length:
+            raise PhaseError(
+                f"The cache holds {length} tokens and held {self.length} after its latest forward. It drops tokens by itself (a "
+                "window, or another choice of what to keep), so its length does not tell which tokens were cropped off. Start a "
+                "new cache, or crop only caches that keep every token."
+            )
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(self.tokens_of, [ffn.snapshot() for ffn in self.ffns])

@@ -2,7 +2,7 @@
 
 Before every forward: the modules at their places, whether they are compiled, the tensors in them, their memory and their
 version counters. Before a prompt also the settings and hooks of modules that are made of others (adapters), and one line of
-each down projection, since writing to ``weight.data`` leaves no trace anywhere else.
+each weight of an FFN, since writing to ``weight.data`` leaves no trace anywhere else.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _version = attrgetter("_version")
 _data_ptr = torch.Tensor.data_ptr
 _CALLS = ("_compiled_call_impl", "forward")  # what a call runs, where it is not the class's forward
 _OF_EVERY_MODULE = set(vars(nn.Module()))
+_SAMPLE = 4096  # numbers of an adapter's weight
 _SIMPLE = (bool, int, float, str, type(None))
 
 
@@ -66,7 +67,7 @@ class Watch:
         self._dicts: list[Any] = [tensors for _, tensors, _ in self._slots]
         self._names = [name for *_, name in self._slots]
         self._composed = [m for record in records for m in record.modules if m._modules]
-        self._lines = [record for record in records if _has_line(record)]
+        self._ffns = [record for record in records if not isinstance(record, InputGroup)]
         self._versions = versions
         self.replaced: str | None = None
         self._callers = list(dict.fromkeys([model, *(child for *_, child in self._places), *besides]))
@@ -145,9 +146,9 @@ class Watch:
         return self._settings_now() != self._settings
 
     def rewritten(self) -> list[FFN | Experts]:
-        """FFNs whose down projections hold other values in the lines that are looked at."""
+        """FFNs whose weights hold other values in the lines that are looked at."""
         now = self._sums_now()
-        return [record for record, a, b in zip(self._lines, now, self._sums, strict=True) if a != b]
+        return [record for record, a, b in zip(self._ffns, now, self._sums, strict=True) if a != b]
 
     def _settings_now(self) -> list[Any]:
         modules = [module for composed in self._composed for module in composed.modules()]
@@ -160,17 +161,17 @@ class Watch:
         return [*settings, *([*module._forward_pre_hooks, *module._forward_hooks] for module in modules)]
 
     @torch.no_grad()
-    def _sums_now(self) -> list[int]:
-        """Of each down projection, the sum of one output's weights as integers: the same in every order of the channels."""
-        alike: dict[Any, list[int]] = {}
-        lines = [_line(record) for record in self._lines]
-        for number, line in enumerate(lines):
-            alike.setdefault((line.shape, line.dtype, line.device), []).append(number)
-        sums = [0] * len(lines)
-        for numbers in alike.values():
-            together = as_integers(torch.stack([lines[number] for number in numbers])).flatten(1).sum(1)
-            for number, total in zip(numbers, together.tolist(), strict=True):
-                sums[number] = int(total)
+    def _sums_now(self) -> list[list[int]]:
+        """By FFN, of each of its weights, the sum of one line of numbers as integers: the same in every order of the channels."""
+        alike: dict[Any, list[tuple[int, Tensor]]] = {}
+        for number, record in enumerate(self._ffns):
+            for line in map(as_integers, _lines(record)):
+                alike.setdefault((line.shape, line.dtype, line.device), []).append((number, line))
+        sums: list[list[int]] = [[] for _ in self._ffns]
+        for lines in alike.values():
+            together = torch.stack([line for _, line in lines]).flatten(1).sum(1)
+            for (number, _), total in zip(lines, together.tolist(), strict=True):
+                sums[number].append(int(total))
         return sums
 
 
@@ -221,18 +222,27 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
     yield from getattr(hook, "hooks", [] if hook is None else [hook])
 
 
-def _has_line(record: FFN | Experts | InputGroup) -> bool:
-    if isinstance(record, InputGroup):  # no statistics hang on its weights
-        return False
-    weight: Any = record.down if isinstance(record, Experts) else getattr(record.down.module, "weight", None)
-    plain = type(weight) is nn.Parameter and weight.layout is torch.strided and weight.device.type != "meta"
-    return plain and weight.dim() > 1 and weight.is_floating_point() and weight.element_size() in (2, 4, 8)
-
-
-def _line(record: FFN | Experts) -> Tensor:
+def _lines(record: FFN | Experts) -> Iterator[Tensor]:
+    """Of each weight, what it holds of all channels for one input or output; whole biases; of adapters some numbers."""
+    axes: dict[int, int]  # id of a weight -> its other axis
     if isinstance(record, Experts):
-        return record.down.select(2 if record.module.is_transposed else 1, 0)
-    return record.down.linear_weight()[0]
+        outputs = 2 if record.module.is_transposed else 1
+        axes = {id(record.down): outputs, id(getattr(record.module, record.input_name)): 3 - outputs}
+    else:
+        axes = {id(getattr(p.module, "weight", None)): 1 - p.axis for p in record.projections}
+    biases = {id(tensor) for module in record.modules for tensor in module._parameters.values()}
+    for tensor in {id(t): t for module in record.modules for t in module.parameters() if _is_readable(t)}.values():
+        if id(tensor) in axes and tensor.dim() > 1:
+            yield tensor.select(axes[id(tensor)], 0)
+        elif id(tensor) in biases:
+            yield tensor
+        else:
+            yield tensor.reshape(-1)[:: max(1, tensor.numel() // _SAMPLE)]
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    plain = type(tensor) is nn.Parameter and tensor.layout is torch.strided and tensor.device.type != "meta"
+    return plain and tensor.is_floating_point() and tensor.element_size() in (2, 4, 8)
 
 
 def _plain(value: Any) -> Any:

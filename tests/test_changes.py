@@ -173,7 +173,29 @@ def multiplied_behind_autograd(model):
     weight.data.copy_(random(weight.shape))
 
 
-WRITINGS = pytest.mark.parametrize("write", [multiplied, multiplied_behind_autograd])
+def written(which):
+    def write(model):
+        if model.config.model_type == "mixtral":
+            weight = experts(model, 1).gate_up_proj
+            half = slice(32, None) if which == "up_proj" else slice(32)
+            weight.data[:, half].copy_(random(weight[:, half].shape))
+        else:
+            weight = getattr(model.model.layers[1].mlp, which).weight
+            weight.data.copy_(random(weight.shape))
+
+    write.__name__ = which
+    return write
+
+
+def one_channel_of_up(model):
+    weight = experts(model, 1).gate_up_proj[2] if model.config.model_type == "mixtral" else None
+    weight = model.model.layers[1].mlp.up_proj.weight if weight is None else weight
+    weight.data[-3] *= 1.5
+
+
+WRITINGS = pytest.mark.parametrize(
+    "write", [multiplied, multiplied_behind_autograd, written("gate_proj"), written("up_proj"), one_channel_of_up]
+)
 
 
 @WRITINGS
@@ -220,6 +242,90 @@ def test_a_write_to_moved_channels_that_no_forward_saw_is_told_at_the_end():
     with torch.no_grad():
         down_projections(twin)[0].weight.add_(1)
     same_weights(model, twin)
+
+
+@pytest.mark.parametrize("write", [multiplied_behind_autograd, written("gate_proj"), written("up_proj")])
+@families
+def test_writing_to_moved_channels_between_two_steps_is_refused(family, write):
+    model = fresh(family)
+    session = pruned(model, "inplace").attach()
+    with torch.no_grad():
+        cache = model(prompt(), use_cache=True).past_key_values
+        model(prompt()[:, :1], past_key_values=cache)
+        write(model)
+        with pytest.raises(SessionError, match=r"was written to inside the session.*Leave the session"):
+            model(prompt()[:, :1], past_key_values=cache)
+    with pytest.warns(UserWarning, match="written to inside the session"):
+        session.detach()
+
+
+@WRITINGS
+@families
+def test_writing_to_moved_channels_just_before_the_end_is_told(family, write):
+    model = fresh(family)
+    session = pruned(model, "inplace").attach()
+    generate(model, prompt())
+    write(model)
+    with pytest.warns(UserWarning, match="written to inside the session"):
+        session.detach()
+
+
+# --- weights made of moved ones -------------------------------------------------------------------------------------
+
+
+def tripled(weight):
+    return nn.Parameter(3 * weight.detach())
+
+
+def cloned(weight):
+    return nn.Parameter(weight.detach().clone())
+
+
+def noisy(weight):
+    return nn.Parameter(weight.detach() + 0.1 * weight.detach().std() * random(weight.shape))
+
+
+def absolute(weight):
+    return nn.Parameter(weight.detach().abs())
+
+
+def replace_weights(model, make):
+    """Every weight of an FFN, and what they are then in the original order."""
+    for layer in model.model.layers:
+        if model.config.model_type == "mixtral":
+            for name in ("gate_up_proj", "down_proj"):
+                setattr(layer.mlp.experts, name, make(getattr(layer.mlp.experts, name)))
+        else:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                getattr(layer.mlp, name).weight = make(getattr(layer.mlp, name).weight)
+
+
+@pytest.mark.parametrize("make", [tripled, cloned])
+@families
+def test_multiples_of_moved_weights_are_followed(family, make):
+    twin, model = fresh(family), fresh(family)
+    replace_weights(twin, make)
+    with pruned(twin):
+        expected = generate(twin, prompt())[1]
+    with pruned(model, "inplace"):
+        generate(model, prompt(1, 12, seed=5))
+        replace_weights(model, make)
+        torch.testing.assert_close(generate(model, prompt())[1], expected, rtol=0, atol=1e-9)
+    same_weights(model, twin)
+
+
+@pytest.mark.parametrize("make", [noisy, absolute])
+@families
+def test_what_else_is_made_of_moved_weights_is_refused(family, make):
+    model = fresh(family)
+    session = pruned(model, "inplace").attach()
+    generate(model, prompt(1, 12, seed=5))
+    replace_weights(model, make)
+    for _ in range(2):
+        with pytest.raises(SessionError, match=r"another weight was made of it.*Load the model again"):
+            generate(model, prompt())
+    with pytest.warns(UserWarning, match="another weight was made of it"):
+        session.detach()
 
 
 # --- between sessions -----------------------------------------------------------------------------------------------
@@ -387,11 +493,14 @@ def test_an_adapter_for_each_row_is_refused(backend):
     model = fresh()
     wrapper = adapted(peft, model, ["down_proj"])
     with pruned(wrapper, "auto" if backend == "inplace" else backend, batch="per_sequence") as session:
-        generate(wrapper, prompt(2))
-        for _ in range(2):  # the first leaves peft's hooks on the modules, as any error within its generate does
+        expected = generate(wrapper, prompt(2))
+        for _ in range(2):
             with pytest.raises(SessionError, match=r"settings of an adapter changed|the model was changed"):
                 generate(wrapper, prompt(2), adapter_names=["default", "__base__"])
+            found = generate(wrapper, prompt(2))  # of the adapter that is active, without peft's hooks of the call before
+            assert torch.equal(found[1], expected[1])
         assert session.attached
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @backends

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from modes import LENGTH, RATIO, STEPS, alone, backends, generate, loop, pruned
 from observe import partitions, prompt
@@ -197,3 +198,110 @@ def test_rows_of_a_cache_that_are_selected_by_hand_take_their_partitions_along(m
                 logits = model(tokens[-1], past_key_values=out.past_key_values).logits
                 tokens.append(logits[:, -1].argmax(-1, keepdim=True))
             assert torch.equal(torch.cat(tokens, 1), expected)
+
+
+# caches that drop tokens by themselves ------------------------------------------------------------------------------
+
+
+class Sink(DynamicLayer):
+    """Keeps the first tokens and the latest, as caches of other packages do; may count those that it has dropped too."""
+
+    first, latest, counts_all = 3, 8, False
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self.seen += key_states.shape[-2]
+        if keys.shape[-2] > self.first + self.latest:
+            self.keys, self.values = (
+                torch.cat([t[..., : self.first, :], t[..., -self.latest :, :]], -2) for t in (keys, values)
+            )
+        return keys, values
+
+    def get_seq_length(self):
+        return self.seen if self.counts_all else super().get_seq_length()
+
+    def get_mask_sizes(self, query_length):
+        return super().get_seq_length() + query_length, 0
+
+
+class CountingSink(Sink):
+    counts_all = True
+
+
+def steps_of(model, kind, count=12, rows=1):
+    """Logits of a prompt and of single steps, positions counted by hand, and the cache."""
+    cache, logits, ids = DynamicCache(), [], prompt(rows, LENGTH)
+    cache.layer_class_to_replicate = kind
+    more = prompt(rows, count, seed=3)
+    logits.append(model(ids, past_key_values=cache).logits[:, -1])
+    for step in range(count):
+        place = torch.full((rows, 1), LENGTH + step)
+        out = model(more[:, step : step + 1], past_key_values=cache, position_ids=place)
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits), cache
+
+
+@backends
+@pytest.mark.parametrize("batch", ["shared", "per_sequence"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@torch.no_grad()
+def test_a_cache_that_drops_tokens_is_not_taken_for_a_cropped_one(load, family, backend, batch):
+    model = load(family, torch.float64)
+    settings = {"batch": batch, "min_tokens": 4, "gamma": 0.3}  # experts wait for their partitions and learn meanwhile
+    found = []
+    for kind in (CountingSink, Sink):
+        with pruned(model, "auto" if backend == "inplace" else backend, **settings) as session:
+            logits, cache = steps_of(model, kind)
+            found.append((logits, partitions(session)))
+            assert cache.layers[0].keys.shape[-2] == 11
+    assert found[0][1] == found[1][1]
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_window_smaller_than_the_prompt(load):
+    model = load("mixtral", torch.float64)
+
+    class Small(Sink):
+        first, latest = 1, 4
+
+    class CountingSmall(Small):
+        counts_all = True
+
+    found = []
+    for kind in (CountingSmall, Small):
+        with pruned(model, min_tokens=4) as session:
+            found.append((steps_of(model, kind)[0], partitions(session)))
+    assert found[0][1] == found[1][1]
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@torch.no_grad()
+def test_a_cache_that_drops_tokens_and_was_cropped_is_refused(load, family):
+    model = load(family, torch.float64)
+    with pruned(model, min_tokens=4):
+        _, cache = steps_of(model, Sink)
+        cache.crop(-2)
+        for _ in range(2):
+            with pytest.raises(PhaseError, match=r"holds 9 tokens and held 11.*drops tokens by itself"):
+                model(prompt()[:, :1], past_key_values=cache)
+        cache.reset()
+        model(prompt(), past_key_values=cache)  # a new prompt
+
+
+@backends
+@torch.no_grad()
+def test_a_sliding_window_gives_what_a_masked_one_gives(load, backend):
+    model = load("mistral", torch.float64, sliding_window=6)
+    found = []
+    for settings in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
+        with pruned(model, backend):
+            found.append(generate(model, prompt(1, LENGTH), steps=8, **settings))
+    for tokens, logits in found[1:]:
+        assert torch.equal(tokens, found[0][0])
+        torch.testing.assert_close(logits, found[0][1], rtol=0, atol=1e-6)

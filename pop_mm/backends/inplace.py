@@ -160,6 +160,13 @@ class InplaceBackend:
         for module in record.modules:
             self._undo += before_moves(module, canonical)
 
+    @property
+    def touched(self) -> bool:
+        """Whether somebody has written to moved weights, as far as a few numbers tell."""
+        return any(moved.touched for moved in self._moved.values()) or any(
+            experts.moved.touched for experts in self._experts.values()
+        )
+
     def moved_weights(self) -> dict[str, MovedWeights]:
         """Name of an FFN -> its weights, of those with channels that are not in their own places."""
         every = {**self._moved, **{index: experts.moved for index, experts in self._experts.items()}}

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from ..errors import SessionError
 from ..experts import Experts
-from ..layout import FFN, Matrix, swap_channels
+from ..layout import FFN, Matrix, as_integers, swap_channels
 from ..phase import set_instance_attribute
+
+_LIKE = 0.7  # cosine of what was made of a weight, where few channels tell
 
 
 class Versions:
@@ -30,7 +32,8 @@ class Versions:
     written : str or None
         The first weight that somebody wrote to while its channels were moved.
     packed : str or None
-        The first weight that somebody made something else of (packed, parametrised, pruned) while its channels were moved.
+        The first weight that somebody made something else of (packed, parametrised, pruned, another Parameter) while its
+        channels were moved.
     """
 
     def __init__(self) -> None:
@@ -45,6 +48,34 @@ class _Held(NamedTuple):
     stored: Tensor  # shares its memory and its version counter, and stays what it is if ``parameter.data`` is replaced
     matrices: Callable[[Tensor, int | None], Iterable[Matrix]]
     place: tuple[dict[str, Any], str]  # the module's parameters, and its name there
+
+
+class _Likeness:
+    """How like two lists of numbers are, which come in pieces."""
+
+    def __init__(self) -> None:
+        self._product = self._a = self._b = 0.0
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """One more piece of each."""
+        self._product += float((a * b).sum())
+        self._a += float(a.square().sum())
+        self._b += float(b.square().sum())
+
+    @property
+    def cosine(self) -> float:
+        """Without its sign; 0 of zeros."""
+        return abs(self._product) / (self._a * self._b) ** 0.5 if self._a and self._b else 0.0
+
+    @property
+    def rest(self) -> float:
+        """Share of the squares of the first that is left of it without its multiple of the second."""
+        return 1 - self.cosine**2
+
+
+def _magnitudes(values: Tensor) -> Tensor:
+    sizes = values.abs()
+    return sizes - sizes.mean() if sizes.numel() else sizes
 
 
 class MovedWeights:
@@ -67,6 +98,7 @@ class MovedWeights:
         self._versions = versions
         self._held: list[_Held] = []
         self._samples: list[Tensor] = []  # of what the session left in each
+        self._few: list[tuple[Any, bytes]] = []  # a few numbers of each as NumPy sees them, and what they were
         self.moves = 0
 
     def exchange(self, first: Tensor, second: Tensor, expert: int | None = None) -> None:
@@ -96,6 +128,7 @@ class MovedWeights:
                 if id(held.parameter) in of:
                     of[id(held.parameter)] = held.parameter._version
             self._samples = [_sample(held.stored) for held in self._held]
+            self._few = [(few, few.tobytes()) for held in self._held for few in _few_numbers(held.stored)]
 
     @torch.inference_mode(False)
     def _hold(self) -> None:
@@ -120,8 +153,15 @@ class MovedWeights:
             version = held.parameter._version
             replaced = held.parameter.data_ptr() != held.stored.data_ptr()
             written = of.get(id(held.parameter), version) != version and not replaced
-            if written and self._versions.written is None and not _is_multiple(_sample(held.stored), sample):
+            now = _sample(held.stored)
+            written = written or not torch.equal(as_integers(now), as_integers(sample))  # through .data
+            if written and self._versions.written is None and not _is_multiple(now, sample):
                 self._versions.written = held.name
+
+    @property
+    def touched(self) -> bool:
+        """Whether a few numbers of a weight are not those that the session left there. It costs next to nothing."""
+        return any(few.tobytes() != before for few, before in self._few)
 
     @property
     def holds(self) -> bool:
@@ -133,9 +173,9 @@ class MovedWeights:
     def adopt(self, positions: Mapping[int | None, Tensor]) -> None:
         """Before channels go back: take along weights that were made from the moved ones and put in their place.
 
-        ``Parameter(3 * module.weight)``, ``share_memory_()`` and the like hold the channels as they stand now, a loaded weight
-        holds them in the original order. Which it is, the channels that have moved tell: those of the first kind resemble the
-        ones at the same places now, with a cosine of more than 0.7 and more than those that belong there.
+        A loaded weight holds the channels in the original order. ``share_memory_()`` and ``Parameter(3 * module.weight)`` hold
+        them as they stand now: those are known by being what stood there, times one number, and are taken along. What is only
+        like it was made of it in a way that nobody can follow; that is noted, and refused.
 
         Parameters
         ----------
@@ -149,23 +189,32 @@ class MovedWeights:
                 continue  # packed by somebody
             if tensor.data_ptr() == held.stored.data_ptr():
                 continue
-            here = there = squares = squares_before = 0.0
+            standing, own, magnitudes, own_magnitudes = _Likeness(), _Likeness(), _Likeness(), _Likeness()
+            channels = 0
             for expert, at in positions.items():
                 moved = (at != torch.arange(len(at), device=at.device)).nonzero().flatten()
+                channels += len(moved)
                 pairs = zip(held.matrices(tensor.detach(), expert), held.matrices(held.stored, expert), strict=True)
                 for (after, axis), (before, _) in pairs:
-                    channels = after.index_select(axis, moved.to(after.device)).to(before)
-                    standing = before.index_select(axis, moved)
-                    here += float((channels * standing).sum())
-                    there += float((channels * before.index_select(axis, at[moved])).sum())
-                    squares += float(channels.square().sum())
-                    squares_before += float(standing.square().sum())
-            if abs(here) > max(abs(there), 0.7 * (squares * squares_before) ** 0.5):
+                    found = after.index_select(axis, moved.to(after.device)).to(before.device, torch.float64)
+                    here = before.index_select(axis, moved).double()
+                    there = before.index_select(axis, at[moved]).double()
+                    standing.add(found, here)
+                    own.add(found, there)
+                    magnitudes.add(_magnitudes(found), _magnitudes(here))
+                    own_magnitudes.add(_magnitudes(found), _magnitudes(there))
+            narrowest = max(torch.finfo(t.dtype).eps for t in (tensor, held.stored))
+            if standing.rest < own.rest and standing.rest <= max(16 * narrowest**2, 1e-12):
                 self._held.append(_Held(held.name, tensor, tensor.detach(), held.matrices, held.place))
+            elif any(
+                a.cosine - b.cosine > min(_LIKE, 8 / max(channels, 1) ** 0.5)
+                for a, b in ((standing, own), (magnitudes, own_magnitudes))
+            ):
+                self._versions.packed = self._versions.packed or held.name
 
     def release(self) -> None:
         """All channels are back."""
-        self._held = []
+        self._held, self._samples, self._few = [], [], []
 
     def guarded(self, out: Tensor) -> Tensor:
         """The FFN's output, whose gradients may go to the weights only while the channels stand as they do now."""
@@ -191,6 +240,13 @@ def _sample(tensor: Tensor) -> Tensor:
     while line.dim() > 1:
         line = line.select(max(range(line.dim()), key=line.stride), 0)
     return line[:256].clone()
+
+
+def _few_numbers(tensor: Tensor) -> Iterator[Any]:
+    """A view of one number in each quarter of it (of each expert); none off the CPU, where looking would wait."""
+    if tensor.is_cpu and tensor.numel():
+        halves = tuple(slice(None, None, -(-size // 2)) for size in tensor.shape[-2:])
+        yield as_integers(tensor)[(..., *halves)].numpy()
 
 
 def _is_multiple(after: Tensor, before: Tensor) -> bool:
