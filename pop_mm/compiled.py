@@ -7,6 +7,7 @@ stays around the compiled function, which sees nothing but tensors at fixed addr
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,21 @@ class CompiledSteps:
     tracker : PhaseTracker
     inplace : InplaceBackend or None
         None if a step of this session cannot be traced: then it runs as it is.
+    compiling : callable
+        Gives a context within which code runs compiled although the session lets all else run eagerly.
     """
 
-    def __init__(self, model: Any, tracker: PhaseTracker, inplace: InplaceBackend | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tracker: PhaseTracker,
+        inplace: InplaceBackend | None,
+        compiling: Callable[[], AbstractContextManager[object]],
+    ) -> None:
         self._model = model
         self._tracker = tracker
         self._inplace = inplace
+        self._compiling = compiling
         self._options: dict[str, Any] | None = None
         self._compiled: Callable[..., Any] | None = None
 
@@ -54,7 +64,7 @@ class CompiledSteps:
         assert forward is not None and self._compiled is not None
         if self._inplace is not None:
             if forward.phase is Phase.DECODE and self._inplace.prepare_traced(forward):
-                with self._inplace.static.step(forward):
+                with self._inplace.static.step(forward), self._compiling():
                     return self._compiled(*args, **kwargs)
             self._inplace.static.flush()
         return self._model.forward(*args, **kwargs)

@@ -6,13 +6,17 @@ adds to the modules.
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .experts import Experts
@@ -133,6 +137,58 @@ def is_compiled(module: nn.Module) -> bool:
         return True
     forward = module.__dict__.get("forward", type(module).forward)
     return _original(forward) is not forward
+
+
+class EagerCalls:
+    """While it is held, whatever ``torch.compile`` returned runs eagerly, in the whole process.
+
+    Functions around a model, and wrappers of it that nobody named, would else run code that was traced without what a session
+    adds. Nothing is done where torch's compiler has not been loaded: then there is no such code.
+    """
+
+    _holders = 0
+    _stance: Any = None
+    _lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self.held = False
+
+    def hold(self) -> None:
+        """Begin, if the compiler is loaded."""
+        if self.held or "torch._dynamo.eval_frame" not in sys.modules:
+            return
+        with EagerCalls._lock:
+            if not EagerCalls._holders:
+                EagerCalls._stance = torch.compiler.set_stance("force_eager")
+            EagerCalls._holders += 1
+            self.held = True
+
+    def release(self) -> None:
+        """End; code runs compiled again once nobody holds it."""
+        with EagerCalls._lock:
+            if self.held:
+                self.held = False
+                EagerCalls._holders -= 1
+                if not EagerCalls._holders:
+                    EagerCalls._stance.__exit__(None, None, None)
+
+    def compiled(self) -> AbstractContextManager[object]:
+        """Within: code runs compiled all the same."""
+        return torch.compiler.set_stance("default") if self.held else nullcontext()
+
+
+def in_compiled_call() -> bool:
+    """Whether what runs now was called through something that ``torch.compile`` returned."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is None:
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and code.co_filename == compiler.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _made_eager(module: nn.Module) -> Iterator[Callable[[], object]]:

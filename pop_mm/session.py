@@ -31,7 +31,7 @@ from .backends.moved import Versions
 from .backends.norms import FewTokensNorms
 from .compiled import CompiledSteps
 from .config import PopConfig, as_config
-from .eager import CompiledParts, is_compiled, modules_around, without_wrappers
+from .eager import CompiledParts, EagerCalls, in_compiled_call, is_compiled, modules_around, without_wrappers
 from .engine import Engine
 from .errors import AdapterError, ConfigError, NonFiniteError, SessionError
 from .events import Events
@@ -248,6 +248,7 @@ class Session:
         self._refusals: list[Callable[[], object]] = []
         self._left_compiled: set[nn.Module] = set()
         self._steps: CompiledSteps | None = None
+        self._eager = EagerCalls()
         self._busy = threading.Lock()
         self._owner: threading.Thread | None = None
         self._last: PromptState | None = None
@@ -349,6 +350,7 @@ class Session:
         self._last = None
         self.attached = True
         try:
+            self._eager.hold()
             self._tracker.install()
             self._engage()
             self._undo.append(self._wrappers.install())
@@ -424,7 +426,9 @@ class Session:
         if self._steps is None:
             traceable = all(plan.backend in ("inplace", "dense") for plan in self.plans)
             traceable = traceable and self._engine.own_choice is None
-            self._steps = CompiledSteps(self.model, self._tracker, self._inplace if traceable else None)
+            self._steps = CompiledSteps(
+                self.model, self._tracker, self._inplace if traceable else None, self._eager.compiled
+            )
         return self._steps.get_compiled_call(compile_config)
 
     def _backend(self, name: str) -> Any:
@@ -443,6 +447,7 @@ class Session:
             self._tracker.remove()
             while self._undo:
                 self._undo.pop()()
+            self._eager.release()
             self.attached = False
         if self._versions.packed is not None:
             warnings.warn(_packed(self._versions.packed), stacklevel=2)
@@ -626,11 +631,11 @@ class Session:
     def _check_model(self, forward: Forward) -> None:
         """Follow what somebody else has changed in the model since the last forward, or say why that cannot be."""
         watch = self._watch
-        if is_compiled(self.model):
+        if is_compiled(self.model) or (not self._eager.held and in_compiled_call()):
             raise SessionError(
-                "The model was compiled inside the session, and compiled code would run past what the session adds. Leave the "
-                "session and compile the model before a new one, in which it runs eagerly; for compiled decode steps, call "
-                "generate(cache_implementation='static') inside the session."
+                "The model, or a function that calls it, was compiled inside the session, and compiled code would run past what "
+                "the session adds. Call the model itself; or leave the session and compile the model before a new one, in which "
+                "it runs eagerly; for compiled decode steps, call generate(cache_implementation='static') inside the session."
             )
         change = "the model was changed" if watch is None else watch.change()
         if watch is not None and watch.replaced is not None:

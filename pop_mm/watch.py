@@ -146,9 +146,14 @@ class Watch:
         return self._settings_now() != self._settings
 
     def rewritten(self) -> list[FFN | Experts]:
-        """FFNs whose weights hold other values in the lines that are looked at."""
-        now = self._sums_now()
-        return [record for record, a, b in zip(self._ffns, now, self._sums, strict=True) if a != b]
+        """FFNs whose weights, where they are the same tensors as before, hold other values in the lines that are looked at."""
+        places = zip(self._addressed, map(_data_ptr, self._addressed), self._addresses, strict=True)
+        same = {id(tensor) for tensor, now, before in places if now == before}
+        return [
+            record
+            for record, now, before in zip(self._ffns, self._sums_now(), self._sums, strict=True)
+            if any(key in same and before.get(key, total) != total for key, total in now.items())
+        ]
 
     def _settings_now(self) -> list[Any]:
         modules = [module for composed in self._composed for module in composed.modules()]
@@ -161,17 +166,17 @@ class Watch:
         return [*settings, *([*module._forward_pre_hooks, *module._forward_hooks] for module in modules)]
 
     @torch.no_grad()
-    def _sums_now(self) -> list[list[int]]:
-        """By FFN, of each of its weights, the sum of one line of numbers as integers: the same in every order of the channels."""
-        alike: dict[Any, list[tuple[int, Tensor]]] = {}
+    def _sums_now(self) -> list[dict[int, int]]:
+        """By FFN, id of a weight -> the sum of one line of it as integers: the same in every order of the channels."""
+        alike: dict[Any, list[tuple[int, int, Tensor]]] = {}
         for number, record in enumerate(self._ffns):
-            for line in map(as_integers, _lines(record)):
-                alike.setdefault((line.shape, line.dtype, line.device), []).append((number, line))
-        sums: list[list[int]] = [[] for _ in self._ffns]
+            for key, line in _lines(record):
+                alike.setdefault((line.shape, line.dtype, line.device), []).append((number, key, as_integers(line)))
+        sums: list[dict[int, int]] = [{} for _ in self._ffns]
         for lines in alike.values():
-            together = torch.stack([line for _, line in lines]).flatten(1).sum(1)
-            for (number, _), total in zip(lines, together.tolist(), strict=True):
-                sums[number].append(int(total))
+            together = torch.stack([line for *_, line in lines]).flatten(1).sum(1)
+            for (number, key, _), total in zip(lines, together.tolist(), strict=True):
+                sums[number][key] = int(total)
         return sums
 
 
@@ -222,7 +227,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
     yield from getattr(hook, "hooks", [] if hook is None else [hook])
 
 
-def _lines(record: FFN | Experts) -> Iterator[Tensor]:
+def _lines(record: FFN | Experts) -> Iterator[tuple[int, Tensor]]:
     """Of each weight, what it holds of all channels for one input or output; whole biases; of adapters some numbers."""
     axes: dict[int, int]  # id of a weight -> its other axis
     if isinstance(record, Experts):
@@ -233,11 +238,11 @@ def _lines(record: FFN | Experts) -> Iterator[Tensor]:
     biases = {id(tensor) for module in record.modules for tensor in module._parameters.values()}
     for tensor in {id(t): t for module in record.modules for t in module.parameters() if _is_readable(t)}.values():
         if id(tensor) in axes and tensor.dim() > 1:
-            yield tensor.select(axes[id(tensor)], 0)
+            yield id(tensor), tensor.select(axes[id(tensor)], 0)
         elif id(tensor) in biases:
-            yield tensor
+            yield id(tensor), tensor
         else:
-            yield tensor.reshape(-1)[:: max(1, tensor.numel() // _SAMPLE)]
+            yield id(tensor), tensor.reshape(-1)[:: max(1, tensor.numel() // _SAMPLE)]
 
 
 def _is_readable(tensor: Tensor) -> bool:

@@ -486,6 +486,7 @@ CALLS = [
     _call(
         _WRAPPERS, "Parts that were compiled (`mlp.compile()`)", "fast", "precompiled", "run eagerly, with a warning"
     ),
+    _call(_WRAPPERS, "Compiled functions that call the model", "fast", "precompiled", "run eagerly inside the session"),
     _call(_WRAPPERS, "`DataParallel`, `DistributedDataParallel`", "refused", "wrappers", "pass `model.module`"),
     _call(_WRAPPERS, "`pipeline(...)` on a pruned model", "fast", "wrappers", "pass `pipe.model`", "transformers"),
     _call(_MEMORY, "A module that several layers share", "masked", "sharing", "as if each layer had its own"),

@@ -177,7 +177,8 @@ def written(which):
     def write(model):
         if model.config.model_type == "mixtral":
             weight = experts(model, 1).gate_up_proj
-            half = slice(32, None) if which == "up_proj" else slice(32)
+            size = weight.shape[1] // 2
+            half = slice(size, None) if which == "up_proj" else slice(size)
             weight.data[:, half].copy_(random(weight[:, half].shape))
         else:
             weight = getattr(model.model.layers[1].mlp, which).weight

@@ -1,6 +1,7 @@
 """Models of which something was compiled, before or inside the session: pruned as their uncompiled twins, and left compiled."""
 
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from test_compiled import generate as generate_static
 
 from modes import BACKENDS, fresh, generate, padded, pruned
 from observe import partitions, prompt, same_afterwards
-from pop_mm import SessionError
+from pop_mm import SessionError, prune
 from tiny_models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*compiled before the session")
@@ -190,3 +191,64 @@ def test_a_model_that_is_compiled_as_a_whole_inside_a_session_is_refused(family,
         for _ in range(2):
             with pytest.raises(SessionError, match=r"compiled inside the session.*before a new one"):
                 generate(model, prompt(), 2)
+
+
+@torch.no_grad()
+def by_hand(call):
+    """Logits of a prompt and a step."""
+    out = call(prompt(), None)
+    return torch.cat([out.logits[:, -1], call(prompt()[:, :1], out.past_key_values).logits[:, -1]])
+
+
+def around(model, what):
+    """Something compiled that the session is not told of."""
+    wrapper = compiled(model) if what == "wrapper" else model
+
+    def call(ids, cache):
+        return wrapper(ids, past_key_values=cache, use_cache=True)
+
+    return compiled(call) if what == "function" else call
+
+
+@pytest.mark.parametrize("when", ["before", "inside"])
+@pytest.mark.parametrize("what", ["wrapper", "function"])
+@pytest.mark.parametrize("settings", [{"ratio": 0.4, "scope": "ffn"}, {"budget": 0.6}])
+@pytest.mark.parametrize("backend", ["masked", "auto"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_compiled_calls_of_the_model_run_eagerly_inside_a_session(family, backend, settings, what, when):
+    model = fresh(family)
+    plain = around(model, "model")
+    dense = by_hand(plain)
+    with prune(model, backend=backend, **settings):
+        expected = by_hand(plain)
+    call = around(model, what)
+    if when == "before":
+        by_hand(call)
+    with same_afterwards(model), prune(model, backend=backend, **settings):
+        call = call if when == "before" else around(model, what)
+        assert torch.equal(by_hand(call), expected)
+    torch.testing.assert_close(by_hand(call), dense, rtol=0, atol=1e-9)
+
+
+def test_sessions_that_overlap_share_what_runs_eagerly():
+    models = [fresh(), fresh()]
+    calls = [around(model, "wrapper") for model in models]
+    expected = []
+    for call, model in zip(calls, models, strict=True):
+        by_hand(call)
+        with pruned(model):
+            expected.append(by_hand(around(model, "model")))
+    first, second = (pruned(model).attach() for model in models)
+    first.detach()
+    assert torch.equal(by_hand(calls[1]), expected[1])
+    second.detach()
+    assert not torch.allclose(by_hand(calls[1]), expected[1])
+
+
+def test_a_compiler_that_is_loaded_inside_a_session_is_refused():
+    model = fresh()
+    with mock.patch("pop_mm.eager.EagerCalls.hold"), pruned(model):
+        expected = generate(model, prompt(), 2)[1]
+        with pytest.raises(SessionError, match=r"was compiled inside the session.*Call the model itself"):
+            by_hand(around(model, "wrapper"))
+        torch.testing.assert_close(generate(model, prompt(), 2)[1], expected, rtol=0, atol=1e-9)

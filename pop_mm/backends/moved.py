@@ -20,6 +20,7 @@ from ..layout import FFN, Matrix, as_integers, swap_channels
 from ..phase import set_instance_attribute
 
 _LIKE = 0.7  # cosine of what was made of a weight, where few channels tell
+_FEWEST = 64  # numbers that can be alike by more than chance
 
 
 class Versions:
@@ -190,7 +191,7 @@ class MovedWeights:
             if tensor.data_ptr() == held.stored.data_ptr():
                 continue
             standing, own, magnitudes, own_magnitudes = _Likeness(), _Likeness(), _Likeness(), _Likeness()
-            channels = 0
+            channels = numbers = 0
             for expert, at in positions.items():
                 moved = (at != torch.arange(len(at), device=at.device)).nonzero().flatten()
                 channels += len(moved)
@@ -199,6 +200,7 @@ class MovedWeights:
                     found = after.index_select(axis, moved.to(after.device)).to(before.device, torch.float64)
                     here = before.index_select(axis, moved).double()
                     there = before.index_select(axis, at[moved]).double()
+                    numbers += found.numel()
                     standing.add(found, here)
                     own.add(found, there)
                     magnitudes.add(_magnitudes(found), _magnitudes(here))
@@ -206,7 +208,7 @@ class MovedWeights:
             narrowest = max(torch.finfo(t.dtype).eps for t in (tensor, held.stored))
             if standing.rest < own.rest and standing.rest <= max(16 * narrowest**2, 1e-12):
                 self._held.append(_Held(held.name, tensor, tensor.detach(), held.matrices, held.place))
-            elif any(
+            elif numbers >= _FEWEST and any(
                 a.cosine - b.cosine > min(_LIKE, 8 / max(channels, 1) ** 0.5)
                 for a, b in ((standing, own), (magnitudes, own_magnitudes))
             ):
