@@ -190,9 +190,9 @@ def _written(name: str) -> str:
 
 def _packed(name: str) -> str:
     return (
-        f"{name} was packed, parametrised or pruned, or another weight was made of it, inside the session while its channels were "
-        "reordered, so that one is in another order than the rest of the model. Load the model again, and do that before the "
-        "session."
+        f"{name} was packed, parametrised or pruned, or another weight was made of it, inside the session while its channels "
+        "were reordered, so that one is in another order than the rest of the model. Load the model again, and do that before "
+        "the session."
     )
 
 

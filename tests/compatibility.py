@@ -517,9 +517,7 @@ CALLS = [
         "transformers",
     ),
     _call(_CALLS, "A cache that drops tokens by itself (a window, sinks)", "fast", "phase_caches", "", "transformers"),
-    _call(
-        _CALLS, "The same, cropped", "refused", "phase_caches", "which tokens it holds is not known", "transformers"
-    ),
+    _call(_CALLS, "The same, cropped", "refused", "phase_caches", "which tokens it holds is not known", "transformers"),
     _call(_CALLS, "An adapter for each row (`adapter_names`)", "refused", "changes", "norms differ by row", "peft"),
     _call(_INSIDE, "Weights, biases, activations, FFNs replaced", "fast", "changes", "followed by the next forward"),
     _call(_INSIDE, "Weights written in place", "fast", "changes", "refused once channels have moved"),

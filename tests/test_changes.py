@@ -498,7 +498,9 @@ def test_an_adapter_for_each_row_is_refused(backend):
         for _ in range(2):
             with pytest.raises(SessionError, match=r"settings of an adapter changed|the model was changed"):
                 generate(wrapper, prompt(2), adapter_names=["default", "__base__"])
-            found = generate(wrapper, prompt(2))  # of the adapter that is active, without peft's hooks of the call before
+            found = generate(
+                wrapper, prompt(2)
+            )  # of the adapter that is active, without peft's hooks of the call before
             assert torch.equal(found[1], expected[1])
         assert session.attached
     assert not any(module._forward_pre_hooks for module in model.modules())

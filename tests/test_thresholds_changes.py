@@ -318,9 +318,7 @@ def test_a_model_that_is_compiled_as_a_whole_inside_a_session_is_refused(compile
 
 def of_vlm(model, inputs):
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
-    out = model.generate(
-        **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
-    )
+    out = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
     return out.sequences, torch.stack(out.logits)
 
 
