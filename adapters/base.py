@@ -312,6 +312,8 @@ def _weight_count(module: nn.Module, counted: set[nn.Module]) -> int:
     if module in counted or isinstance(module, nn.Embedding) or "Norm" in type(module).__name__:
         return 0
     counted.add(module)
+    if (compiled := module._modules.get("_orig_mod")) is not None:  # torch.compile returned this module
+        return _weight_count(compiled, counted)
     out, inputs = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if out is not None and inputs is not None:
         return int(out) * int(inputs)

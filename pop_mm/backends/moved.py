@@ -99,7 +99,7 @@ class MovedWeights:
         self._versions = versions
         self._held: list[_Held] = []
         self._samples: list[Tensor] = []  # of what the session left in each
-        self._few: list[tuple[Any, bytes]] = []  # a few numbers of each as NumPy sees them, and what they were
+        self._few: list[tuple[Any, bytes] | None] = []  # a few numbers of each as NumPy sees them, and what they were
         self.moves = 0
 
     def exchange(self, first: Tensor, second: Tensor, expert: int | None = None) -> None:
@@ -129,7 +129,7 @@ class MovedWeights:
                 if id(held.parameter) in of:
                     of[id(held.parameter)] = held.parameter._version
             self._samples = [_sample(held.stored) for held in self._held]
-            self._few = [(few, few.tobytes()) for held in self._held for few in _few_numbers(held.stored)]
+            self._few = [_few_numbers(held.stored) for held in self._held]
 
     @torch.inference_mode(False)
     def _hold(self) -> None:
@@ -147,7 +147,7 @@ class MovedWeights:
         is; any other was made of what stood there.
         """
         of = self._versions.of
-        for held, sample in zip(self._held, self._samples, strict=False):
+        for held, sample, few in zip(self._held, self._samples, self._few, strict=False):
             owner, name = held.place
             if owner.get(name) is not held.parameter and type(owner.get(name)) is not nn.Parameter:
                 self._versions.packed = self._versions.packed or held.name
@@ -156,13 +156,15 @@ class MovedWeights:
             written = of.get(id(held.parameter), version) != version and not replaced
             now = _sample(held.stored)
             written = written or not torch.equal(as_integers(now), as_integers(sample))  # through .data
+            if few is not None and few[0].ctypes.data == held.stored.data_ptr():  # its memory is still there
+                written = written or few[0].tobytes() != few[1]
             if written and self._versions.written is None and not _is_multiple(now, sample):
                 self._versions.written = held.name
 
     @property
     def touched(self) -> bool:
         """Whether a few numbers of a weight are not those that the session left there. It costs next to nothing."""
-        return any(few.tobytes() != before for few, before in self._few)
+        return any(few is not None and few[0].tobytes() != few[1] for few in self._few)
 
     @property
     def holds(self) -> bool:
@@ -244,11 +246,13 @@ def _sample(tensor: Tensor) -> Tensor:
     return line[:256].clone()
 
 
-def _few_numbers(tensor: Tensor) -> Iterator[Any]:
-    """A view of one number in each quarter of it (of each expert); none off the CPU, where looking would wait."""
-    if tensor.is_cpu and tensor.numel():
-        halves = tuple(slice(None, None, -(-size // 2)) for size in tensor.shape[-2:])
-        yield as_integers(tensor)[(..., *halves)].numpy()
+def _few_numbers(tensor: Tensor) -> tuple[Any, bytes] | None:
+    """A view of one number in each quarter of it (of each expert), and what they are; None off the CPU, where looking waits."""
+    if not tensor.is_cpu or not tensor.numel():
+        return None
+    halves = tuple(slice(None, None, -(-size // 2)) for size in tensor.shape[-2:])
+    few = as_integers(tensor)[(..., *halves)].numpy()
+    return few, few.tobytes()
 
 
 def _is_multiple(after: Tensor, before: Tensor) -> bool:
