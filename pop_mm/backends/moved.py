@@ -250,8 +250,8 @@ def _few_numbers(tensor: Tensor) -> tuple[Any, bytes] | None:
     """A view of one number in each quarter of it (of each expert), and what they are; None off the CPU, where looking waits."""
     if not tensor.is_cpu or not tensor.numel():
         return None
-    halves = tuple(slice(None, None, -(-size // 2)) for size in tensor.shape[-2:])
-    few = as_integers(tensor)[(..., *halves)].numpy()
+    halves: Any = (..., *(slice(None, None, -(-size // 2)) for size in tensor.shape[-2:]))
+    few = as_integers(tensor)[halves].numpy()
     return few, few.tobytes()
 
 
