@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .asking import with_progress
+from .asking import is_ours, with_progress
 from .config import PopConfig
 from .errors import NonFiniteError, PhaseError
 from .events import Events, tells
@@ -24,7 +24,7 @@ from .modality import MODALITIES, added, weighted_sum
 from .ops.select import Choose, choose, step_chooser
 from .partition import Partition, Sizes, partition
 from .phase import Forward, Phase
-from .scoring import channel_energy, get_scorer
+from .scoring import channel_energy, check_channel_weight, get_scorer
 from .state import FFNState, PromptState
 from .step import Step
 
@@ -126,6 +126,8 @@ class Engine:
         """What the weights of an FFN say about its channels; they must be in the original order."""
         ffn = self.ffns[index]
         weight = self.scorer.channel_weight(ffn)
+        if not is_ours(type(self.scorer)):
+            check_channel_weight(self.scorer, ffn, weight)
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # a scorer of one's own may be narrower
         weight = weight.view(-1, ffn.size)
         waits = ffn.experts is not None and not self.scorer.fixed

@@ -12,6 +12,10 @@ class PopError(Exception):
     """Base class of every error that pop_mm raises on purpose."""
 
 
+class PopWarning(UserWarning):
+    """Something that goes on all the same, and that the user should know."""
+
+
 class ConfigError(PopError, ValueError):
     """A setting is out of range, of the wrong type, or does not fit the model."""
 

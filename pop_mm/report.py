@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from .layout import FFN
 from .modality import MODALITIES
 from .partition import Partition, Sizes
 from .phase import Forward, Phase
+from .shown import Shown, of_report, printed
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -221,8 +221,8 @@ class FFNReport:
         }
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """What a session did. ``print(report)`` shows a table, :meth:`plot` a picture.
 
     Attributes
@@ -300,9 +300,19 @@ class Report:
             "ffns": [ffn.to_dict() for ffn in self.ffns],
         }
 
-    def to_json(self) -> str:
-        """JSON text of :meth:`to_dict`."""
-        return json.dumps(self.to_dict(), indent=2)
+    def _shown_line(self) -> str:
+        return of_report(self)
+
+    def _shown_rows(self) -> Sequence[Mapping[str, Any]]:
+        return [ffn.to_dict() for ffn in self.ffns]
+
+    def _shown_table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        cells = []
+        for row in self._shown_rows():
+            active = row["active_per_step"]
+            sizes = (row["size"], row["retained"], row["candidates"], "-" if active is None else f"{active:.0f}")
+            cells.append((str(row["layer"]), *map(str, sizes), str(row["backend"])))
+        return ("layers", "channels", "retained", "candidates", "active per step", "backend"), cells
 
     def plot(self, path: str | Path) -> Path:
         """Save a picture: R, C and P layer by layer, and how many kept candidates stay from step to step."""
@@ -314,15 +324,10 @@ class Report:
         """The table that ``rich.print`` shows."""
         from .tables import report_table
 
-        yield from report_table(self)
+        yield from report_table(self, options.max_width)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return printed(self)
 
 
 Alone = tuple[Mapping[str, Partition], Mapping[str, torch.Tensor]]  # FFNReport.alone and .reached

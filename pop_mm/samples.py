@@ -37,6 +37,10 @@ class SampleError(PopError):
     """A sample or model cannot be found, fetched or loaded."""
 
 
+class HubError(SampleError):
+    """A model of the hub cannot be had: the hub cannot be reached, has no such model, or wants to be asked for it."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """A model that can be fetched by name.
@@ -415,11 +419,11 @@ def _loading(what: str, model: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if not Path(model).expanduser().is_dir() and (reason := _hub_reason(model, error)) is not None:
+            raise HubError(f"The {what} of {model!r} could not be loaded: {reason}. {_CHOICE}") from error
         first, *more = (str(error).strip() or type(error).__name__).splitlines()
         reason = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
-        if "connect" in reason:
-            reason = "it is not in the local hub cache and the hub cannot be reached"
-        elif "instantiate the backend tokenizer" in reason:
+        if "instantiate the backend tokenizer" in reason:
             reason = "there is no tokenizer.json, nor another tokenizer's file; put it there with save_pretrained"
         elif "ignore_mismatched_sizes" in reason:
             reason = "their shapes are not those that config.json asks for"
@@ -427,3 +431,20 @@ def _loading(what: str, model: str) -> Iterator[None]:
             reason = f"{type(error).__name__}: {reason.rstrip('.')}. Its files may be damaged"
         hint = f" {_CHOICE}" if what == "config" else ""
         raise SampleError(f"The {what} of {model!r} could not be loaded: {reason.rstrip('.')}.{hint}") from error
+
+
+def _hub_reason(model: str, error: BaseException) -> str | None:
+    """What keeps the hub from giving a model, or None if the error is about something else."""
+    names, said, cause = set(), "", error
+    while cause is not None and len(said) < 10_000:
+        names |= {kind.__name__ for kind in type(cause).__mro__}
+        said += f" {cause}"
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    log_in = "`hf auth login`"
+    if "GatedRepoError" in names or "gated repo" in said:
+        return f"it is gated; ask for access at https://huggingface.co/{model}, then log in with {log_in}"
+    if "RepositoryNotFoundError" in names or "not a valid model identifier" in said:
+        return f"the hub has no such model, or it is private (log in with {log_in})"
+    if names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"} or "connect" in said:
+        return "it is not in the local hub cache and the hub cannot be reached"
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -100,15 +101,72 @@ _SCORERS: dict[str, type[Scorer]] = {}
 
 
 def register_scorer(cls: type[Scorer]) -> type[Scorer]:
-    """Class decorator: make a scorer available by its ``name``. A name that is taken is an error."""
+    """Class decorator: make a scorer available by its ``name``.
+
+    Raises
+    ------
+    ConfigError
+        It is no scorer, its name is taken, or what it says of a small FFN has another shape, is NaN, infinite or negative.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Scorer)) or not isinstance(getattr(cls, "name", None), str):
+        raise ConfigError(f"register_scorer takes a subclass of pop_mm.Scorer that has a name; got {cls!r}.")
     if cls.name in _SCORERS:
         raise ConfigError(f"A scorer named {cls.name!r} exists ({_SCORERS[cls.name].__name__}); choose another name.")
+    _probe(cls)
     _SCORERS[cls.name] = cls
     return cls
 
 
-register_scorer(WandaScorer)
-register_scorer(ActivationScorer)
+def _probe(cls: type[Scorer]) -> None:
+    """Ask a scorer about a small FFN, and about activations."""
+    from .layout import FFN, Projection
+
+    size, hidden = 8, 4
+    up, down = (  # without touching the random numbers of whoever imports this
+        torch.nn.utils.skip_init(torch.nn.Linear, *shape, bias=False) for shape in ((hidden, size), (size, hidden))
+    )
+    for module in (up, down):
+        module.requires_grad_(False).weight.copy_(torch.linspace(-1, 1, size * hidden).view_as(module.weight))
+    small = FFN("a small FFN", 0, (Projection("up", up, "out"),), Projection("down", down, "in"), size)
+    try:
+        scorer = cls()
+    except TypeError as error:
+        raise ConfigError(
+            f"The scorer {cls.name!r} cannot be made without arguments ({error}). Register a class that can, or pass an instance "
+            "as scorer=."
+        ) from error
+    try:
+        weight, h = scorer.channel_weight(small), torch.linspace(-1, 1, 3 * size).view(3, size)
+        found = scorer.prompt_activations(h)
+    except Exception:  # it looks at what only a real model has, where it is checked anyway
+        return
+    check_channel_weight(scorer, small, weight)
+    if found.shape != h.shape or not bool(torch.isfinite(found).all()):
+        raise ConfigError(
+            f"The scorer {cls.name!r} made activations of shape {tuple(found.shape)} from {tuple(h.shape)}, or some that are not "
+            "finite: prompt_activations gives as many finite values as it gets."
+        )
+
+
+def check_channel_weight(scorer: Scorer, ffn: FFN | Experts, weight: Tensor) -> None:
+    """Whether a scorer's weights can rank channels.
+
+    Raises
+    ------
+    ConfigError
+        Another shape than ``ffn.channel_shape``, or values that are NaN, infinite or negative.
+    """
+    said = f"The scorer {scorer.name!r} gave {ffn.name}"
+    if not isinstance(weight, Tensor) or weight.numel() != math.prod(ffn.channel_shape):
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ConfigError(f"{said} weights of shape {shape}: channel_weight returns a tensor {ffn.channel_shape}.")
+    if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
+        raise ConfigError(
+            f"{said} weights that are NaN, infinite or negative: channel_weight returns finite values from 0."
+        )
+
+
+_SCORERS |= {scorer.name: scorer for scorer in (WandaScorer, ActivationScorer)}
 
 
 def get_scorer(scorer: str | Scorer) -> Scorer:

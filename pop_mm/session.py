@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import warnings
@@ -15,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from . import kernels
 from .adapters import Adapter, adapter_for
 from .adapters.checking import probe_foreign
+from .advice import advise
 from .asking import has_unloaded_weights
 from .backends.attention import SingleTokenAttention
 from .backends.experts import IMPLEMENTATION
@@ -33,7 +36,7 @@ from .compiled import CompiledSteps
 from .config import PopConfig, as_config
 from .eager import CompiledParts, EagerCalls, in_compiled_call, is_compiled, modules_around, without_wrappers
 from .engine import Engine
-from .errors import AdapterError, ConfigError, NonFiniteError, SessionError
+from .errors import AdapterError, ConfigError, NonFiniteError, PopWarning, SessionError
 from .events import Events
 from .experts import Experts
 from .interrupts import uninterrupted
@@ -46,7 +49,9 @@ from .partition import Sizes
 from .phase import Forward, Phase, PhaseTracker, set_instance_attribute
 from .ratio import ffn_ratios
 from .report import Alone, FFNPlan, Report, Timings, build_report
+from .settings import Settings
 from .sharing import fixed_weights
+from .shown import Shown, counts
 from .state import PromptState
 from .unwrap import unwrap
 from .watch import Watch
@@ -203,7 +208,7 @@ def _refuse_copy(*_: Any) -> Any:
     )
 
 
-class Session:
+class Session(Shown):
     """Prunes one model while it decodes. Use it as a context manager, or with :meth:`attach` and :meth:`detach`.
 
     Parameters
@@ -224,6 +229,8 @@ class Session:
     AdapterError, ConfigError
         As :func:`plan_ffns`; nothing has been changed then.
     """
+
+    _awaited = False  # whether it was made to be attached, and nobody has done so or asked for its report yet
 
     def __new__(cls, model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> Session:
         """A session of the class that runs the config's method."""
@@ -334,6 +341,7 @@ class Session:
 
     def attach(self) -> Session:
         """Start pruning. The model must be in eval mode and not in another session."""
+        self._awaited = False
         if self.attached:
             raise SessionError("This session is attached already.")
         if self.model.training:
@@ -468,6 +476,41 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    def __del__(self) -> None:
+        if self._awaited and not sys.is_finalizing():
+            self._awaited = False
+            warnings.warn(
+                "A session was made by prune() and never attached, so nothing was pruned: use "
+                "`with pop_mm.prune(model, ...) as session:`, or call session.attach().",
+                PopWarning,
+                stacklevel=2,
+            )
+
+    # how it shows itself --------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: the model's class, the settings, and what is planned for each part of it."""
+        rows = [dict(row) for row in self._shown_rows()]
+        return {
+            "model": type(self.model).__name__,
+            "config": self.config.to_dict(),
+            "attached": self.attached,
+            "plans": rows,
+        }
+
+    def _shown_line(self) -> str:
+        state = "attached" if self.attached else "not attached"
+        backends = counts(Counter(plan.backend for plan in self.plans))
+        return f"{type(self.model).__name__}, {self.config.label[:200]}, {state}; {backends}"
+
+    def _shown_rows(self) -> Sequence[Mapping[str, Any]]:
+        return [plan.to_dict() for plan in self.plans]
+
+    def _shown_table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        known = zip(self._shown_rows(), self.plans, strict=True)
+        rows = [(str(row["layer"]), str(row["role"]), plan.backend) for row, plan in known]
+        return ("layers", "part", "backend"), rows
+
     @property
     def live_prompts(self) -> int:
         """Prompts whose caches are alive."""
@@ -509,6 +552,7 @@ class Session:
     @property
     def report(self) -> Report:
         """What happened so far; the partition and the steps are those of the latest prompt."""
+        self._awaited = False
         self._inplace.static.flush()
         state = self._last
         if state is not None and state.tokens is not None and not state.partitioned:
@@ -743,7 +787,11 @@ class Session:
 
 
 def prune(
-    model: nn.Module, config: PopConfig | float | None = None, *, adapter: Adapter | None = None, **settings: Any
+    model: nn.Module,
+    config: PopConfig | float | None = None,
+    *,
+    adapter: Adapter | None = None,
+    **settings: Unpack[Settings],
 ) -> Session:
     """A session that prunes a model online while it decodes.
 
@@ -776,7 +824,10 @@ def prune(
     ...     output = model.generate(**inputs, max_new_tokens=128)
     >>> print(session.report)  # doctest: +SKIP
     """
-    return Session(model, as_config(config, settings), adapter)
+    session = Session(model, as_config(config, settings), adapter)
+    advise(session.model, session.config)
+    session._awaited = True
+    return session
 
 
 __all__: Sequence[str] = ["Session", "plan_ffns", "prune"]

@@ -18,11 +18,17 @@ from .report import FFNPlan, Report
 if TYPE_CHECKING:
     from .samples import Sample
 
+FFN_COLUMNS = ("layer", "channels", "active per step", "backend")  # of a narrow terminal
 _MOST_ROWS = 96  # a table with more rows than this is summed up over layers
 
 
-def report_table(report: Report) -> list[RenderableType]:
+def report_table(report: Report, width: int | None = None) -> list[RenderableType]:
     """The summary of a session and one row per FFN; equal or very many rows are summed up.
+
+    Parameters
+    ----------
+    width : int, optional
+        Of the terminal: where the table does not fit, it has four columns alone.
 
     Returns
     -------
@@ -35,7 +41,39 @@ def report_table(report: Report) -> list[RenderableType]:
         active = _span([ffn.active_per_step for ffn in run], _number)
         stay = _span([ffn.stability for ffn in run], lambda share: f"{share:.0%}")
         table.add_row(*_plan_cells([ffn.plan for ffn in run]), active, stay, run[0].plan.backend)
-    return [report_summary(report), table, *_routing_table(report)]
+    return [report_summary(report), *narrowed(table, FFN_COLUMNS, width), *_routing_table(report)]
+
+
+def narrowed(table: Table, columns: Sequence[str], width: int | None) -> list[RenderableType]:
+    """The table, with some of its columns alone where it does not fit the width without breaking words."""
+    if width is None or least_width(table) <= width:
+        return [table]
+    return [only(table, columns)]
+
+
+def only(table: Table, columns: Sequence[str]) -> Table:
+    """A table with some of the columns."""
+    kept = [column for column in table.columns if column.header in columns]
+    found = Table(box=table.box)
+    for column in kept:
+        found.add_column(column.header, justify=column.justify, no_wrap=column.no_wrap)
+    for cells in zip(*(column.cells for column in kept), strict=True):
+        found.add_row(*cells)
+    return found
+
+
+def least_width(table: Table) -> int:
+    """Characters that a table needs where cells may wrap between words."""
+    cells = ([column.header, *column.cells] for column in table.columns)
+    wraps = [not column.no_wrap for column in table.columns]
+    longest = (
+        max(
+            (len(part) for cell in column for part in (str(cell).split() if wrap else str(cell).splitlines())),
+            default=0,
+        )
+        for column, wrap in zip(cells, wraps, strict=True)
+    )
+    return sum(longest) + 3 * len(table.columns) + 1
 
 
 def _routing_table(report: Report) -> list[RenderableType]:
@@ -46,7 +84,7 @@ def _routing_table(report: Report) -> list[RenderableType]:
     table = Table(box=box.SIMPLE_HEAD, title="Routed experts", title_justify="left")
     for name in ("layer", "prompt tokens\nof an expert", "decode tokens\nof an expert"):
         table.add_column(name, justify="right")
-    for name in ("partitioned", "late", "dense", "overlap of R and C\n(by chance)"):
+    for name in ("partitioned", "late", "dense", "overlap\n(by chance)"):
         table.add_column(name, justify="right")
     for layer, found in layers:
         overlap = "-" if found.overlap is None else f"{found.overlap:.0%} ({found.overlap_by_chance:.0%})"
@@ -155,12 +193,12 @@ def samples_table(samples: Iterable[Sample]) -> Table:
     return table
 
 
-def plan_table(plans: Sequence[FFNPlan]) -> Table:
-    """One row per FFN of what a session would do; equal rows are summed up."""
+def plan_table(plans: Sequence[FFNPlan], wide: bool = True) -> Table:
+    """One row per FFN of what a session would do; equal rows are summed up. Four columns if not ``wide``."""
     table = _ffn_table("active per step")
     for run in _runs(plans, lambda plan: plan, lambda plan: plan.reason):
         table.add_row(*_plan_cells(run), str(run[0].sizes.kept), run[0].backend)
-    return table
+    return table if wide else only(table, FFN_COLUMNS)
 
 
 def adapter_rows(support: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
@@ -287,8 +325,11 @@ __all__ = [
     "answers_table",
     "byte_size",
     "footprint_table",
+    "least_width",
     "markdown_row",
     "markdown_table",
+    "narrowed",
+    "only",
     "plan_table",
     "report_summary",
     "report_table",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from .groups import InputGroup
 from .methods.thresholds import MIN_PROMPT_TOKENS, PASS_ALL, deciding, share_above
 from .modality import MODALITIES
 from .report import Timings
+from .shown import Shown, of_report, printed
+from .shown import share as percent
 from .threshold_engine import InputState, RecordState
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ class InputReport:
         )
 
 
-@dataclass(frozen=True)
-class ThresholdReport:
+@dataclass(frozen=True, repr=False)
+class ThresholdReport(Shown):
     """What a session did. ``print(report)`` shows a table.
 
     Attributes
@@ -282,9 +283,15 @@ class ThresholdReport:
             if (found := [shares[name] for shares in mine if name in shares])
         }
 
-    def to_json(self) -> str:
-        """JSON text of :meth:`to_dict`."""
-        return json.dumps(self.to_dict(), indent=2)
+    def _shown_line(self) -> str:
+        return of_report(self)
+
+    def _shown_rows(self) -> Sequence[Mapping[str, Any]]:
+        return [found.to_dict() for found in self.inputs]
+
+    def _shown_table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        rows = [(name, percent(meant), percent(kept)) for name, (meant, kept) in self.kept_share.items()]
+        return ("matrix", "meant to be read", "read"), rows
 
     def plot(self, path: str | Path) -> Path:
         """Save a picture: the kept share of every input, layer by layer."""
@@ -295,15 +302,12 @@ class ThresholdReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table that ``rich.print`` shows."""
         yield threshold_summary(self)
-        yield threshold_table(self)
+        from .tables import narrowed
+
+        yield from narrowed(threshold_table(self), ("matrix", "thresholds", "intended", "kept"), options.max_width)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return printed(self)
 
 
 def threshold_summary(report: ThresholdReport) -> Any:

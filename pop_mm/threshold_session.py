@@ -225,6 +225,7 @@ class ThresholdSession(Session):
     @property
     def report(self) -> ThresholdReport:  # type: ignore[override]
         """What happened so far; thresholds and kept shares are those of the latest prompt."""
+        self._awaited = False
         self._rows.flush()
         self.timings.moving = self.moving_seconds
         state = self._last

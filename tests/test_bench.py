@@ -417,7 +417,7 @@ def test_command(call, tmp_path):
     folder = save(tmp_path / "model")
     code, out, err = call(
         *("bench", "--model", folder, "--prompt", 8, "--new-tokens", 4, "--ratio", 0.2, "--rounds", 1),
-        *("--kernels", "stock", "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png"),
+        *("--kernels", "stock", "--json", tmp_path / "a.json", "--plot", tmp_path / "a.png", "--wide"),
     )
     assert (code, err) == (0, "")
     results = json.loads((tmp_path / "a.json").read_text())

@@ -15,7 +15,7 @@ from ..errors import ConfigError, PopError
 from ..plans import plans_of
 from ..report import Report
 from ..samples import load, load_config, load_vision, takes_images
-from ..session import prune
+from ..session import Session, prune
 from ..threshold_report import ThresholdReport
 from ..vision import ImageSource, load_image, prepare
 from .examples import examples
@@ -212,7 +212,7 @@ class Asker:
 
     def _answer(self, run: Run, picture: Any, question: str, config: PopConfig, max_new_tokens: int) -> None:
         inputs = self._encode(picture, question, max_new_tokens)
-        session = prune(self.model, config)  # first, since it checks that the settings fit the model
+        session = Session(self.model, config)  # first, since it checks that the settings fit the model
         self._generate(run, inputs, max_new_tokens, "dense")
         if run.stop.is_set():
             return

@@ -28,21 +28,46 @@ NOTES = (
 Row = Mapping[str, Any]
 
 
-def print_tables(console: Console, results: Mapping[str, Any]) -> None:
-    """Both tables of every cell, and how to read them; as wide as they are where there is no terminal."""
+SHORT_NOTE = (
+    "Medians over rounds. Tokens/s: of decode, all rows together. Speed-up: over dense with stock kernels. Same kernels: over "
+    "dense with the row's. --wide has the rest: times, limits, memory, and where the time goes."
+)
+
+
+def print_tables(console: Console, results: Mapping[str, Any], wide: bool = True) -> None:
+    """Both tables of every cell, and how to read them; as wide as they are where there is no terminal.
+
+    Not ``wide``: one table of four columns.
+    """
     for (batch, prompt, cache), found in groupby(results["rows"], lambda r: (r["batch"], r["prompt"], r["cache"])):
         rows = list(found)
         title = (
             f"{results['model']} ({results['setup']['dtype']}, {results['setup']['device']}): batch {batch}, {prompt} tokens in, "
             f"{rows[0]['new_tokens']} out, {cache} cache{', compiled' if rows[0]['compile'] else ''}"
         )
+        if not wide:
+            console.print(short_table(rows, title))
+            continue
         for table in (speed_table(rows, title), parts_table(rows)):
             width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
             if not console.is_terminal:
                 console.width = max(console.width, width)
             console.print(table)
-    for note in (*NOTES, *results["notes"]):
-        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
+    for note in (*(NOTES if wide else (SHORT_NOTE,)), *results["notes"]):
+        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=wide)
+
+
+def short_table(rows: Sequence[Row], title: str) -> Table:
+    """One row for each variant: tokens a second, and how much faster that is."""
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left")
+    for name in ("setting", "tokens/s", "speed-up", "same kernels"):
+        table.add_column(name, justify="left" if name == "setting" else "right")
+    for row in rows:
+        pruned = row["method"] != "dense"
+        speedup = f"{row['speedup']:.2f}x" if pruned or row["kernels"] != "stock" else "-"
+        same = f"{row['speedup_same_kernels']:.2f}x" if pruned else "-"
+        table.add_row(", ".join(_names(row)), f"{row['decode_tokens_per_s']:.1f}", speedup, same)
+    return table
 
 
 def speed_table(rows: Sequence[Row], title: str) -> Table:

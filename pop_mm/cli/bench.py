@@ -17,6 +17,7 @@ from ..bench.configs import CONFIGS, config_of
 from ..bench.machine import machine_facts, machine_line
 from ..bench.memory import Job, measure_memory
 from ..bench.variants import kernels_for
+from . import loudness
 from .generate import check_outputs, find_device, torch_dtype
 from .inspect import skeleton
 from .settings import Grid
@@ -26,7 +27,14 @@ _REPEATS = 3  # processes for each peak
 
 
 def run(
-    source: Source, setup: Setup, kernels: list[str], memory: bool, device: str, json_file: str | None, plot: str | None
+    source: Source,
+    setup: Setup,
+    kernels: list[str],
+    memory: bool,
+    device: str,
+    json_file: str | None,
+    plot: str | None,
+    wide: bool = True,
 ) -> None:
     """The command; all of it is checked before the model is loaded or built."""
     check_outputs(json_file, plot)
@@ -60,8 +68,8 @@ def run(
         saves.append(lambda: show.plot(results, plot))
 
     def print_all() -> None:
-        console.print(machine_line(machine_facts()), highlight=False, markup=False, soft_wrap=True, style="dim")
-        show.print_tables(console, results)
+        console.print(machine_line(machine_facts()), highlight=False, markup=False, soft_wrap=wide, style="dim")
+        show.print_tables(console, results, wide)
 
     save_then(saves, print_all)
     if plot is not None:
@@ -121,7 +129,7 @@ def pruning(grid: Grid) -> dict[str, Any]:
 def _bar(what: str, total: int) -> Iterator[Callable[[], object]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(file=sys.stderr)
-    hidden = not console.is_terminal
+    hidden = loudness.silent() or not console.is_terminal
     with Progress(*columns, console=console, transient=True, refresh_per_second=1, disable=hidden) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)

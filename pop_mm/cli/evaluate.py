@@ -17,6 +17,7 @@ from ..evaluation.run import UNITS, EvaluationError, Run, Setup, grid
 from ..evaluation.texts import Window
 from ..passages import load_passages
 from ..session import Session, plan_ffns
+from . import loudness
 from .generate import check_context, find_device, load_model
 from .terminal import CommandError, check_writable, path_errors, quiet, save_then, write_json, write_text
 
@@ -58,6 +59,7 @@ def run(
     device: str,
     json_file: str | None,
     budgets: Sequence[float] = (),
+    wide: bool = True,
 ) -> None:
     """The command; all of it is checked before the model is loaded."""
     if output == "":
@@ -106,7 +108,9 @@ def run(
                 Session(model, work.config(point))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         bars = Console(file=sys.stderr)
-        with Progress(*columns, console=bars, transient=True, disable=not bars.is_terminal) as progress:
+        with Progress(
+            *columns, console=bars, transient=True, disable=loudness.silent() or not bars.is_terminal
+        ) as progress:
             task = progress.add_task("evaluating", total=work.total(points))
             work.work(points, lambda: progress.advance(task))
     results = work.results(points)
@@ -122,7 +126,7 @@ def run(
         ]
 
     def print_all() -> None:
-        show.print_table(console, results)
+        show.print_table(console, results, wide)
         tokens = results["setup"]["calibration_tokens"]
         if "wanda_sp" in methods and tokens < _FEW:
             console.print(

@@ -19,9 +19,10 @@ from ..errors import PopError
 from ..inputs import check_tokens, context_of
 from ..report import Report
 from ..samples import load, resolve
-from ..session import prune
+from ..session import Session, prune
 from ..tables import answers_table, report_summary
 from ..threshold_report import ThresholdReport, threshold_summary
+from . import loudness
 from .terminal import CommandError, check_writable, path_errors, quiet, save_then, spinner, warn, write_json
 
 _WARM_UP = 4  # tokens of the prompt and of the answer in a warm-up
@@ -137,6 +138,9 @@ class Comparison:
             saves.append(lambda: pictures.append(draw()))
 
         def print_all() -> None:
+            if loudness.silent():
+                console.print(self.pruned["text"].strip(), highlight=False, markup=False, soft_wrap=True)
+                return
             console.print(answers_table(self.titled))
             console.print("Decode speed without prefill, one run each: a rough figure.\n", style="dim")
             summary = threshold_summary if isinstance(self.report, ThresholdReport) else report_summary
@@ -156,7 +160,7 @@ def compare(
     sampling: Sampling,
 ) -> Comparison:
     """Answer dense and then pruned, each after a warm-up on ``start``."""
-    session = prune(model, config)  # first, since it checks that the ratio fits the model
+    session = Session(model, config)  # first, since it checks that the ratio fits the model
     warm_up(model, start)
     dense = answer(model, tokenizer, inputs, sampling, "dense")
     with prune(model, config):
@@ -309,7 +313,7 @@ def answer(
     """
     columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed} tokens"), TimeElapsedColumn())
     console = Console(stderr=True)
-    hidden = not console.is_terminal
+    hidden = loudness.silent() or not console.is_terminal
     with Progress(*columns, console=console, transient=True, refresh_per_second=4, disable=hidden) as progress:
         task = progress.add_task(label, completed=-1)
         clock = Clock(lambda: progress.advance(task))

@@ -24,7 +24,7 @@ from .stored import StoredBytes, bits_of, stored_tensors
 from .terminal import quiet, spinner
 
 
-def run(name: str, config: PopConfig, dtype: str, as_json: bool, contract: bool = False) -> bool:
+def run(name: str, config: PopConfig, dtype: str, as_json: bool, contract: bool = False, wide: bool = True) -> bool:
     """The command; false if the adapter's contract was asked for (``contract``) and is broken."""
     with quiet():
         model, quantisation = skeleton(name, dtype)
@@ -53,7 +53,7 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool, contract: bool 
     layers = adapter.layer_weights(model, [plan.ffn for plan in plans]).values()
     largest = floor(1000 * sum(w.ffn for w in layers) / sum(w.ffn + w.attention for w in layers)) / 1000
     console = Console()
-    console.print(plan_table(plans))
+    console.print(plan_table(plans, wide))
     console.print(footprint_table(footprint(model, adapter, plans, stored)))
     layouts = " / ".join(dict.fromkeys(plan.ffn.layout for plan in plans))
     console.print(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ..errors import PopError, one_line
+from . import loudness
 
 
 class CommandError(PopError):
@@ -22,6 +24,9 @@ class CommandError(PopError):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep warnings and progress bars of transformers and the hub's client out of the output; errors still show."""
+    if loudness.verbose():
+        yield
+        return
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
@@ -31,7 +36,7 @@ def quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            loudness.only_own_warnings()
             yield
     finally:
         logging.set_verbosity(before)
@@ -41,8 +46,33 @@ def quiet() -> Iterator[None]:
 
 
 def spinner(text: str) -> AbstractContextManager[Any]:
-    """A spinner on stderr while something takes long; nothing if that is no terminal."""
-    return Console(stderr=True).status(text)
+    """A spinner on stderr while something takes long; nothing if that is no terminal, or with ``-q``."""
+    return nullcontext() if loudness.silent() else Console(stderr=True).status(text)
+
+
+def words(what: str, text: str | None, file: str | None = None) -> str:
+    """What the user wants answered: the text itself, all of stdin if that is ``-``, or a file's.
+
+    Raises
+    ------
+    CommandError
+        Both or neither are given, or the file cannot be read as UTF-8.
+    """
+    if (text is None) == (file is None):
+        raise CommandError(f"Give --{what} or --{what}-file, and not both (--{what} - is stdin).")
+    if text is not None and text != "-":
+        return text
+    if file is None or file == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            warn(f"reading the {what} from the terminal; Ctrl-D ends it.")
+        return "" if sys.stdin is None else sys.stdin.read().strip()
+    with path_errors(file):
+        try:
+            return Path(file).expanduser().read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise CommandError(f"The {what} in {file} is not valid UTF-8: save the file as UTF-8.") from error
+        except OSError as error:
+            raise CommandError(f"The file {file} cannot be read: {error.strerror or error}.") from error
 
 
 @contextmanager
@@ -100,7 +130,9 @@ def save_then(saves: Sequence[Callable[[], object]], show: Callable[[], object])
 
 
 def warn(message: str) -> None:
-    """A sentence on stderr about something that goes on all the same."""
+    """A sentence on stderr about something that goes on all the same; nothing with ``-q``."""
+    if loudness.silent():
+        return
     Console(stderr=True).print(f"Warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -69,15 +69,41 @@ def table(results: Mapping[str, Any], intervals: bool = True) -> Table:
     return found
 
 
-def print_table(console: Console, results: Mapping[str, Any]) -> None:
-    """Print it: without its intervals where it is too wide for the terminal, and as wide as it is where there is none."""
-    wide = table(results)
-    width = Measurement.get(console, console.options.update(max_width=1000), wide).maximum
+def short_table(results: Mapping[str, Any]) -> Table:
+    """For a narrow terminal: what was asked for, the bytes that it reads, and two figures of quality."""
+    setup = results["setup"]
+    found = Table(title=escape(title(setup)), caption=SHORT_NOTE, box=box.SIMPLE_HEAD, title_justify="left")
+    for name in ("setting", "bytes read", "KL to dense", "same top token"):
+        found.add_column(name, justify="left" if name == "setting" else "right")
+    known = heads(setup["generate"])
+    for row in results["rows"]:
+        cell = dict(zip(known, cells(row, setup["generate"], intervals=False), strict=True))
+        parts = [cell["method"], cell["ratio"], "" if row["gamma"] is None else f"gamma {cell['gamma']}"]
+        parts.append("partition prefill" if cell["prefill"] == "partition" else "")
+        setting = ", ".join(part for part in parts if part not in ("", "-"))
+        found.add_row(escape(setting), cell["bytes read"], cell["KL to dense"], cell["same top token"])
+    return found
+
+
+def print_table(console: Console, results: Mapping[str, Any], wide: bool = True) -> None:
+    """Print it: in four columns, or (``wide``) all, without intervals where that is too wide for the terminal.
+
+    Where there is no terminal, a wide one is as wide as it is.
+    """
+    if not wide:
+        console.print(short_table(results))
+        return
+    whole = table(results)
+    width = Measurement.get(console, console.options.update(max_width=1000), whole).maximum
     if not console.is_terminal:
         console.width = max(console.width, width)
-    console.print(wide if width <= console.width else table(results, intervals=False))
+    console.print(whole if width <= console.width else table(results, intervals=False))
 
 
+SHORT_NOTE = (
+    "KL in nats a token; 0 is equal. Bytes: of weights for a token, of what dense reads. "
+    "--wide has perplexity, intervals and multiply-adds."
+)
 COST = "Multiply-adds and bytes: weights for a decoded token at batch 1, of what the dense model needs."
 
 
