@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
@@ -55,7 +58,7 @@ def check_drawable(report: Report) -> None:
         raise PlotError("There is nothing to draw yet: run a prompt in the session first.")
 
 
-def plot_report(report: Report, path: str | Path) -> Path:
+def plot_report(report: Report, path: str | Path, dark: bool = False) -> Path:
     """Draw a report and save it; the user's backend, figures and settings of matplotlib stay as they are.
 
     Left, one line per layer: its channels in their original order, in bins; each bin is a stack of the shares that are
@@ -68,6 +71,8 @@ def plot_report(report: Report, path: str | Path) -> Path:
     report : Report
     path : str or Path
         Ends in .png, .svg or .pdf.
+    dark : bool
+        Light on dark.
 
     Returns
     -------
@@ -105,16 +110,37 @@ def plot_report(report: Report, path: str | Path) -> Path:
         x=0.01,
         ha="left",
     )
-    return save(figure, target)
+    return save(figure, target, dark)
 
 
-def save(figure: Figure, target: Path) -> Path:
+def save(figure: Figure, target: Path, dark: bool = False) -> Path:
     """Write the picture, or raise :class:`PlotError`."""
+    if dark:
+        _darken(figure)
     try:
         figure.savefig(target, dpi=150)
     except OSError as error:
         raise PlotError(f"The picture {target} cannot be saved: {error.strerror or error}.") from error
     return target
+
+
+def _darken(figure: Figure) -> None:
+    """Greys change places, so that white is the darkest; colours stay."""
+
+    def turned(colours: NDArray[np.floating]) -> NDArray[np.floating]:  # [..., 3 or 4]
+        greys = np.ptp(colours[..., :3], axis=-1, keepdims=True) < 0.01
+        return np.concatenate([np.where(greys, 0.93 - 0.83 * colours[..., :3], colours[..., :3]), colours[..., 3:]], -1)
+
+    for artist in figure.findobj(lambda artist: isinstance(artist, Text | Line2D | Patch)):
+        for of in ("color",) if isinstance(artist, Text | Line2D) else ("edgecolor", "facecolor"):
+            getattr(artist, f"set_{of}")(tuple(turned(np.array(to_rgba(getattr(artist, f"get_{of}")())))))
+    light, grid = ([float(value)] * 3 for value in turned(np.array([[0.0] * 3, [0.894] * 3]))[:, 0])
+    for axes in figure.axes:
+        axes.tick_params(which="both", colors=light, grid_color=grid)
+        for image in axes.images:
+            pixels = np.asarray(image.get_array())
+            if pixels.ndim == 3:
+                image.set_data(turned(pixels))
 
 
 def lines_of(ffns: Sequence[FFNReport]) -> list[list[FFNReport]]:

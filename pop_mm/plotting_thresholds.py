@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#000000", "#999999")
 
 
-def plot_thresholds(report: ThresholdReport, path: str | Path) -> Path:
+def plot_thresholds(report: ThresholdReport, path: str | Path, dark: bool = False) -> Path:
     """Draw and save it: the kept share over the layers, a line for each kind of matrix, dashed where it was meant to be.
 
     Parameters
@@ -26,6 +26,8 @@ def plot_thresholds(report: ThresholdReport, path: str | Path) -> Path:
     report : ThresholdReport
     path : str or Path
         Ends in .png, .svg or .pdf.
+    dark : bool
+        Light on dark.
 
     Raises
     ------
@@ -64,4 +66,4 @@ def plot_thresholds(report: ThresholdReport, path: str | Path) -> Path:
         x=0.01,
         ha="left",
     )
-    return save(figure, target)
+    return save(figure, target, dark)

@@ -314,11 +314,11 @@ class Report(Shown):
             cells.append((str(row["layer"]), *map(str, sizes), str(row["backend"])))
         return ("layers", "channels", "retained", "candidates", "active per step", "backend"), cells
 
-    def plot(self, path: str | Path) -> Path:
-        """Save a picture: R, C and P layer by layer, and how many kept candidates stay from step to step."""
+    def plot(self, path: str | Path, dark: bool = False) -> Path:
+        """Save a picture: R, C and P layer by layer, which kept candidates stay from step to step; ``dark`` for dark pages."""
         from .plotting import plot_report
 
-        return plot_report(self, path)
+        return plot_report(self, path, dark)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table that ``rich.print`` shows."""

@@ -293,11 +293,11 @@ class ThresholdReport(Shown):
         rows = [(name, percent(meant), percent(kept)) for name, (meant, kept) in self.kept_share.items()]
         return ("matrix", "meant to be read", "read"), rows
 
-    def plot(self, path: str | Path) -> Path:
-        """Save a picture: the kept share of every input, layer by layer."""
+    def plot(self, path: str | Path, dark: bool = False) -> Path:
+        """Save a picture: the kept share of every input, layer by layer; ``dark`` for dark pages."""
         from .plotting_thresholds import plot_thresholds
 
-        return plot_thresholds(self, path)
+        return plot_thresholds(self, path, dark)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table that ``rich.print`` shows."""

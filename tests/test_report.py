@@ -121,6 +121,21 @@ def test_picture_shows_every_part(report, tmp_path):
         assert count > 2000, colour
 
 
+@pytest.mark.parametrize("settings", [{}, dict(ratio=None, budget=0.7)], ids=["pop", "thresholds"])
+def test_dark_picture_has_light_letters_and_the_same_colours(tmp_path, settings):
+    report = run(tiny("llama"), **settings)
+    light, dark = (
+        matplotlib.image.imread(report.plot(tmp_path / f"{dark}.png", dark=dark))[..., :3] for dark in (False, True)
+    )
+    assert light.shape == dark.shape and light[0, 0].min() == 1.0 and dark[0, 0].max() < 0.15
+    bright = (dark.min(-1) > 0.9).mean()
+    assert 0.001 < bright < 0.1, "letters, and no white areas"
+    for colour in ("#0072B2", "#E69F00") if not settings else ("#0072B2", "#009E73"):
+        rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        counts = [(abs(image - rgb).max(-1) < 0.01).sum() for image in (light, dark)]
+        assert counts[0] == pytest.approx(counts[1], rel=0.2) and counts[0] > 100, colour
+
+
 @pytest.mark.parametrize(
     "settings",
     [
