@@ -77,6 +77,11 @@ class Experts:
         return self.count
 
     @property
+    def used(self) -> int:
+        """k, the experts that a token runs."""
+        return self.top_k
+
+    @property
     def size(self) -> int:
         """D, the intermediate size of one expert."""
         return int(self.down.shape[1 if self._transposed else 2])

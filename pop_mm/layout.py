@@ -356,6 +356,11 @@ class FFN:
         return None
 
     @property
+    def used(self) -> int:
+        """How many of it a token runs."""
+        return 1
+
+    @property
     def channel_shape(self) -> tuple[int, ...]:
         """``(D,)``: the shape of anything that is known by channel."""
         return (self.size,)

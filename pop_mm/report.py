@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from .adapters import Adapter
 from .config import PopConfig
 from .experts import Experts
+from .footprint import footprint, weights_per_token
 from .layout import FFN
 from .modality import MODALITIES
 from .partition import Partition, Sizes
@@ -47,6 +50,16 @@ class FFNPlan:
     sizes: Sizes
     backend: str
     reason: str
+
+    def share_read(self, batch: int = 1) -> float:
+        """Share of the weights that a decode step of ``batch`` rows reads: K of D channels in place, K a row if gathered."""
+        width, whole = self.sizes.width, self.sizes.channels
+        return {"inplace": width, "gathered": min(batch * width, whole)}.get(self.backend, whole) / whole
+
+    @property
+    def share_intended(self) -> float:
+        """Share of the weights that a step of one row reads in place: K of D channels."""
+        return self.sizes.width / self.sizes.channels
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, one row of ``pop-mm inspect --json``."""
@@ -195,6 +208,15 @@ class FFNReport:
     reached: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
+    def share_kept(self) -> float:
+        """Share of the weights that the steps read in place; for experts, the mean over the tokens that they got."""
+        share = self.plan.share_intended
+        if self.experts is None or not sum(self.experts.decode_tokens):
+            return share
+        dense = sum(self.experts.dense_tokens) / sum(self.experts.decode_tokens)
+        return dense + (1 - dense) * share
+
+    @property
     def modality_overlap(self) -> dict[str, float]:
         """Modality -> share of R and C that would be in R or C if its tokens alone had chosen.
 
@@ -235,6 +257,9 @@ class Report(Shown):
     moved_channels : int
     weights_per_token : int
         Weights that a decoded token reads from the dense model.
+    bytes_per_token : mapping of str to int or None
+        Bytes of weights that a decoded token reads (see :mod:`pop_mm.footprint`): "dense"; "intended", in place; "read", on the
+        backends of now; and "kept", in place with experts that ran dense as they did, None before the first step.
     kernels : {"stock", "compiled", "triton"}
         How FFNs in place decode one token of each of a few rows.
     modality_tokens : mapping of str to int
@@ -251,6 +276,7 @@ class Report(Shown):
     kernels: str = "stock"
     modality_tokens: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = field(default_factory=tuple)
+    bytes_per_token: Mapping[str, int | None] = field(default_factory=dict)
 
     @property
     def backends(self) -> dict[str, int]:
@@ -284,6 +310,7 @@ class Report(Shown):
             "prompt_tokens": self.prompt_tokens,
             "modality_tokens": dict(self.modality_tokens),
             "left_out_share": self.left_out_share,
+            "bytes_per_token": dict(self.bytes_per_token),
             "forwards": {
                 "prefill": self.timings.prefill_forwards,
                 "decode": self.timings.decode_forwards,
@@ -334,12 +361,13 @@ Alone = tuple[Mapping[str, Partition], Mapping[str, torch.Tensor]]  # FFNReport.
 
 
 def build_report(
+    model: nn.Module,
+    adapter: Adapter,
     config: PopConfig,
     plans: Sequence[FFNPlan],
     state: PromptState | None,
     timings: Timings,
     moved_channels: int,
-    weights_per_token: int,
     kernels: str,
     alone: Sequence[Alone] = (),
 ) -> Report:
@@ -365,7 +393,24 @@ def build_report(
     )
     tokens = sum(counts.values())
     notes = [*_notes(config, plans, timings), *_expert_notes(ffns)]
-    return Report(config, ffns, tokens, timings, moved_channels, weights_per_token, kernels, counts, notes)
+    weights = sum(weights_per_token(model, adapter, plans).values())
+    bytes_read = _bytes(model, adapter, ffns, timings.decode_forwards > 0)
+    return Report(config, ffns, tokens, timings, moved_channels, weights, kernels, counts, notes, bytes_read)
+
+
+def _bytes(model: nn.Module, adapter: Adapter, ffns: Sequence[FFNReport], decoded: bool) -> dict[str, int | None]:
+    """:attr:`Report.bytes_per_token`."""
+    plans = [ffn.plan for ffn in ffns]
+    now, meant, kept = (
+        footprint(model, adapter, plans, shares)
+        for shares in (None, [plan.share_intended for plan in plans], [ffn.share_kept for ffn in ffns])
+    )
+    return {
+        "dense": now.dense_total,
+        "intended": meant.total,
+        "read": now.total,
+        "kept": kept.total if decoded else None,
+    }
 
 
 def _ffn_report(plan: FFNPlan, known: FFNState | None, decoded: bool, shared: bool) -> FFNReport:

@@ -41,7 +41,7 @@ from .events import Events
 from .experts import Experts
 from .interrupts import uninterrupted
 from .kernels import gpu
-from .layout import FFN, linear_weight_count
+from .layout import FFN
 from .methods import Method, get_method
 from .methods.budget import budget_ratios, ffn_sizes
 from .modality import MODALITIES
@@ -56,7 +56,6 @@ from .state import PromptState
 from .unwrap import unwrap
 from .watch import Watch
 
-PART_NAMES = {"dense": "FFN", "expert": "routed experts", "shared_expert": "shared experts"}  # by role, for tables
 _PRUNED_MODULES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -120,21 +119,6 @@ def _plan_records(
                 f"{refused[0].reason}. Use backend='auto' to mask those."
             )
     return plans
-
-
-def weights_per_token(model: nn.Module, adapter: Adapter, plans: Sequence[FFNPlan]) -> dict[str, int]:
-    """Weights that a decoded token reads from the dense model, by part; no biases, norms, routers or embeddings.
-
-    Of routed experts, those count that a token uses.
-    """
-    records = [plan.ffn for plan in plans]
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    parts = {name: sum(ffn.weight_count for ffn in records if ffn.role == role) for role, name in PART_NAMES.items()}
-    return {
-        **{name: count for name, count in parts.items() if count},
-        "attention": sum(weights.attention for weights in adapter.layer_weights(model, records).values()),
-        "lm_head": linear_weight_count(head) if head is not None else 0,
-    }
 
 
 def _choose_backend(
@@ -558,10 +542,11 @@ class Session(Shown):
         if state is not None and state.tokens is not None and not state.partitioned:
             self._engine.partition_all(state)
         self.timings.moving = self.moving_seconds
-        read = sum(weights_per_token(self.model, self._adapter, self.plans).values())
         name = "triton" if self.config.kernels == "triton" else "stock" if self._matvec is None else "compiled"
         alone = self._alone(state) if state is not None else []
-        return build_report(self.config, self.plans, state, self.timings, self.moved_channels, read, name, alone)
+        return build_report(
+            self.model, self._adapter, self.config, self.plans, state, self.timings, self.moved_channels, name, alone
+        )
 
     def statistics(self) -> dict[str, Tensor]:
         """What the latest prompt's tokens did: name of an FFN -> sum of squared activations of each channel.

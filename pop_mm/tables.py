@@ -16,6 +16,7 @@ from .experts import Experts
 from .report import FFNPlan, Report
 
 if TYPE_CHECKING:
+    from .footprint import Footprint
     from .samples import Sample
 
 FFN_COLUMNS = ("layer", "channels", "active per step", "backend")  # of a narrow terminal
@@ -163,20 +164,14 @@ def answers_table(answers: Mapping[str, Mapping[str, Any]]) -> RenderableType:
     return grid
 
 
-def footprint_table(parts: Mapping[str, tuple[int, int]]) -> Table:
-    """Bytes that a decoded token reads, dense and pruned, with their quotient: the most that pruning can gain.
-
-    Parameters
-    ----------
-    parts : mapping of str to tuple of int
-        Name of the part to its bytes, dense and pruned.
-    """
+def footprint_table(found: Footprint) -> Table:
+    """Bytes that a decoded token reads, dense and pruned, with their quotient: the most that pruning can gain."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("read per decoded token")
     for name in ("dense", "pruned", "byte limit"):
         table.add_column(name, justify="right")
-    total = tuple(sum(column) for column in zip(*parts.values(), strict=True))
-    for name, (dense, pruned) in {**parts, "total": total}.items():
+    rows = [(name, size, found.read[name]) for name, size in found.dense.items()]
+    for name, dense, pruned in (*rows, ("total", found.dense_total, found.total)):
         limit = f"{dense / pruned:.2f}x" if pruned and dense else "-"
         style = "bold" if name == "total" else ""
         table.add_row(name, byte_size(dense), byte_size(pruned), limit, style=style)

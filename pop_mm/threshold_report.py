@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from .adapters import Adapter
 from .config import PopConfig
+from .footprint import footprint, weights_per_token
 from .groups import InputGroup
 from .methods.thresholds import MIN_PROMPT_TOKENS, PASS_ALL, deciding, share_above
 from .modality import MODALITIES
@@ -124,8 +125,10 @@ class ThresholdReport(Shown):
     timings : Timings
     weights_per_token : mapping of str to int
         Part -> weights that a decoded token reads from the dense model.
-    dtype_bytes : int
-        Bytes of a weight.
+    bytes_per_token : mapping of str to int or None
+        Bytes of weights that a decoded token reads (see :mod:`pop_mm.footprint`): "dense"; "intended"; "read", on the backends of
+        now, where what is masked is read all the same; and "kept", of the rows that the steps' entries picked, None before the
+        first.
     notes : sequence of str
     """
 
@@ -136,8 +139,9 @@ class ThresholdReport(Shown):
     threshold_tokens: Mapping[str, int]
     timings: Timings
     weights_per_token: Mapping[str, int]
-    dtype_bytes: int
+    plans: Sequence[ThresholdPlan] = ()
     notes: Sequence[str] = ()
+    bytes_per_token: Mapping[str, int | None] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -150,8 +154,6 @@ class ThresholdReport(Shown):
         timings: Timings,
     ) -> ThresholdReport:
         """Put the report together from a session's plans and its latest prompt."""
-        from .session import weights_per_token
-
         known: dict[int, RecordState] = {}
         if state is not None:
             pruned = [number for number, plan in enumerate(plans) if plan.backend != "dense"]
@@ -181,11 +183,24 @@ class ThresholdReport(Shown):
                 f"{timings.masked_forwards} of {timings.decode_forwards} decode steps ran masked, without speed-up: rows are "
                 "read for one token of one sequence, without gradients or autocast."
             )
-        ffns: list[Any] = [plan for plan in plans if not isinstance(plan.record, InputGroup)]
-        read = weights_per_token(model, adapter, ffns)
-        size = next(model.parameters()).dtype.itemsize
         used = {} if state is None else _deciding_tokens(state, known.values())
-        return cls(config, inputs, sum(counts.values()), counts, used, timings, read, size, notes)
+        weights = weights_per_token(model, adapter, plans)
+        report = cls(config, inputs, sum(counts.values()), counts, used, timings, weights, plans, notes)
+        now, meant, kept = (
+            footprint(model, adapter, plans, shares)
+            for shares in (None, [plan.share_intended for plan in plans], report.shares_kept)
+        )
+        decoded = any(found.kept is not None for found in inputs)
+        sizes = {"dense": now.dense_total, "intended": meant.total, "read": now.total}
+        return replace(report, bytes_per_token={**sizes, "kept": kept.total if decoded else None})
+
+    @property
+    def shares_kept(self) -> list[float]:
+        """Of each plan, the share of its weights that the steps' entries picked; before the first step the intended one."""
+        read: dict[int, float] = dict.fromkeys(map(id, self.plans), 0.0)
+        for found in self.inputs:
+            read[id(found.plan)] += found.weights * (found.share if found.kept is None else found.kept)
+        return [read[id(plan)] / sum(plan.matrices.values()) for plan in self.plans]
 
     @property
     def kept_share(self) -> dict[str, tuple[float, float | None]]:
@@ -231,7 +246,6 @@ class ThresholdReport(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as :meth:`to_json` writes them."""
-        meant, read = self.read_weights()
         return {
             "config": self.config.to_dict(),
             "method": "thresholds",
@@ -243,11 +257,7 @@ class ThresholdReport(Shown):
             "threshold_tokens": dict(self.threshold_tokens),
             "left_out_share": self.left_out_share,
             "budget_read": {"intended": self.scope_share[0], "kept": self.scope_share[1]},
-            "bytes_per_token": {
-                "dense": sum(self.weights_per_token.values()) * self.dtype_bytes,
-                "intended": round(meant * self.dtype_bytes),
-                "kept": None if read is None else round(read * self.dtype_bytes),
-            },
+            "bytes_per_token": dict(self.bytes_per_token),
             "matrices": [
                 {"matrix": name, "share": share, "kept": kept, "prompt_share": self._by_modality(name)}
                 for name, (share, kept) in self.kept_share.items()
@@ -330,11 +340,9 @@ def threshold_summary(report: ThresholdReport) -> Any:
             f"Prompt tokens: {counts}; of these set the thresholds: {used or 'none'}. Prefill {times.prefill:.2f} s, "
             f"{times.decode_forwards} decode steps {times.decode:.2f} s."
         )
-    meant, read = report.read_weights()
-    dense = sum(report.weights_per_token.values())
-    sizes = [byte_size(count * report.dtype_bytes) for count in (dense, meant)]
-    line = f"Bytes of weights per decoded token, lm_head included: {sizes[0]} dense, {sizes[1]} intended"
-    lines.append(line + (f", {byte_size(read * report.dtype_bytes)} kept." if read is not None else "."))
+    sizes = {name: byte_size(size) for name, size in report.bytes_per_token.items() if size is not None}
+    line = f"Bytes of weights per decoded token, lm_head included: {sizes['dense']} dense, {sizes['intended']} intended"
+    lines.append(line + (f", {sizes['kept']} kept." if "kept" in sizes else "."))
     return Text("\n").join(
         [Text(lines[0], style="bold"), *map(Text, lines[1:]), *(Text(note, "yellow") for note in report.notes)]
     )

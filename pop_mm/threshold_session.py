@@ -61,10 +61,15 @@ class ThresholdPlan:
         down = record.size * record.hidden_size * (record.top_k if isinstance(record, Experts) else 1)
         return {"x": record.weight_count - down, "h": down}
 
+    def share_read(self, batch: int = 1) -> float:
+        """Share of the weights that a decode step of ``batch`` rows reads: by rows what is meant for one row, else all."""
+        return self.share_intended if self.backend == "rows" and batch == 1 else 1.0
+
     @property
-    def read(self) -> float:
-        """Weights that a decoded token is meant to read."""
-        return sum(count * self.shares[which] for which, count in self.matrices.items())
+    def share_intended(self) -> float:
+        """Share of the weights that a step of one row is meant to read."""
+        read = sum(count * self.shares[which] for which, count in self.matrices.items())
+        return read / sum(self.matrices.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, one row of ``pop-mm inspect --json``."""

@@ -19,9 +19,10 @@ from pop_mm.bench.prompts import Prompts
 from pop_mm.bench.timing import decode_options, generate, generate_timed
 from pop_mm.bench.variants import STOCK_DENSE, Cell, Variant, kernels_for, running
 from pop_mm.config import PopConfig
+from pop_mm.footprint import weights_per_token
 from pop_mm.kernels import MOST_TOKENS, Matvec
 from pop_mm.kernels.ffn import FFNStep
-from pop_mm.session import plan_ffns, weights_per_token
+from pop_mm.session import plan_ffns
 from tiny_folder import save
 from tiny_models import VOCAB, tiny
 

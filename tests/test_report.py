@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pop_mm
+from pop_mm.footprint import Footprint
 from pop_mm.plotting import PlotError
 from pop_mm.tables import adapter_rows, adapters_markdown, byte_size, footprint_table, report_table
 from tiny_models import tiny
@@ -194,4 +195,6 @@ def test_markdown_and_grouping_of_adapters():
 
 def test_bytes():
     assert [byte_size(n) for n in (12, 1234, 5.5e8, 7e12)] == ["12 B", "1.2 kB", "550.0 MB", "7.0 TB"]
-    assert "2.00x" in rendered([footprint_table({"FFN": (400, 100), "attention": (200, 200)})])
+    assert "2.00x" in rendered(
+        [footprint_table(Footprint({"FFN": 400, "attention": 200}, {"FFN": 100, "attention": 200}))]
+    )

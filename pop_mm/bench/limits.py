@@ -10,11 +10,8 @@ import torch
 
 from ..adapters import adapter_for
 from ..config import PopConfig
-from ..experts import Experts
-from ..groups import InputGroup
+from ..footprint import FFN_PARTS, footprint, itemsize
 from ..plans import plans_of
-from ..session import PART_NAMES, weights_per_token
-from ..threshold_session import ThresholdPlan
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class StepBytes:
     @property
     def ffn(self) -> float:
         """Of all kinds of FFNs."""
-        return sum(self.parts.get(name, 0) for name in PART_NAMES.values())
+        return sum(self.parts.get(name, 0) for name in FFN_PARTS.values())
 
     @property
     def total(self) -> float:
@@ -54,9 +51,7 @@ def backends_of(model: Any, config: PopConfig, batch: int) -> dict[str, int]:
 def step_bytes(model: Any, config: PopConfig, batch: int, context: float) -> StepBytes:
     """What a decode step of ``batch`` rows reads from the model's own tensors; weights are read once for all rows.
 
-    An FFN in place is read on K = |R| + |C| of its D channels, a gathered one on K for each row, at most D, and a masked one
-    whole. Thresholds read the rows that they are meant to, of one sequence. Of E routed experts,
-    ``min(batch * top_k, E)`` count: how many different ones a batch really needs is not known beforehand.
+    The weights are those of :func:`pop_mm.footprint.footprint`.
 
     Parameters
     ----------
@@ -66,30 +61,10 @@ def step_bytes(model: Any, config: PopConfig, batch: int, context: float) -> Ste
         Positions in the KV cache of each row.
     """
     adapter = adapter_for(model)
-    plans = plans_of(model, config)
-    ffns = [plan for plan in plans if not isinstance(plan.ffn, InputGroup)]
-    size = model.dtype.itemsize
-    parts: dict[str, float] = {name: size * count for name, count in weights_per_token(model, adapter, ffns).items()}
-    for role, name in PART_NAMES.items():
-        if name in parts:
-            parts[name] = size * sum(_weights_read(plan, batch) for plan in ffns if plan.ffn.role == role)
-    groups = [plan for plan in plans if isinstance(plan.ffn, InputGroup)]
-    whole = size * sum(group.weight_count for group in adapter.input_groups(model))
-    left_out = size * sum(plan.ffn.weight_count - _weights_read(plan, batch) for plan in groups)
-    parts["attention"] -= left_out
-    return StepBytes({**parts, "KV cache": cache_bytes(model, batch, context)}, whole - left_out)
-
-
-def _weights_read(plan: Any, batch: int) -> float:
-    count: float = plan.ffn.weight_count
-    if isinstance(plan, ThresholdPlan) and plan.backend == "rows" and batch == 1:
-        return plan.read
-    if isinstance(plan.ffn, Experts):
-        count *= min(batch * plan.ffn.top_k, plan.ffn.count) / plan.ffn.top_k
-    if isinstance(plan, ThresholdPlan):
-        return count
-    width, whole = plan.sizes.width, plan.sizes.channels
-    return count * {"inplace": width, "gathered": min(batch * width, whole)}.get(plan.backend, whole) / whole
+    found = footprint(model, adapter, plans_of(model, config), batch=batch)
+    groups = itemsize(model) * sum(group.weight_count for group in adapter.input_groups(model))
+    left_out = found.dense["attention"] - found.read["attention"]
+    return StepBytes({**found.read, "KV cache": cache_bytes(model, batch, context)}, groups - left_out)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from math import floor
 from typing import Any
@@ -12,11 +11,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from ..adapters import Adapter, Check, adapter_for, check, registered_adapters
+from ..adapters import Check, adapter_for, check, registered_adapters
 from ..config import PopConfig
+from ..footprint import Uniform, WeightBytes, footprint, itemsize
 from ..report import FFNPlan
 from ..samples import SampleError, load_config, resolve, takes_images
-from ..session import PART_NAMES, plan_ffns, weights_per_token
+from ..session import plan_ffns
 from ..tables import footprint_table, plan_table
 from .generate import load_model, torch_dtype
 from .inspect_thresholds import inspect_thresholds
@@ -30,31 +30,29 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool, contract: bool 
         model, quantisation = skeleton(name, dtype)
         adapter = adapter_for(model)
         checked = check(load_model(name, dtype)[0]) if contract else None
+        packed = None
+        weights: WeightBytes = Uniform(itemsize(model))
+        if quantisation is not None:
+            packed = str(quantisation.get("quant_method", "quantised"))
+            weights = StoredBytes(model, stored_tensors(resolve(name)), bits_of(quantisation, itemsize(model)))
         if config.chosen_method == "thresholds":
-            packed, stored = None, None
-            if quantisation is not None:
-                packed = str(quantisation.get("quant_method", "quantised"))
-                stored = StoredBytes(model, stored_tensors(resolve(name)), bits_of(quantisation, model.dtype.itemsize))
             contracts = {} if checked is None else _contracts(checked)
-            inspect_thresholds(model, config, adapter, packed, stored, as_json, contracts)
+            inspect_thresholds(model, config, adapter, packed, weights, as_json, contracts)
             _print_check(checked, as_json)
             return checked is None or checked.ok
         plans = plan_ffns(model, config, adapter)
-    stored = None
-    if quantisation is not None:
-        plans = [_packed(plan, str(quantisation.get("quant_method", "quantised"))) for plan in plans]
-        bits = bits_of(quantisation, model.dtype.itemsize)
-        stored = StoredBytes(model, stored_tensors(resolve(name)), bits)
+    if packed is not None:
+        plans = [_packed(plan, packed) for plan in plans]
     if as_json:
         found = {} if checked is None else _contracts(checked)
-        rows = [{**_row(p, _ffn_bytes(p, model, stored)), **found.get(p.ffn.name, {})} for p in plans]
+        rows = [{**_row(p, weights.of_record(p.ffn)), **found.get(p.ffn.name, {})} for p in plans]
         print(json.dumps(rows, indent=2))
         return checked is None or checked.ok
     layers = adapter.layer_weights(model, [plan.ffn for plan in plans]).values()
     largest = floor(1000 * sum(w.ffn for w in layers) / sum(w.ffn + w.attention for w in layers)) / 1000
     console = Console()
     console.print(plan_table(plans, wide))
-    console.print(footprint_table(footprint(model, adapter, plans, stored)))
+    console.print(footprint_table(footprint(model, adapter, plans, weights=weights)))
     layouts = " / ".join(dict.fromkeys(plan.ffn.layout for plan in plans))
     console.print(
         f"{type(model).__name__}: {len(plans)} FFNs of {layouts}, found by {type(adapter).__name__}.\n"
@@ -101,44 +99,11 @@ def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any] | N
     return model, quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
 
 
-def footprint(
-    model: PreTrainedModel, adapter: Adapter, plans: Sequence[FFNPlan], stored: StoredBytes | None = None
-) -> dict[str, tuple[int, int]]:
-    """Bytes of weight matrices that one decoded token reads, dense and pruned; no biases, norms or KV cache.
-
-    An FFN in place is read on its K = |R| + |C| channels, a masked one whole. Of routed experts, those count that a
-    token uses. Packed weights count as the checkpoint stores them.
-    """
-    size = model.dtype.itemsize
-    counts = weights_per_token(model, adapter, plans)
-    parts = {name: (size * count, size * count) for name, count in counts.items()}
-    for role, name in PART_NAMES.items():
-        if name in parts:
-            mine = [(_ffn_bytes(plan, model, stored), _share_read(plan)) for plan in plans if plan.ffn.role == role]
-            parts[name] = round(sum(whole for whole, _ in mine)), round(sum(whole * share for whole, share in mine))
-    if stored is not None:
-        attention = round(stored.of_attention(model, adapter, counts["attention"]))
-        head = model.get_output_embeddings()
-        lm_head = 0 if head is None else round(stored.of_head(head, counts["lm_head"], size))
-        parts |= {"attention": (attention, attention), "lm_head": (lm_head, lm_head)}
-    return parts
-
-
-def _ffn_bytes(plan: FFNPlan, model: PreTrainedModel, stored: StoredBytes | None) -> float:
-    if stored is None:
-        return model.dtype.itemsize * plan.ffn.weight_count
-    return stored.of_ffn(plan.ffn)
-
-
-def _share_read(plan: FFNPlan) -> float:
-    return plan.sizes.width / plan.sizes.channels if plan.backend == "inplace" else 1.0
-
-
 def _row(plan: FFNPlan, whole: float) -> dict[str, Any]:
     return {
         **plan.to_dict(),
         "bytes_per_token_dense": round(whole),
-        "bytes_per_token_pruned": round(whole * _share_read(plan)),
+        "bytes_per_token_pruned": round(whole * plan.share_read()),
     }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..adapters import Adapter
 from ..experts import Experts
+from ..footprint import itemsize
 from ..groups import InputGroup
 from ..layout import FFN, linear_weight_count
 
@@ -39,22 +40,21 @@ class StoredBytes:
             if any(p.dim() >= 2 for p in module.parameters(recurse=False))
         }
         self._bits = bits
+        self._itemsize = itemsize(model)
         self._bytes: dict[str, int] = {}
         for name, size in tensors.items():
             module, _, own = name.rpartition(".")
             if own != "bias":
                 self._bytes[module] = self._bytes.get(module, 0) + size
 
-    def of_ffn(self, ffn: FFN | Experts) -> float:
-        """Bytes that a decoded token reads of the dense FFN."""
-        if isinstance(ffn, FFN):
-            return sum(self._of(p.module, p.name, linear_weight_count(p.module)) for p in ffn.projections)
-        whole = sum(size for name, size in self._bytes.items() if f"{name}.".startswith(f"{ffn.name}."))
-        return whole * ffn.top_k / ffn.count if whole else ffn.weight_count * self._bits / 8
-
-    def of_group(self, group: InputGroup) -> float:
-        """Bytes of attention modules that share an input."""
-        return sum(self._of(module, self._names[module], linear_weight_count(module)) for module in group.modules)
+    def of_record(self, record: FFN | Experts | InputGroup) -> float:
+        """Bytes that a decoded token reads of a dense FFN, of experts, or of attention modules that share an input."""
+        if isinstance(record, Experts):
+            whole = sum(size for name, size in self._bytes.items() if f"{name}.".startswith(f"{record.name}."))
+            return whole * record.top_k / record.count if whole else record.weight_count * self._bits / 8
+        named = [(p.module, p.name) for p in record.projections] if isinstance(record, FFN) else []
+        named = named or [(module, self._names[module]) for module in record.modules]
+        return sum(self._of(name, linear_weight_count(module)) for module, name in named)
 
     def of_attention(self, model: nn.Module, adapter: Adapter, count: int) -> float:
         """Bytes of everything in the decoder layers that counts as attention; ``count`` weights."""
@@ -71,11 +71,11 @@ class StoredBytes:
             found += size if name in self._matrices and not of_ffn else 0
         return found or count * self._bits / 8
 
-    def of_head(self, head: nn.Module, count: int, itemsize: int) -> float:
+    def of_head(self, head: nn.Module, count: int) -> float:
         """Bytes of the lm_head, which is seldom packed."""
-        return self._bytes.get(self._names.get(head, ""), count * itemsize)
+        return self._bytes.get(self._names.get(head, ""), count * self._itemsize)
 
-    def _of(self, module: nn.Module, name: str, count: int) -> float:
+    def _of(self, name: str, count: int) -> float:
         return self._bytes.get(name) or count * self._bits / 8
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..adapters import adapter_for
 from ..config import PopConfig
-from ..experts import Experts
-from ..report import FFNReport, Report
-from ..session import PART_NAMES, plan_ffns, weights_per_token
+from ..footprint import Plan, Uniform, footprint
+from ..report import Report
+from ..session import plan_ffns
 from ..threshold_report import ThresholdReport
 
 _SCORE_BYTES = 4  # a candidate's weight in the score is float32
@@ -23,17 +24,18 @@ class Cost:
     ----------
     multiply_adds, bytes : dict of str to int
         "attention", "lm_head", and as the model has them "FFN", "routed experts", "shared experts"; "scoring" is what
-        choosing among the candidates adds.
+        choosing among the candidates adds in multiply-adds. Bytes are those of :func:`pop_mm.footprint.footprint`.
     """
 
     multiply_adds: dict[str, int]
     bytes: dict[str, int]
 
     def to_dict(self, dense: Cost) -> dict[str, Any]:
-        """Plain values, with the shares of what the dense model costs."""
+        """Plain values, with the shares of what the dense model costs; the bytes of the scorer's weights count in no sum."""
+        scored = self.multiply_adds.get("scoring")
         return {
             "multiply_adds": self.multiply_adds,
-            "bytes": self.bytes,
+            "bytes": {**self.bytes, **({"scoring": scored * _SCORE_BYTES} if scored else {})},
             "multiply_adds_share": sum(self.multiply_adds.values()) / sum(dense.multiply_adds.values()),
             "bytes_share": sum(self.bytes.values()) / sum(dense.bytes.values()),
         }
@@ -57,49 +59,22 @@ def cost_of(model: Any, config: PopConfig, report: Report | ThresholdReport | No
     report : Report or None
         None for a dense model.
     """
-    if isinstance(report, ThresholdReport):
-        return _of_thresholds(model, report)
     adapter = adapter_for(model)
-    plans = plan_ffns(model, replace(config, batch="shared", backend="auto"), adapter)
-    parts = weights_per_token(model, adapter, plans)
     scored = 0
-    if report is not None:
-        for role, name in PART_NAMES.items():
-            if name in parts:
-                pairs = zip(plans, report.ffns, strict=True)
-                mine = [(plan, known) for plan, known in pairs if plan.ffn.role == role]
-                parts[name] = round(
-                    sum(p.ffn.weight_count * (_read(known) if p.backend == "inplace" else 1) for p, known in mine)
-                )
-        for plan in plans:
-            choices = plan.ffn.top_k if isinstance(plan.ffn, Experts) else 1
-            scored += choices * plan.sizes.candidates if plan.backend != "dense" else 0
-    return Cost(
-        {**parts, **({"scoring": scored} if scored else {})},
-        {
-            **{name: count * model.dtype.itemsize for name, count in parts.items()},
-            **({"scoring": scored * _SCORE_BYTES} if scored else {}),
-        },
-    )
-
-
-def _of_thresholds(model: Any, report: ThresholdReport) -> Cost:
-    """Of the rows that a step's entries pick, one for each that passes."""
-    parts = {name: float(count) for name, count in report.weights_per_token.items()}
-    for found in report.inputs:
-        kept = found.share if found.kept is None else found.kept
-        parts[PART_NAMES.get(found.plan.record.role, found.plan.record.role)] -= found.weights * (1 - kept)
-    counts = {name: round(count) for name, count in parts.items()}
-    return Cost(counts, {name: count * model.dtype.itemsize for name, count in counts.items()})
-
-
-def _read(known: FFNReport) -> float:
-    """Share of an FFN's channels that a step computes; for experts, the mean over the tokens that they got."""
-    width = known.plan.sizes.width / known.plan.sizes.channels
-    if known.experts is None or not sum(known.experts.decode_tokens):
-        return width
-    dense = sum(known.experts.dense_tokens) / sum(known.experts.decode_tokens)
-    return dense + (1 - dense) * width
+    if isinstance(report, ThresholdReport):
+        plans: Sequence[Plan] = report.plans
+        shares = report.shares_kept
+    else:
+        plans = ffns = plan_ffns(model, replace(config, batch="shared", backend="auto"), adapter)
+        shares = [plan.share_read() for plan in ffns]
+        if report is not None:
+            for number, (plan, found) in enumerate(zip(ffns, report.ffns, strict=True)):
+                if plan.backend == "inplace":
+                    shares[number] = found.share_kept
+                if plan.backend != "dense":
+                    scored += plan.sizes.candidates * plan.ffn.used
+    counts, sizes = (footprint(model, adapter, plans, shares, weights).read for weights in (Uniform(1), None))
+    return Cost({**counts, **({"scoring": scored} if scored else {})}, dict(sizes))
 
 
 __all__ = ["Cost", "cost_of", "dense_cost"]

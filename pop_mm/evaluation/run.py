@@ -314,7 +314,7 @@ class Run:
             apart = difference(self.values(point, "kl"), self.values(static, "kl"), seed)
             row["kl_minus_static"] = apart.to_list() if several else [apart.value, None, None]
         row["cost"] = self._cost(point)
-        row["bytes_read"] = sum(row["cost"]["bytes"].values())
+        row["bytes_read"] = sum(size for part, size in row["cost"]["bytes"].items() if part != "scoring")
         return row
 
     def _cost(self, point: Point) -> dict[str, Any]:
