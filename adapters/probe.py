@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pop_mm.errors import AdapterError, one_line
 from pop_mm.experts import Experts
 from pop_mm.layout import FFN, Projection
-from pop_mm.phase import set_instance_attribute
+from pop_mm.patching import Patches
 
 Call = Callable[[], Any]
 
@@ -189,13 +189,12 @@ class _Trial:
         keep : Tensor or None
             ``[n]``, boolean: the others are zeroed in front of the down projection.
         """
-        ffn, undo = self.ffn, []
+        ffn, patches = self.ffn, Patches()
         self.calls, self._entered = Counter(), []
         try:
             for p in ffn.inputs:
-                undo.append(set_instance_attribute(p.module, "forward", partial(self._give, p, channels)))
-            take = partial(self._take, channels, keep)
-            undo.append(set_instance_attribute(ffn.down.module, "forward", take))
+                patches.replace(p.module, "forward", partial(self._give, p, channels))
+            patches.replace(ffn.down.module, "forward", partial(self._take, channels, keep))
             output = call()
         except Exception as error:
             raise AdapterError(
@@ -203,8 +202,7 @@ class _Trial:
                 f"({type(error).__name__}: {one_line(error)})."
             ) from error
         finally:
-            for step in reversed(undo):
-                step()
+            patches.undo()
         output = output[0] if isinstance(output, tuple) else output
         h = torch.cat(self._entered) if self._entered else torch.empty(0, len(channels), device="cpu")
         return h, output.reshape(-1, output.shape[-1]).cpu()
@@ -343,7 +341,7 @@ def _probe_activation(record: Experts) -> None:
 
 def _probe_views(record: Experts) -> None:
     """The module's own forward against the record's views, and narrow views against channels that are zeroed."""
-    from pop_mm.backends.experts import run_experts
+    from pop_mm.executors.run_experts import run_experts
 
     module: Any = record.module
     eager = getattr(type(module).forward, "__wrapped__", None)

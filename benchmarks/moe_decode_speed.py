@@ -53,7 +53,7 @@ from measure import (
     wide_console,
 )
 from pop_mm.adapters import Adapter, ExpertPaths
-from pop_mm.backends.experts import run_experts
+from pop_mm.executors.run_experts import run_experts
 from pop_mm.experts import Experts, ExpertViews
 from pop_mm.kernels import Matvec, why_not
 from pop_mm.kernels import load as load_kernel

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .backends.inplace import InplaceBackend
+from .executors.narrow import NarrowExecutor
 from .phase import Phase, PhaseTracker
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class CompiledSteps:
     ----------
     model : PreTrainedModel
     tracker : PhaseTracker
-    inplace : InplaceBackend or None
+    inplace : NarrowExecutor or None
         None if a step of this session cannot be traced: then it runs as it is.
     compiling : callable
         Gives a context within which code runs compiled although the session lets all else run eagerly.
@@ -37,7 +37,7 @@ class CompiledSteps:
         self,
         model: Any,
         tracker: PhaseTracker,
-        inplace: InplaceBackend | None,
+        inplace: NarrowExecutor | None,
         compiling: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._model = model

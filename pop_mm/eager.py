@@ -9,10 +9,9 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from types import FrameType, MethodType
 from typing import Any, TypeVar
 
@@ -22,7 +21,7 @@ from torch import nn
 from .experts import Experts
 from .groups import InputGroup
 from .layout import FFN
-from .phase import set_instance_attribute
+from .patching import Patches
 
 
 class CompiledParts:
@@ -50,17 +49,16 @@ class CompiledParts:
         compiled = [(name, module) for name, module in model.named_modules() if is_compiled(module)]
         self._named = [(name, module) for name, module in compiled if module in around]
         self.left = {child for _, module in compiled if module not in around for child in module.modules()}
-        self._undo: list[Callable[[], object]] = []
+        self._patches = Patches()
 
     def suspend(self) -> None:
         """Let them run eagerly, until :meth:`resume`."""
         for _, module in self._named:
-            self._undo += _made_eager(module)
+            _make_eager(module, self._patches)
 
     def resume(self) -> None:
         """Let them run compiled again."""
-        while self._undo:
-            self._undo.pop()()
+        self._patches.undo()
 
     def warn(self) -> None:
         """Say so, if there are any."""
@@ -191,21 +189,21 @@ def in_compiled_call() -> bool:
     return False
 
 
-def _made_eager(module: nn.Module) -> Iterator[Callable[[], object]]:
-    """Make one module run eagerly; what undoes it."""
+def _make_eager(module: nn.Module, patches: Patches) -> None:
+    """Make one module run eagerly."""
     own = module.__dict__
     if own.get("_compiled_call_impl") is not None:
-        yield set_instance_attribute(module, "_compiled_call_impl", None)
+        patches.replace(module, "_compiled_call_impl", None)
     wrapped = module._modules.get("_orig_mod")
     forward = own.get("forward", type(module).forward)
     eager = _original(forward)
     if wrapped is not None:
-        yield set_instance_attribute(module, "forward", wrapped)
+        patches.replace(module, "forward", wrapped)
     elif eager is forward:
         return
     elif "forward" not in own:  # the class's forward is compiled
-        yield set_instance_attribute(module, "forward", MethodType(eager, module))
+        patches.replace(module, "forward", MethodType(eager, module))
     elif getattr(eager, "__func__", None) is type(module).forward:
-        yield partial(own.__setitem__, "forward", own.pop("forward"))
+        patches.remove(module, "forward")
     else:
-        yield set_instance_attribute(module, "forward", eager)
+        patches.replace(module, "forward", eager)

@@ -337,6 +337,15 @@ class Engine:
 
     # decode: the reference ------------------------------------------------------------------------------------------
 
+    masks: Sequence[str] = ("h",)  # inputs of a record that may be masked
+
+    def mask(self, index: int, which: str, forward: Forward, values: Tensor, positions: Tensor | None = None) -> Tensor:
+        """:meth:`apply` for the input of an FFN's down projection, ``[B, q, D]`` or ``[B * q, D]``; any other is as it was."""
+        if which != "h":
+            return values
+        step = self.step(forward, values.device)
+        return self.apply(index, forward, step, values.reshape(-1, values.shape[-1]), positions).view(values.shape)
+
     def apply(self, index: int, forward: Forward, step: Step, h: Tensor, positions: Tensor | None) -> Tensor:
         """The reference path: observe, partition and mask the inputs of the down projection, as the phase asks.
 

@@ -37,6 +37,11 @@ class InputGroup:
     experts: None = None
 
     @property
+    def by_input(self) -> dict[str, tuple[nn.Module, ...]]:
+        """ "x" -> the modules."""
+        return {"x": self.modules}
+
+    @property
     def weight_count(self) -> int:
         """Weights of all modules, without biases."""
         return sum(features[0] * features[1] for features in map(linear_features, self.modules) if features)

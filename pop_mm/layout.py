@@ -356,6 +356,11 @@ class FFN:
         return None
 
     @property
+    def by_input(self) -> dict[str, tuple[nn.Module, ...]]:
+        """ "x", "h" -> the modules that are given it."""
+        return {"x": tuple(p.module for p in self.inputs), "h": (self.down.module,)}
+
+    @property
     def used(self) -> int:
         """How many of it a token runs."""
         return 1

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .errors import PhaseError
 from .modality import Positions, positions_of
+from .patching import Patches
 from .row_adapters import remove_row_adapters
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ class PhaseTracker:
         self._handler = handler
         self._local = threading.local()
         self._states: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-        self._undo: list[Callable[[], object]] = []
+        self._patches = Patches()
         self._signature = inspect.signature(model.forward)
 
     @property
@@ -219,18 +220,16 @@ class PhaseTracker:
         ):
             original = getattr(self._model, name, None)
             if original is not None:
-                self._undo.append(set_instance_attribute(self._model, name, functools.wraps(original)(wrap(original))))
+                self._patches.replace(self._model, name, functools.wraps(original)(wrap(original)))
         for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
             if hasattr(self._model, name):  # it runs forwards in a thread of its own, which would swallow the error
-                self._undo.append(set_instance_attribute(self._model, name, _refuse_continuous_batching))
-        pre = self._model.register_forward_pre_hook(self._before, with_kwargs=True)
-        post = self._model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
-        self._undo += [pre.remove, post.remove]
+                self._patches.replace(self._model, name, _refuse_continuous_batching)
+        self._patches.hook(self._model.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._patches.hook(self._model.register_forward_hook(self._after, with_kwargs=True, always_call=True))
 
     def remove(self) -> None:
         """Undo :meth:`install` exactly."""
-        while self._undo:
-            self._undo.pop()()
+        self._patches.undo()
         for cache in list(self._states):
             for name in _ROW_METHODS:
                 vars(cache).pop(name, None)
@@ -551,21 +550,6 @@ def _refuse_continuous_batching(*_: Any, **__: Any) -> None:
         "Continuous batching packs tokens of several requests, some in prefill and some in decode, into one row "
         "without saying which is whose, so pop_mm cannot attribute them. Use generate() with a batch instead."
     )
-
-
-def set_instance_attribute(instance: object, name: str, value: object) -> Callable[[], None]:
-    """Set an attribute on the instance; returns what puts back exactly what was there."""
-    had = name in instance.__dict__
-    previous = instance.__dict__.get(name)
-    instance.__dict__[name] = value
-
-    def undo() -> None:
-        if had:
-            instance.__dict__[name] = previous
-        else:
-            instance.__dict__.pop(name, None)
-
-    return undo
 
 
 def _use_cache(model: nn.Module, inputs: dict[str, Any]) -> bool:

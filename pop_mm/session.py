@@ -19,25 +19,25 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from . import kernels
+from .accel.attention import SingleTokenAttention
+from .accel.few import FewTokens
+from .accel.linears import FewTokensLinears
+from .accel.norms import FewTokensNorms
 from .adapters import Adapter, adapter_for
 from .adapters.checking import probe_foreign
 from .advice import advise
 from .asking import has_unloaded_weights
-from .backends.attention import SingleTokenAttention
-from .backends.experts import IMPLEMENTATION
-from .backends.few import FewTokens
-from .backends.gathered import GatheredBackend, gathered_fits
-from .backends.inplace import InplaceBackend
-from .backends.linears import FewTokensLinears
-from .backends.masked import MaskedBackend
-from .backends.moved import Versions
-from .backends.norms import FewTokensNorms
 from .compiled import CompiledSteps
 from .config import PopConfig, as_config
 from .eager import CompiledParts, EagerCalls, in_compiled_call, is_compiled, modules_around, without_wrappers
 from .engine import Engine
 from .errors import AdapterError, ConfigError, NonFiniteError, PopWarning, SessionError
 from .events import Events
+from .executors.experts import IMPLEMENTATION
+from .executors.gathered import GatheredExecutor, gathered_fits
+from .executors.masked import MaskedExecutor
+from .executors.moved import Versions
+from .executors.narrow import NarrowExecutor
 from .experts import Experts
 from .interrupts import uninterrupted
 from .kernels import gpu
@@ -46,7 +46,8 @@ from .methods import Method, get_method
 from .methods.budget import budget_ratios, ffn_sizes
 from .modality import MODALITIES
 from .partition import Sizes
-from .phase import Forward, Phase, PhaseTracker, set_instance_attribute
+from .patching import Patches
+from .phase import Forward, Phase, PhaseTracker
 from .ratio import ffn_ratios
 from .report import Alone, FFNPlan, Report, Timings, build_report
 from .settings import Settings
@@ -233,10 +234,10 @@ class Session(Shown):
         tokens = self._adapter.modality_token_ids(model)
         self._modalities = len(MODALITIES) if tokens else 1
         self._tracker = PhaseTracker(model, self, self._rows_matter, tokens)
-        self._undo: list[Callable[[], object]] = []
+        self._patches = Patches()
         self._engaged = False
         self._watch: Watch | None = None
-        self._refusals: list[Callable[[], object]] = []
+        self._refusals = Patches()
         self._left_compiled: set[nn.Module] = set()
         self._steps: CompiledSteps | None = None
         self._eager = EagerCalls()
@@ -276,17 +277,17 @@ class Session(Shown):
         before = getattr(self, "_inplace", None)
         self.plans = plans
         self._engine = self._make_engine(pruned)
-        self._masked = self._make_masked()
+        self._masked = MaskedExecutor(self._engine, self._tracker)
         self._backends = [plan.backend for plan in pruned]
         ours = {"inplace", "rows"} & set(self._backends)
         self._matvec = kernels.load(config.kernels) if ours else None
         self._versions = Versions()
-        self._inplace = InplaceBackend(
+        self._inplace = NarrowExecutor(
             self._engine, self._tracker, self._versions, self._matvec, config.kernels == "triton"
         )
         if before is not None:
             self._inplace.count_on(before)
-        self._gathered = GatheredBackend(self._engine, self._tracker)
+        self._gathered = GatheredExecutor(self._engine, self._tracker)
         self._fast = bool({"inplace", "gathered", "rows"} & set(self._backends))
         self._besides: list[FewTokens] = []  # what else a few tokens run by the compiled library
         if self._matvec is not None:
@@ -318,9 +319,6 @@ class Session(Shown):
     def _make_engine(self, pruned: Sequence[Any]) -> Engine:
         return Engine([p.ffn for p in pruned], [p.sizes for p in pruned], self.config, self._modalities, self.events)
 
-    def _make_masked(self) -> Any:
-        return MaskedBackend(self._engine, self._tracker)
-
     # life -----------------------------------------------------------------------------------------------------------
 
     def attach(self) -> Session:
@@ -345,9 +343,9 @@ class Session(Shown):
             self._eager.hold()
             self._tracker.install()
             self._engage()
-            self._undo.append(self._wrappers.install())
+            self._wrappers.install(self._patches)
             if hasattr(self.model, "get_compiled_call"):
-                self._undo.append(set_instance_attribute(self.model, "get_compiled_call", self._compiled_call))
+                self._patches.replace(self.model, "get_compiled_call", self._compiled_call)
         except BaseException:
             self.detach()
             raise
@@ -357,7 +355,7 @@ class Session(Shown):
         """Let compiled parts of the model run eagerly until the session ends, and say so."""
         compiled.warn()
         compiled.suspend()
-        self._undo.append(compiled.resume)
+        self._patches.undo_by(compiled.resume)
         self._left_compiled = compiled.left
 
     def _plan(self, config: PopConfig) -> list[FFNPlan]:
@@ -386,7 +384,7 @@ class Session(Shown):
             few.attach(besides)
         for module in {*modules_around(self.model, {m for ffn in ffns for m in ffn.modules}), *besides}:
             for name in ("__deepcopy__", "__reduce_ex__"):
-                self._refusals.append(set_instance_attribute(module, name, _refuse_copy))
+                self._refusals.replace(module, name, _refuse_copy)
         self._steps = None
         self._watch = Watch(self.model, self._engine.ffns, self._versions, besides)
 
@@ -408,8 +406,7 @@ class Session(Shown):
                 besides.detach()
             self._gathered.detach()
             self._masked.detach()
-            while self._refusals:
-                self._refusals.pop()()
+            self._refusals.undo()
             for plan in self.plans:
                 _PRUNED_MODULES.discard(plan.ffn.modules[-1])
 
@@ -437,8 +434,7 @@ class Session(Shown):
             self._release()
         finally:
             self._tracker.remove()
-            while self._undo:
-                self._undo.pop()()
+            self._patches.undo()
             self._eager.release()
             self.attached = False
         if self._versions.packed is not None:

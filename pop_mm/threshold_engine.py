@@ -232,7 +232,9 @@ class ThresholdEngine(Engine):
             inputs.threshold = found
         return inputs.threshold
 
-    def mask(self, index: int, which: str, forward: Forward, values: Tensor) -> Tensor:
+    masks = ("h", "x")
+
+    def mask(self, index: int, which: str, forward: Forward, values: Tensor, positions: Tensor | None = None) -> Tensor:
         """Observe the prompt's entries of one input, and zero those of decode steps that do not pass.
 
         Parameters
@@ -240,6 +242,8 @@ class ThresholdEngine(Engine):
         which : {"x", "h"}
         values : Tensor
             ``[B, q, n]`` or ``[B * q, n]``.
+        positions : None
+            Entries stand in their own places.
 
         Returns
         -------

@@ -13,7 +13,6 @@ from .config import PopConfig
 from .eager import CompiledParts, without_wrappers
 from .engine import Engine
 from .errors import AdapterError, SessionError
-from .executors.masked import MaskedInputs
 from .executors.rows import RowsExecutor
 from .executors.rows_record import why_not as why_not_rows
 from .experts import Experts
@@ -183,9 +182,6 @@ class ThresholdSession(Session):
     def _make_engine(self, pruned: Sequence[Any]) -> Engine:
         shares = [plan.shares for plan in pruned]
         return ThresholdEngine([p.record for p in pruned], shares, self.config, self._modalities, self.events)
-
-    def _make_masked(self) -> MaskedInputs:
-        return MaskedInputs(self._engine, self._tracker)
 
     def _build(self, plans: list[Any]) -> None:
         super()._build(plans)

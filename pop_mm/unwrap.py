@@ -14,7 +14,7 @@ from torch import nn
 
 from .classes import is_a
 from .errors import AdapterError
-from .phase import set_instance_attribute
+from .patching import Patches
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,24 +32,17 @@ class Unwrapped:
     model: nn.Module
     wrappers: tuple[nn.Module, ...] = ()
 
-    def install(self) -> Callable[[], None]:
-        """Make a plain forward of a wrapper a call of what is in it, hooks included; returns what undoes it.
+    def install(self, patches: Patches) -> None:
+        """Make a plain forward of a wrapper a call of what is in it, hooks included.
 
         Otherwise a compiled wrapper would run what it traced before the hooks were there, and most of peft's would call
         ``model.forward``, past all hooks.
         """
-        undo = []
         for wrapper in self.wrappers:
             if _is(wrapper, _COMPILED):
-                undo.append(set_instance_attribute(wrapper, "forward", wrapper._orig_mod))
+                patches.replace(wrapper, "forward", wrapper._orig_mod)
             elif _is_tuner(wrapper):
-                undo.append(set_instance_attribute(wrapper, "forward", _forward_of(wrapper)))
-
-        def restore() -> None:
-            while undo:
-                undo.pop()()
-
-        return restore
+                patches.replace(wrapper, "forward", _forward_of(wrapper))
 
 
 def unwrap(model: object) -> Unwrapped:

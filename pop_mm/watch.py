@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .asking import is_ours
-from .backends.moved import Versions
 from .eager import is_compiled
+from .executors.moved import Versions
 from .experts import Experts
 from .groups import InputGroup
 from .layout import FFN, as_integers

@@ -11,7 +11,7 @@ import torch
 from gpu_kernel_cases import DEVICE
 from modes import generate, left_padded, pruned
 from observe import prompt, same_afterwards
-from pop_mm.backends.gathered import GatheredBackend
+from pop_mm.executors.gathered import GatheredExecutor
 from pop_mm.kernels.gpu import FusedStep, GatheredStep
 from tiny_models import tiny
 
@@ -180,14 +180,14 @@ def test_activations_that_the_kernels_do_not_know(calls):
 
 def test_a_failed_attach_leaves_nothing(monkeypatch):
     model = model_of("llama", num_hidden_layers=2)
-    original = GatheredBackend.attach
+    original = GatheredExecutor.attach
 
     def attach(self, index):
         original(self, index)
         if index:
             raise MemoryError
 
-    monkeypatch.setattr(GatheredBackend, "attach", attach)
+    monkeypatch.setattr(GatheredExecutor, "attach", attach)
     before = strides(model)
     with same_afterwards(model), pytest.raises(MemoryError):
         pruned(model, "auto", batch="per_sequence", kernels="triton").attach()

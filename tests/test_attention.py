@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import pop_mm.kernels as kernels
 from modes import generate, left_padded, pruned, threads_of_torch, without_library
 from observe import differences, fingerprint, prompt
-from pop_mm.backends.attention import with_own_interface
+from pop_mm.accel.attention import with_own_interface
 from pop_mm.kernels.attention import Attention
 from tiny_models import tiny
 

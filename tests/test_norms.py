@@ -11,7 +11,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 import pop_mm.kernels as kernels
 from modes import generate, pruned
 from observe import differences, fingerprint, prompt
-from pop_mm.backends.norms import FewTokensNorms
+from pop_mm.accel.norms import FewTokensNorms
 from pop_mm.kernels.norm import RMSNorm
 from tiny_models import tiny
 

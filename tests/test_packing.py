@@ -9,7 +9,7 @@ import torch
 from modes import MODES, fresh, generate, pruned
 from observe import prompt, same_afterwards
 from pop_mm.backends import inplace
-from pop_mm.backends.packing import PackedDown
+from pop_mm.executors.packing import PackedDown
 from pop_mm.layout import Projection
 
 AFTER = 2

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, adapter_for
 from ..experts import Experts
 from ..layout import FFN
-from ..phase import set_instance_attribute
+from ..patching import Patches
 from ..session import Session
 from .timing import generate, synchronise
 
@@ -177,20 +177,15 @@ def measure_parts(
 @contextmanager
 def watched(model: Any, records: Sequence[FFN | Experts], session: Session | None, clock: PartClock) -> Iterator[None]:
     """Within: the clock is told of every part."""
-    undo: list[Callable[[], object]] = []
-    try:
+    with Patches() as patches:
         for instance, name, part in _model_targets(model, records):
             own = getattr(instance, name)
-            undo.append(set_instance_attribute(instance, name, clock.timed(part, own)))
+            patches.replace(instance, name, clock.timed(part, own))
         if session is not None:
-            undo.append(set_instance_attribute(session.events, "listener", clock))
-        before = model.register_forward_pre_hook(lambda *_: clock.push("framework"), prepend=True)
-        after = model.register_forward_hook(lambda *_: clock.pop())
-        undo += [before.remove, after.remove]
+            patches.replace(session.events, "listener", clock)
+        patches.hook(model.register_forward_pre_hook(lambda *_: clock.push("framework"), prepend=True))
+        patches.hook(model.register_forward_hook(lambda *_: clock.pop()))
         yield
-    finally:
-        while undo:
-            undo.pop()()
 
 
 def _model_targets(model: Any, records: Sequence[FFN | Experts]) -> Iterator[tuple[Any, str, str]]:

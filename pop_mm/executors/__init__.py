@@ -1,1 +1,1 @@
-"""Executors: what makes a plan act on a model. ``masked`` is the reference, which saves no time."""
+"""Executors carry out a plan: masked (the reference), narrow (channels moved to the front), gathered (by row), rows (input-major)."""

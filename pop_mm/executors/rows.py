@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.inplace import direct_forward_fits
-from ..backends.moved import before_moves
 from ..events import tells
 from ..experts import Experts
 from ..groups import InputGroup
@@ -25,11 +23,14 @@ from ..layout import FFN
 from ..methods.thresholds import PASS_ALL
 from ..ops.reference import FFNWeights
 from ..ops.rows import Room, RowsFFN
-from ..phase import Forward, PhaseTracker, set_instance_attribute
+from ..patching import Patches
+from ..phase import Forward, PhaseTracker
 from ..state import PromptState
 from ..threshold_engine import ThresholdEngine
 from ..waiting import bar_if_long
-from .masked import MaskedInputs
+from .narrow import direct_forward_fits
+from .masked import MaskedExecutor
+from .moved import before_moves
 from .rows_linears import RowsLinears, detached
 from .rows_record import RowsRecord
 
@@ -41,7 +42,7 @@ class RowsExecutor:
     ----------
     engine : ThresholdEngine
     tracker : PhaseTracker
-    masked : MaskedInputs
+    masked : MaskedExecutor
         Serves what is not such a step.
     on_move : callable
         Told the parameters that have been given other memory.
@@ -60,7 +61,7 @@ class RowsExecutor:
         self,
         engine: ThresholdEngine,
         tracker: PhaseTracker,
-        masked: MaskedInputs,
+        masked: MaskedExecutor,
         on_move: Callable[[Iterable[Tensor]], None],
     ) -> None:
         self.engine = engine
@@ -73,7 +74,7 @@ class RowsExecutor:
         self._on_move = on_move
         self._records: dict[int, RowsRecord] = {}
         self._resident: PromptState | None = None
-        self._undo: list[Callable[[], object]] = []
+        self._patches = Patches()
 
     def attach(self, index: int) -> None:
         """Take over record number ``index`` of the engine."""
@@ -83,7 +84,7 @@ class RowsExecutor:
             from .rows_experts import RowsExperts
 
             experts = RowsExperts(self, index, mine)
-            self._undo.append(experts.detach)
+            self._patches.undo_by(experts.detach)
             experts.attach()
         else:
             self._attach_modules(index, record, mine)
@@ -92,7 +93,7 @@ class RowsExecutor:
             self._on_move(mine.back())
 
         for module in record.modules:
-            self._undo += before_moves(module, canonical)
+            before_moves(module, canonical, self._patches)
 
     def _attach_modules(self, index: int, record: FFN | InputGroup, mine: RowsRecord) -> None:
         holder = record.holder if isinstance(record, FFN) and _is_one_call(record) else None
@@ -109,10 +110,10 @@ class RowsExecutor:
         for group in linears:
             for number, module in enumerate(group.modules):
                 self._masked.by_rows[module] = group
-                self._undo.append(set_instance_attribute(module, "forward", group.forward_of(number)))
+                self._patches.forward(module, group.forward_of(number))
         if holder is not None:
             assert isinstance(record, FFN)
-            self._undo.append(set_instance_attribute(holder, "forward", self._holder_forward(index, record, mine)))
+            self._patches.forward(holder, self._holder_forward(index, record, mine))
 
     def _holder_forward(self, index: int, ffn: FFN, mine: RowsRecord) -> Callable[..., Tensor]:
         """The whole FFN in one call. Hooks on its projections are respected: then those run one by one."""
@@ -172,8 +173,7 @@ class RowsExecutor:
                 except BaseException as error:  # Ctrl-C, or no memory: the other weights go back all the same
                     failed.append(error)
                 advance(size)
-        while self._undo:
-            self._undo.pop()()
+        self._patches.undo()
         if failed:
             raise failed[0]
 

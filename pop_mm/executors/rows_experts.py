@@ -12,7 +12,7 @@ from ..kernels import View
 from ..kernels.activations import ACTIVATIONS, activation_name
 from ..ops.reference import FFNWeights
 from ..ops.rows import RowsFFN, RowsLinear
-from .masked import MaskedThresholdExperts
+from .experts import MaskedExperts
 from .rows_linears import detached
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .rows_record import RowsRecord
 
 
-class RowsExperts(MaskedThresholdExperts):
+class RowsExperts(MaskedExperts):
     """A token's experts in one call, or in two with what the module does between its projections; masked for all else."""
 
     def __init__(self, executor: RowsExecutor, index: int, mine: RowsRecord) -> None:

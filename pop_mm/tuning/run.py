@@ -16,7 +16,7 @@ from ..evaluation import texts as reading
 from ..evaluation.intervals import difference
 from ..groups import InputGroup
 from ..passages import load_passages
-from ..session import weights_per_token
+from ..footprint import weights_per_token
 from ..threshold_session import ThresholdPlan, plan_thresholds
 from .quality import Quality, QualityMeter
 from .result import TuneError, TunePoint, TuneResult

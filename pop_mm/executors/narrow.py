@@ -24,12 +24,13 @@ from ..kernels import MOST_TOKENS, Matvec, View, traced
 from ..kernels.ffn import Scratch
 from ..layout import FFN, Projection, linear
 from ..partition import Partition
-from ..phase import Forward, PhaseTracker, set_instance_attribute
+from ..patching import Patches
+from ..phase import Forward, PhaseTracker
 from ..state import PromptState
-from .base import apply, current_forward, dense_ffn, voices
-from .experts import InplaceExperts
+from .base import current_forward, dense_ffn, voices
 from .fused import compiled_forward, triton_forward
 from .moved import MovedWeights, Versions, before_moves
+from .narrow_experts import NarrowExperts
 from .order import ChannelOrder
 from .packing import PackedDown
 from .static import StaticSteps
@@ -65,7 +66,7 @@ class _Placed(NamedTuple):
     ranks: Tensor
 
 
-class InplaceBackend:
+class NarrowExecutor:
     """Reorders channels in the weights at the first decode step of a prompt, and decodes on narrow views.
 
     Attributes
@@ -96,13 +97,13 @@ class InplaceBackend:
         self._triton = triton
         self._orders: dict[int, ChannelOrder] = {}
         self._moved: dict[int, MovedWeights] = {}
-        self._experts: dict[int, InplaceExperts] = {}
+        self._experts: dict[int, NarrowExperts] = {}
         self._placed: dict[int, _Placed] = {}
         self._candidates: dict[int, ResidentCandidates] = {}
         self.static = StaticSteps(engine)
         self._static_loaded = False
         self._resident: PromptState | None = None
-        self._undo: list[Callable[[], object]] = []
+        self._patches = Patches()
         self._seconds = 0.0
         self._moved_channels = 0
         self._scratch = Scratch()
@@ -125,7 +126,7 @@ class InplaceBackend:
         """Channels moved so far."""
         return self._moved_channels + sum(experts.moved_channels for experts in self._experts.values())
 
-    def count_on(self, before: InplaceBackend) -> None:
+    def count_on(self, before: NarrowExecutor) -> None:
         """Time and channels moved so far are those of another backend."""
         self._seconds, self._moved_channels = before.seconds, before.moved_channels
 
@@ -134,7 +135,7 @@ class InplaceBackend:
         record = self._engine.ffns[index]
         if isinstance(record, Experts):
             moved = MovedWeights(record, self._versions)
-            self._experts[index] = experts = InplaceExperts(
+            self._experts[index] = experts = NarrowExperts(
                 self._engine, index, self._tracker, self.static, moved, self._matvec
             )
             self.static.load_experts(index)
@@ -158,7 +159,7 @@ class InplaceBackend:
                 current.fast = current.few = False
 
         for module in record.modules:
-            self._undo += before_moves(module, canonical)
+            before_moves(module, canonical, self._patches)
 
     @property
     def touched(self) -> bool:
@@ -178,7 +179,7 @@ class InplaceBackend:
         if ffn.holder is not None and direct_forward_fits(ffn):
             replaced.append((ffn.holder, self._holder_forward(index)))
         for module, forward in replaced:
-            self._undo.append(set_instance_attribute(module, "forward", forward))
+            self._patches.forward(module, forward)
 
     def detach(self) -> None:
         """Restore the original order and the modules' own forwards."""
@@ -189,8 +190,7 @@ class InplaceBackend:
             self._restore(index)
         for experts in self._experts.values():
             experts.detach()
-        while self._undo:
-            self._undo.pop()()
+        self._patches.undo()
 
     @uninterrupted()
     def _restore(self, index: int) -> None:
@@ -366,7 +366,7 @@ class InplaceBackend:
                 return narrow(self._front_of_prompt(index, current, h))
             if not current.fast:
                 if not sizes.dense:
-                    h = apply(engine, index, current, h, positions_of(order))
+                    h = engine.mask(index, "h", current, h, positions_of(order))
                 return guarded(own_forward(module, h))
             if has_candidates:
                 if h.requires_grad:

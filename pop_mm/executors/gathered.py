@@ -7,7 +7,6 @@ session, in the same Parameter. Prefill, and any step that the kernels do not ta
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +16,13 @@ from ..engine import Engine
 from ..kernels.gpu import MAX_ROWS, GatheredStep, fits
 from ..layout import FFN, Projection
 from ..partition import Partition
+from ..patching import Patches
 from ..phase import Forward, PhaseTracker
-from .base import apply, current_forward, dense_ffn
-from .inplace import direct_forward_fits
+from .base import current_forward, dense_ffn
+from .narrow import direct_forward_fits
 
 
-class GatheredBackend:
+class GatheredExecutor:
     """Replaces the forwards of an FFN's holder (decode steps) and of its down projection (the reference path)."""
 
     name = "gathered"
@@ -31,7 +31,7 @@ class GatheredBackend:
         self._engine = engine
         self._tracker = tracker
         self._steps: dict[int, _ResidentStep] = {}
-        self._undo: list[Callable[[], object]] = []
+        self._patches = Patches()
 
     def attach(self, index: int) -> None:
         """Take over FFN number ``index`` of the engine, one that :func:`gathered_fits`."""
@@ -39,19 +39,17 @@ class GatheredBackend:
         holder = ffn.holder
         assert holder is not None
         if _store_by_column(ffn.down):
-            self._undo.append(partial(_store_by_row, ffn.down))
+            self._patches.undo_by(_store_by_row, ffn.down)
         self._steps[index] = _ResidentStep(self._engine, index)
         for module, forward in (
             (ffn.down.module, self._down_forward(index)),
             (holder, self._holder_forward(index)),
         ):
-            module.forward = forward
-            self._undo.append(partial(module.__dict__.pop, "forward", None))
+            self._patches.forward(module, forward)
 
     def detach(self) -> None:
         """Restore the modules' own forwards, and down's weights to where they were stored row by row."""
-        while self._undo:
-            self._undo.pop()()
+        self._patches.undo()
         self._steps.clear()
 
     def begin(self, forward: Forward) -> None:
@@ -66,7 +64,7 @@ class GatheredBackend:
         module, own_forward = ffn.down.module, type(ffn.down.module).forward
 
         def forward(h: Tensor) -> Tensor:
-            return own_forward(module, apply(engine, index, current_forward(tracker, ffn), h, None))
+            return own_forward(module, engine.mask(index, "h", current_forward(tracker, ffn), h))
 
         return forward
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..executors.static import StaticSteps
 from ..kernels import Matvec
-from ..phase import set_instance_attribute
-from .static import StaticSteps
+from ..patching import Patches
 
 Forward = Callable[..., Any]
 
@@ -30,7 +30,7 @@ class FewTokens(ABC):
         self.library = library
         self.few = few
         self.static = static
-        self._undo: list[Callable[[], object]] = []
+        self._patches = Patches()
 
     @abstractmethod
     def forward_of(self, module: nn.Module) -> Forward | None:
@@ -40,9 +40,8 @@ class FewTokens(ABC):
         """Replace the forwards, on the instance, of those modules that nobody else has replaced."""
         for module in modules:
             if "forward" not in module.__dict__ and (forward := self.forward_of(module)) is not None:
-                self._undo.append(set_instance_attribute(module, "forward", forward))
+                self._patches.forward(module, forward)
 
     def detach(self) -> None:
         """Give the modules their own forwards back."""
-        while self._undo:
-            self._undo.pop()()
+        self._patches.undo()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import SessionError
 from ..experts import Experts
 from ..layout import FFN, Matrix, as_integers, swap_channels
-from ..phase import set_instance_attribute
+from ..patching import Patches
 
 _LIKE = 0.7  # cosine of what was made of a weight, where few channels tell
 _FEWEST = 64  # numbers that can be alike by more than chance
@@ -263,11 +263,11 @@ def _is_multiple(after: Tensor, before: Tensor) -> bool:
     return factor != 1 and bool(torch.isfinite(a).all()) and torch.allclose(a, factor * b, rtol=near, atol=0)
 
 
-def before_moves(module: nn.Module, canonical: Callable[..., None]) -> Iterator[Callable[[], object]]:
-    """Call something before anybody takes a module's weights, loads others, or moves them; yields what undoes that."""
-    yield module.register_state_dict_pre_hook(canonical).remove
-    yield module.register_load_state_dict_pre_hook(canonical).remove
-    yield set_instance_attribute(module, "_apply", _after(canonical, module._apply))
+def before_moves(module: nn.Module, canonical: Callable[..., None], patches: Patches) -> None:
+    """Call something before anybody takes a module's weights, loads others, or moves them."""
+    patches.hook(module.register_state_dict_pre_hook(canonical))
+    patches.hook(module.register_load_state_dict_pre_hook(canonical))
+    patches.replace(module, "_apply", _after(canonical, module._apply))
 
 
 def _after(first: Callable[[], None], own: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Decode steps on narrow views by kernels of our own, in front of torch's: for :mod:`.inplace`."""
+"""Decode steps on narrow views by kernels of our own, in front of torch's: for :mod:`.narrow`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..phase import Forward
 from .base import dense_ffn, voices
 
 if TYPE_CHECKING:
-    from .inplace import ResidentCandidates
+    from .narrow import ResidentCandidates
 
 Compute = Callable[[Tensor, Forward | None], Tensor]
 
@@ -31,7 +31,7 @@ def triton_forward(engine: Engine, index: int, resident: Mapping[int, ResidentCa
     resident : mapping
         FFN -> the candidates as they stand in the weights at the time of a step.
     stock : callable
-        What computes the same by torch's kernels, as :func:`.inplace.direct_forward` makes it.
+        What computes the same by torch's kernels, as :func:`.narrow.direct_forward` makes it.
     """
     ffn, sizes = dense_ffn(engine, index), engine.sizes[index]
     if not fits(ffn):

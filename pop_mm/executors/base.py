@@ -1,15 +1,14 @@
-"""What both backends need."""
+"""What several executors need."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 
 from ..engine import Engine
 from ..errors import PhaseError
-from ..experts import Experts
 from ..layout import FFN
 from ..phase import Forward, PhaseTracker
 
@@ -41,22 +40,15 @@ class Turns(Generic[T]):
         return self._users[calls % len(self._users)]
 
 
-def current_forward(tracker: PhaseTracker, ffn: FFN | Experts) -> Forward:
-    """The forward that this FFN runs in. An FFN that was called past the model cannot be attributed."""
+def current_forward(tracker: PhaseTracker, record: Any) -> Forward:
+    """The forward that a record runs in. One that was called past the model cannot be attributed."""
     forward = tracker.current
     if forward is None:
         raise PhaseError(
-            f"{ffn.name} ran outside a forward of the pruned model (a part of the model was called directly), so it is unknown "
-            "whether this is prefill or decode. Call the model that was given to prune(), or leave the session first."
+            f"{record.name} ran outside a forward of the pruned model (a part of the model was called directly), so it is "
+            "unknown whether this is prefill or decode. Call the model that was given to prune(), or leave the session first."
         )
     return forward
-
-
-def apply(engine: Engine, index: int, forward: Forward, h: Tensor, positions: Tensor | None) -> Tensor:
-    """:meth:`Engine.apply` for the input of a dense FFN's down projection, ``[B, q, D]`` or ``[B * q, D]``."""
-    return engine.apply(index, forward, engine.step(forward, h.device), h.reshape(-1, h.shape[-1]), positions).view(
-        h.shape
-    )
 
 
 def dense_ffn(engine: Engine, index: int) -> FFN:

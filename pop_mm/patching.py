@@ -1,0 +1,87 @@
+"""The one place that changes a model: attributes on instances and hooks, undone exactly, the last change first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import SessionError
+
+
+class Patches:
+    """What was put on instances of modules; :meth:`undo` takes all of it back. May be used again after that.
+
+    If a step of undoing fails, the others are done all the same, and its error is raised then.
+    """
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def replace(self, instance: object, name: str, value: object) -> None:
+        """Set an attribute on the instance."""
+        had, before = name in instance.__dict__, instance.__dict__.get(name)
+        instance.__dict__[name] = value
+        self.undo_by(_put_back, instance, name, had, before)
+
+    def remove(self, instance: object, name: str) -> None:
+        """Take an attribute off the instance, so that its class's shows."""
+        self.undo_by(instance.__dict__.__setitem__, name, instance.__dict__.pop(name))
+
+    def forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Replace a module's forward, on the instance.
+
+        Raises
+        ------
+        SessionError
+            Calls of the module would run past it.
+        """
+        if (reason := why_not(module)) is not None:
+            raise SessionError(
+                f"The forward of a {type(module).__name__} cannot be replaced: {reason}. Leave the session and give it "
+                "the module as it was before."
+            )
+        self.replace(module, "forward", forward)
+
+    def hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+        """A hook that has just been registered."""
+        self.undo_by(handle.remove)
+
+    def undo_by(self, undo: Callable[..., object], *args: Any) -> None:
+        """Call this, in its turn, to undo a change that was made otherwise."""
+        self._stack.callback(undo, *args)
+
+    def undo(self) -> None:
+        """Put everything back as it was."""
+        self._stack.close()
+
+    def __enter__(self) -> Patches:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def _put_back(instance: object, name: str, had: bool, before: object) -> None:
+    if had:
+        instance.__dict__[name] = before
+    else:
+        instance.__dict__.pop(name, None)
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why calls of a module would run past a forward that is put on the instance, or None if they would not."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module, whose calls run compiled code"
+    if module.__dict__.get("_compiled_call_impl") is not None:
+        return "it is compiled (module.compile()), and its calls run the compiled code"
+    return None
+
+
+__all__ = ["Patches", "why_not"]
