@@ -38,7 +38,7 @@ class InputGroup:
 
     @property
     def by_input(self) -> dict[str, tuple[nn.Module, ...]]:
-        """ "x" -> the modules."""
+        """The modules that are given "x"."""
         return {"x": self.modules}
 
     @property

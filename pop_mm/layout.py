@@ -357,7 +357,7 @@ class FFN:
 
     @property
     def by_input(self) -> dict[str, tuple[nn.Module, ...]]:
-        """ "x", "h" -> the modules that are given it."""
+        """Modules that are given "x" (gate and up), and "h" (down)."""
         return {"x": tuple(p.module for p in self.inputs), "h": (self.down.module,)}
 
     @property

@@ -1,19 +1,15 @@
 """Which part of a generation a forward belongs to. Knows ``generate()`` and caches; knows neither pruning nor models.
 
-Four instance methods are wrapped: ``generate`` (it tells where a generation begins and ends),
-``_get_stopping_criteria`` (every generation calls it with its final config, also one that does not come through our
-``generate``), ``_get_candidate_generator`` (assisted decoding alone calls it) and ``prepare_inputs_for_generation`` (it alone
-tells a prefill chunk of one token from a decode step). The model gets one forward pre-hook and one forward hook. Plain
-forwards are attributed by their cache.
+:class:`~pop_mm.generations.Generations` wraps the methods of ``generate``. The model gets one forward
+pre-hook and one forward hook. Plain forwards are attributed by their cache.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .caches import follow_rows, known_length, leave_rows, use_cache
 from .errors import PhaseError
+from .generations import Generations, Prepared, refuse_continuous_batching
 from .modality import Positions, positions_of
 from .patching import Patches
 from .row_adapters import remove_row_adapters
@@ -113,63 +111,6 @@ class Handler(Protocol):
         """Called after the model's forward, also if it raised."""
 
 
-@dataclass
-class _Generation:
-    """One running ``generate`` call of a thread.
-
-    Attributes
-    ----------
-    stop_ids : tuple of int
-        Tokens that end a row.
-    wrapped : bool
-        It came through our ``generate``, which says when it ends; any other ends when its config is gone.
-    config : weakref.ref or None
-        Its final generation config, a copy that lives as long as the call.
-    draft : bool
-        It is the assistant of another generation.
-    guided : bool
-        It calls the model by itself for the prompt without guidance.
-    ended : Tensor or None
-        ``[B, n]``, boolean: which of the latest columns are of rows that had finished.
-    assisted_from : int or None
-        Columns of the prompt, if candidate tokens are appended to it (assisted decoding).
-    prompt_length : int or None
-        Columns of the ids before the first decode step.
-    prefills : int
-        Prefill forwards so far.
-    first_length : dict of str to int
-        Without a cache: length of the first forward, for the conditional and the unconditional branch.
-    """
-
-    stop_ids: tuple[int, ...] = ()
-    wrapped: bool = False
-    config: weakref.ref[Any] | None = None
-    draft: bool = False
-    guided: bool = False
-    ended: Tensor | None = None
-    assisted_from: int | None = None
-    prompt_length: int | None = None
-    prefills: int = 0
-    first_length: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def configured(self) -> bool:
-        """Whether its config is known, and still in use."""
-        return self.config is not None and self.config() is not None
-
-
-@dataclass
-class _Prepared:
-    """What ``prepare_inputs_for_generation`` said about the forward that follows it."""
-
-    cache: Any
-    first: bool
-    mask: Tensor | None
-    ended: Tensor | None
-    generation: _Generation | None
-    candidates: int
-
-
 class PhaseTracker:
     """Attributes every forward of a model to a phase and a prompt.
 
@@ -195,6 +136,7 @@ class PhaseTracker:
         self._modality_token_ids = modality_token_ids or {}
         self._rows_matter = rows_matter
         self._handler = handler
+        self._generations = Generations(model)
         self._local = threading.local()
         self._states: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._patches = Patches()
@@ -212,18 +154,7 @@ class PhaseTracker:
 
     def install(self) -> None:
         """Wrap and hook the model."""
-        for name, wrap in (
-            ("generate", self._wrap_generate),
-            ("_get_stopping_criteria", self._wrap_stopping_criteria),
-            ("_get_candidate_generator", self._wrap_candidate_generator),
-            ("prepare_inputs_for_generation", self._wrap_prepare),
-        ):
-            original = getattr(self._model, name, None)
-            if original is not None:
-                self._patches.replace(self._model, name, functools.wraps(original)(wrap(original)))
-        for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
-            if hasattr(self._model, name):  # it runs forwards in a thread of its own, which would swallow the error
-                self._patches.replace(self._model, name, _refuse_continuous_batching)
+        self._generations.install(self._patches)
         self._patches.hook(self._model.register_forward_pre_hook(self._before, with_kwargs=True))
         self._patches.hook(self._model.register_forward_hook(self._after, with_kwargs=True, always_call=True))
 
@@ -231,8 +162,7 @@ class PhaseTracker:
         """Undo :meth:`install` exactly."""
         self._patches.undo()
         for cache in list(self._states):
-            for name in _ROW_METHODS:
-                vars(cache).pop(name, None)
+            leave_rows(cache)
         self._states.clear()
 
     @contextmanager
@@ -261,114 +191,8 @@ class PhaseTracker:
     def _bind(self, cache: Any, state: Any) -> None:
         """The state belongs to the cache, and follows it when its rows are exchanged."""
         self._states[cache] = state
-        for name in _ROW_METHODS if self._rows_matter else ():
-            if hasattr(type(cache), name):
-                vars(cache)[name] = _RowMethod(cache, name, state.select_rows)
-
-    # generate -------------------------------------------------------------------------------------------------------
-
-    def _wrap_generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
-
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            given = _by_name(signature, args, kwargs)
-            configs = given.get("generation_config"), getattr(self._model, "generation_config", None)
-            sources = [given, *(getattr(config, "__dict__", {}) for config in configs)]
-            running = self._generations()
-            before = len(running)
-            running.append(_Generation(_stop_ids(sources, given.get("stopping_criteria")), wrapped=True))
-            try:
-                return original(*args, **kwargs)
-            finally:
-                del running[before:]
-                self._local.prepared = None
-
-        return generate
-
-    def _wrap_stopping_criteria(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
-
-        def _get_stopping_criteria(*args: Any, **kwargs: Any) -> Any:
-            given = _by_name(signature, args, kwargs)
-            config = given.get("generation_config")
-            if config is not None:
-                self._configure(config, _stop_ids([vars(config)], given.get("stopping_criteria")))
-            return original(*args, **kwargs)
-
-        return _get_stopping_criteria
-
-    def _wrap_candidate_generator(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
-
-        def _get_candidate_generator(*args: Any, **kwargs: Any) -> Any:
-            given = _by_name(signature, args, kwargs)
-            config, ids = given.get("generation_config"), given.get("input_ids")
-            running = self._running()
-            if config is not None and (running is None or running.config is None or running.config() is not config):
-                running = self._configure(config, ())  # batch 1: no row outlives another
-            if running is not None and isinstance(ids, Tensor):
-                running.assisted_from = ids.shape[1]
-            return original(*args, **kwargs)
-
-        return _get_candidate_generator
-
-    def _configure(self, config: Any, stop_ids: tuple[int, ...]) -> _Generation:
-        """A generation begins in this thread: that of our ``generate`` or, if it has its config, one within or without it."""
-        running, top = self._generations(), self._running()
-        wrapped = top is not None and top.wrapped and not top.configured
-        guided = getattr(config, "guidance_scale", None) not in (None, 1)
-        if not wrapped and guided and config.use_cache is False:
-            raise PhaseError(
-                "This generate was not called on the model as it is within the session (it was taken from the model before, or "
-                "from its class). Without a cache, guidance_scale then leaves unknown which forwards are of the prompt without "
-                "guidance. Call model.generate(...) inside the session, or use a cache."
-            )
-        draft = bool(getattr(config, "is_assistant", False))
-        generation = _Generation(stop_ids, wrapped, weakref.ref(config), draft, guided)
-        if wrapped:
-            running.pop()
-        running.append(generation)
-        return generation
-
-    def _wrap_prepare(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def prepare_inputs_for_generation(*args: Any, **kwargs: Any) -> Any:
-            inputs = original(*args, **kwargs)
-            self._local.prepared = self._read_prepared(args[0] if args else kwargs.get("input_ids"), kwargs, inputs)
-            return inputs
-
-        return prepare_inputs_for_generation
-
-    def _generations(self) -> list[_Generation]:
-        if not hasattr(self._local, "generations"):
-            self._local.generations = []
-        generations: list[_Generation] = self._local.generations
-        return generations
-
-    def _running(self) -> _Generation | None:
-        """The innermost ``generate`` call of this thread."""
-        generations = self._generations()
-        while generations and not (generations[-1].wrapped or generations[-1].configured):
-            generations.pop()
-        return generations[-1] if generations else None
-
-    def _read_prepared(self, ids: Tensor | None, kwargs: dict[str, Any], inputs: dict[str, Any]) -> _Prepared:
-        first = bool(kwargs.get("is_first_iteration"))
-        mask = kwargs.get("attention_mask")
-        ended = None
-        candidates = 0
-        generation = self._running()
-        if generation is not None and ids is not None:
-            if not first and ids.shape[0] > 1:
-                if generation.prompt_length is None:
-                    generation.prompt_length = ids.shape[1] - 1
-                generated = ids[:, generation.prompt_length :]
-                if generation.stop_ids and generated.shape[1]:
-                    stop = torch.tensor(generation.stop_ids, device=ids.device)
-                    ended = torch.isin(generated, stop).cumsum(-1) > 0
-            elif first and generation.assisted_from is not None and inputs.get("inputs_embeds") is None:
-                candidates = ids.shape[1] - generation.assisted_from
-            generation.ended = ended
-        return _Prepared(inputs.get("past_key_values"), first, mask, ended, generation, candidates)
+        if self._rows_matter:
+            follow_rows(cache, state.select_rows)
 
     # forwards -------------------------------------------------------------------------------------------------------
 
@@ -414,7 +238,7 @@ class PhaseTracker:
             self._states.pop(forward.cache, None)
 
     def _attribute(self, inputs: dict[str, Any]) -> Forward:
-        prepared, self._local.prepared = getattr(self._local, "prepared", None), None
+        prepared = self._generations.take_prepared()
         ids = inputs.get("input_ids")
         ids = inputs.get("inputs_embeds") if ids is None else ids
         if not isinstance(ids, Tensor):
@@ -423,21 +247,21 @@ class PhaseTracker:
         if length == 0 or rows == 0:
             raise PhaseError(f"The prompt is empty: the input has shape {tuple(ids.shape)}. Give at least one token.")
         if "cu_seq_lens_q" in inputs or "cache" in inputs:
-            _refuse_continuous_batching()
+            refuse_continuous_batching()
         cache = inputs.get("past_key_values")
         if cache is not None and not hasattr(cache, "get_seq_length"):
             raise PhaseError(f"past_key_values must be a transformers Cache; got {type(cache).__name__}.")
         if prepared is not None and prepared.cache is not cache:
             prepared = None
         valid = _valid_positions(prepared.mask if prepared else inputs.get("attention_mask"), rows, length)
-        ended = self._ended(prepared)
+        ended = self._generations.ended(prepared)
         if ended is not None and len(ended) == rows:
             valid = _without_ended(valid, ended, rows, length)
         forward = Forward(Phase.PREFILL, None, rows, length, valid, cache=cache)
         split = getattr(self._local, "split", None)
         if split is not None:
             self._attribute_split(forward, split)
-        elif cache is None and _use_cache(self._model, inputs):
+        elif cache is None and use_cache(self._model, inputs):
             forward.state, forward.past = self._handler.new_state(rows, None), 0
         elif cache is None:
             self._attribute_without_cache(forward, prepared)
@@ -446,13 +270,6 @@ class PhaseTracker:
         if self._modality_token_ids and forward.phase is not Phase.DECODE:
             forward.positions = positions_of(inputs, self._modality_token_ids, forward.past or 0)
         return forward
-
-    def _ended(self, prepared: _Prepared | None) -> Tensor | None:
-        """Rows of this forward that have finished; without guidance the same ones have as with it."""
-        if prepared is not None:
-            return prepared.ended
-        generation = self._running()
-        return generation.ended if generation is not None and generation.guided else None
 
     def _attribute_split(self, forward: Forward, split: int | Tensor) -> None:
         past = 0 if forward.cache is None else int(forward.cache.get_seq_length())
@@ -474,12 +291,12 @@ class PhaseTracker:
                     )
                 forward.phase = Phase.DECODE
 
-    def _attribute_without_cache(self, forward: Forward, prepared: _Prepared | None) -> None:
+    def _attribute_without_cache(self, forward: Forward, prepared: Prepared | None) -> None:
         """use_cache=False: within generate, what lies beyond the first call's length is decode, in one forward."""
         forward.state = self._handler.new_state(forward.rows, None)
         stream, generation = "conditional", prepared.generation if prepared is not None else None
         if prepared is None:  # classifier-free guidance calls the model by itself
-            stream, generation = "unconditional", self._running()
+            stream, generation = "unconditional", self._generations.running()
             if generation is not None and not generation.wrapped:
                 return
         if generation is None:
@@ -488,7 +305,7 @@ class PhaseTracker:
         if forward.length > first:
             forward.phase, forward.decode_from = Phase.MIXED, first
 
-    def _attribute_cached(self, forward: Forward, prepared: _Prepared | None) -> None:
+    def _attribute_cached(self, forward: Forward, prepared: Prepared | None) -> None:
         state = self._states.get(forward.cache)
         generation = None if prepared is None else prepared.generation
         forward.draft = generation is not None and generation.draft
@@ -521,78 +338,6 @@ class PhaseTracker:
                 "inside the session; for a copy of a cache that was prefilled here, call session.adopt(copy, original)."
             )
         return state
-
-
-_ROW_METHODS = ("reorder_cache", "batch_select_indices")  # of a cache: both take the rows that it has from now on
-
-
-class _RowMethod:
-    """A method of one cache that tells which rows it moved; a deep copy of the cache gets one that tells nothing."""
-
-    def __init__(self, cache: Any, name: str, moved: Callable[[Tensor], None] | None) -> None:
-        self._cache = weakref.ref(cache)
-        self._name = name
-        self._moved = moved
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = self._cache()
-        result = getattr(type(cache), self._name)(cache, *args, **kwargs)
-        if self._moved is not None:
-            self._moved(next(iter((*args, *kwargs.values()))))
-        return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _RowMethod:
-        return _RowMethod(memo[id(self._cache())], self._name, None)
-
-
-def _refuse_continuous_batching(*_: Any, **__: Any) -> None:
-    raise PhaseError(
-        "Continuous batching packs tokens of several requests, some in prefill and some in decode, into one row "
-        "without saying which is whose, so pop_mm cannot attribute them. Use generate() with a batch instead."
-    )
-
-
-def _use_cache(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    use = inputs.get("use_cache")
-    return bool(getattr(model.config, "use_cache", True) if use is None else use)
-
-
-def known_length(cache: Any) -> int | None:
-    """Tokens that a cache holds, or None if asking would wait for an accelerator (a static cache counts on its device)."""
-    length = cache.get_seq_length()
-    if isinstance(length, Tensor) and length.device.type != "cpu":
-        return None
-    return int(length)
-
-
-def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by their names, however they were given; of a call that does not fit, those given by name."""
-    try:
-        given = signature.bind_partial(*args, **kwargs).arguments
-    except TypeError:  # the function itself says so better
-        return kwargs
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given = {**given, **given.pop(name, {})}
-    return given
-
-
-def _stop_ids(sources: Sequence[Mapping[str, Any]], criteria: Any) -> tuple[int, ...]:
-    """Ids of one generate call that end a row: end-of-sequence, and padding where other criteria can end a row too.
-
-    Without an end-of-sequence id generate feeds no padding. Of the sources, the first that knows an id counts.
-    """
-
-    def ids(name: str) -> list[int]:
-        value: Any = next((s[name] for s in sources if s.get(name) is not None), [])
-        if isinstance(value, Tensor):
-            value = value.tolist()
-        return list(value) if isinstance(value, list | tuple) else [value]
-
-    ends = ids("eos_token_id")
-    if ends and (ids("stop_strings") or criteria):
-        ends += ids("pad_token_id")
-    return tuple(ends)
 
 
 def _valid_positions(mask: Any, rows: int, length: int) -> Tensor | None:

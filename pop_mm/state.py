@@ -21,7 +21,8 @@ from .history import Chunk, History
 from .lessons import Lessons
 from .modality import weighted_sum
 from .partition import Partition, Sizes
-from .phase import Forward, known_length
+from .caches import known_length
+from .phase import Forward
 from .step import Step
 from .steplog import StepLog
 

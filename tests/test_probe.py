@@ -19,15 +19,15 @@ PROBES = (1, 4, 11)
 @pytest.fixture
 def probed(monkeypatch):
     """How often the in-place backend ran an FFN on probe tokens first."""
-    from pop_mm.executors.narrow import NarrowExecutor
+    from pop_mm.executors.narrow_ffn import NarrowFFN
 
-    calls, original = [], NarrowExecutor._probed_prompt
+    calls, original = [], NarrowFFN._probed_prompt
 
-    def call(self, index, forward, x):
+    def call(self, forward, x):
         calls.append(len(forward.probes))
-        return original(self, index, forward, x)
+        return original(self, forward, x)
 
-    monkeypatch.setattr(NarrowExecutor, "_probed_prompt", call)
+    monkeypatch.setattr(NarrowFFN, "_probed_prompt", call)
     return calls
 
 

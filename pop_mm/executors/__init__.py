@@ -1,1 +1,1 @@
-"""Executors carry out a plan: masked (the reference), narrow (channels moved to the front), gathered (by row), rows (input-major)."""
+"""Executors carry out a plan: masked (the reference), narrow (channels in front), gathered (by row), rows (input-major)."""

@@ -31,7 +31,7 @@ def triton_forward(engine: Engine, index: int, resident: Mapping[int, ResidentCa
     resident : mapping
         FFN -> the candidates as they stand in the weights at the time of a step.
     stock : callable
-        What computes the same by torch's kernels, as :func:`.narrow.direct_forward` makes it.
+        What computes the same by torch's kernels, as :func:`.direct.direct_forward` makes it.
     """
     ffn, sizes = dense_ffn(engine, index), engine.sizes[index]
     if not fits(ffn):

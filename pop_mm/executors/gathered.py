@@ -19,7 +19,7 @@ from ..partition import Partition
 from ..patching import Patches
 from ..phase import Forward, PhaseTracker
 from .base import current_forward, dense_ffn
-from .narrow import direct_forward_fits
+from .direct import direct_forward_fits
 
 
 class GatheredExecutor:

@@ -28,7 +28,7 @@ from ..phase import Forward, PhaseTracker
 from ..state import PromptState
 from ..threshold_engine import ThresholdEngine
 from ..waiting import bar_if_long
-from .narrow import direct_forward_fits
+from .direct import direct_forward_fits
 from .masked import MaskedExecutor
 from .moved import before_moves
 from .rows_linears import RowsLinears, detached
