@@ -27,6 +27,7 @@ from .adapters import Adapter, adapter_for
 from .adapters.checking import probe_foreign
 from .advice import advise
 from .asking import has_unloaded_weights
+from .channel_engine import ChannelEngine
 from .compiled import CompiledSteps
 from .config import PopConfig, as_config
 from .eager import CompiledParts, EagerCalls, in_compiled_call, is_compiled, modules_around, without_wrappers
@@ -317,7 +318,9 @@ class Session(Shown):
         return plan_ffns(self.model, config, self._adapter, fixed)
 
     def _make_engine(self, pruned: Sequence[Any]) -> Engine:
-        return Engine([p.ffn for p in pruned], [p.sizes for p in pruned], self.config, self._modalities, self.events)
+        return ChannelEngine(
+            [p.ffn for p in pruned], [p.sizes for p in pruned], self.config, self._modalities, self.events
+        )
 
     # life -----------------------------------------------------------------------------------------------------------
 

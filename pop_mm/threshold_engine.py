@@ -132,9 +132,8 @@ class ThresholdEngine(Engine):
         modalities: int = 1,
         events: Events | None = None,
     ) -> None:
-        super().__init__(records, [], config, modalities, events)
+        super().__init__(records, config, modalities, events)
         self.shares = shares
-        self._waiting = []  # decode steps teach nothing
         self._first: weakref.WeakKeyDictionary[Forward, Tensor] = weakref.WeakKeyDictionary()
         # of a step, [N]: tokens that are not a sequence's first
         self._later: weakref.WeakKeyDictionary[Step, Tensor] = weakref.WeakKeyDictionary()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..engine import Engine
+from ..channel_engine import ChannelEngine
 from ..kernels import Matvec
 from ..kernels.ffn import FFNStep, Scratch
 from ..kernels.gpu import FusedStep, fits
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 Compute = Callable[[Tensor, Forward | None], Tensor]
 
 
-def triton_forward(engine: Engine, index: int, resident: Mapping[int, ResidentCandidates], stock: Compute) -> Compute:
+def triton_forward(
+    engine: ChannelEngine, index: int, resident: Mapping[int, ResidentCandidates], stock: Compute
+) -> Compute:
     """The FFN as one function, for one token of each of 1 to 8 sequences; anything else is left to ``stock``.
 
     Parameters
@@ -59,7 +61,7 @@ def triton_forward(engine: Engine, index: int, resident: Mapping[int, ResidentCa
 
 
 def compiled_forward(
-    engine: Engine,
+    engine: ChannelEngine,
     index: int,
     resident: Mapping[int, ResidentCandidates],
     matvec: Matvec,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine import Engine
+from ..channel_engine import ChannelEngine
 from ..kernels.gpu import MAX_ROWS, GatheredStep, fits
 from ..layout import FFN, Projection
 from ..partition import Partition
@@ -27,7 +27,7 @@ class GatheredExecutor:
 
     name = "gathered"
 
-    def __init__(self, engine: Engine, tracker: PhaseTracker) -> None:
+    def __init__(self, engine: ChannelEngine, tracker: PhaseTracker) -> None:
         self._engine = engine
         self._tracker = tracker
         self._steps: dict[int, _ResidentStep] = {}
@@ -90,7 +90,7 @@ class GatheredExecutor:
 class _ResidentStep:
     """The kernels' step of one FFN, which follows the weights and the prompt."""
 
-    def __init__(self, engine: Engine, index: int) -> None:
+    def __init__(self, engine: ChannelEngine, index: int) -> None:
         self._index = index
         self._ffn, self._sizes = dense_ffn(engine, index), engine.sizes[index]
         self._parameters: list[Any] = [module._parameters for module in self._ffn.modules]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine import Engine
+from ..channel_engine import ChannelEngine
 from ..events import tells
 from ..kernels import MOST_TOKENS, Matvec
 from ..kernels.ffn import Scratch
@@ -39,9 +39,9 @@ class ResidentCandidates(NamedTuple):
     weight : Tensor
         ``[|C|]``: the scorer's weight of the one at each place.
     leave_out : callable
-        :meth:`Engine.chooser` for them.
+        :meth:`ChannelEngine.chooser` for them.
     slot : callable
-        :meth:`Engine.step_slot` for them.
+        :meth:`ChannelEngine.step_slot` for them.
     """
 
     ranks: Tensor
@@ -65,7 +65,7 @@ class NarrowExecutor:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ChannelEngine,
         tracker: PhaseTracker,
         versions: Versions,
         matvec: Matvec | None = None,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine import Engine
+from ..channel_engine import ChannelEngine
 from ..events import tells
 from ..experts import ExpertViews
 from ..interrupts import uninterrupted
@@ -29,7 +29,7 @@ class NarrowExperts(MaskedExperts):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ChannelEngine,
         index: int,
         tracker: PhaseTracker,
         static: StaticSteps,

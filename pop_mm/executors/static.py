@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..engine import Engine
+from ..channel_engine import ChannelEngine
 from ..ops.select import choose
 from ..phase import Forward
 from ..state import PromptState
@@ -29,7 +29,7 @@ class StaticSteps:
         Whether the step that runs now (or is being traced) is a compiled one.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ChannelEngine) -> None:
         self._engine = engine
         self.active = False
         self._weights: dict[int, Tensor] = {}  # [|C|]
@@ -96,7 +96,7 @@ class StaticSteps:
         self._tokens[index].index_add_(0, experts, torch.ones_like(experts))
 
     def without_dropped(self, index: int, h: Tensor) -> Tensor:
-        """``[N, K]``, zero on the candidates that this step leaves out: what :meth:`Engine.choose` does, traceable.
+        """``[N, K]``, zero on the candidates that this step leaves out: what :meth:`ChannelEngine.choose` does, traceable.
 
         N are the rows of a batch that share one choice.
         """
