@@ -206,7 +206,7 @@ def probe_foreign(model: nn.Module, adapter: Adapter, records: Sequence[FFN | Ex
 
 
 def _being_pruned(records: Sequence[FFN | Experts]) -> bool:
-    from pop_mm.session import _PRUNED_MODULES
+    from pop_mm.attachment import _PRUNED_MODULES
 
     return any(record.modules[-1] in _PRUNED_MODULES for record in records)
 

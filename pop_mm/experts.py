@@ -77,6 +77,11 @@ class Experts:
         return self.count
 
     @property
+    def by_input(self) -> dict[str, tuple[nn.Module, ...]]:
+        """The module that is given "x", and "h" between its projections."""
+        return {"x": (self.module,), "h": (self.module,)}
+
+    @property
     def used(self) -> int:
         """k, the experts that a token runs."""
         return self.top_k

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from . import kernels
 from .errors import ConfigError
+from .registry import Registry
 
 if TYPE_CHECKING:
     from .experts import Experts
@@ -97,7 +97,7 @@ class ActivationScorer(Scorer):
         return torch.ones(ffn.channel_shape, dtype=dtype, device=ffn.device)
 
 
-_SCORERS: dict[str, type[Scorer]] = {}
+_SCORERS: Registry[Scorer] = Registry("scorer", Scorer)  # type: ignore[type-abstract]
 
 
 def register_scorer(cls: type[Scorer]) -> type[Scorer]:
@@ -110,10 +110,9 @@ def register_scorer(cls: type[Scorer]) -> type[Scorer]:
     """
     if not (isinstance(cls, type) and issubclass(cls, Scorer)) or not isinstance(getattr(cls, "name", None), str):
         raise ConfigError(f"register_scorer takes a subclass of pop_mm.Scorer that has a name; got {cls!r}.")
-    if cls.name in _SCORERS:
-        raise ConfigError(f"A scorer named {cls.name!r} exists ({_SCORERS[cls.name].__name__}); choose another name.")
+    _SCORERS.check_free(cls)
     _probe(cls)
-    _SCORERS[cls.name] = cls
+    _SCORERS.register(cls)
     return cls
 
 
@@ -166,15 +165,10 @@ def check_channel_weight(scorer: Scorer, ffn: FFN | Experts, weight: Tensor) -> 
         )
 
 
-_SCORERS |= {scorer.name: scorer for scorer in (WandaScorer, ActivationScorer)}
+for _scorer in (WandaScorer, ActivationScorer):
+    _SCORERS.register(_scorer)
 
 
 def get_scorer(scorer: str | Scorer) -> Scorer:
     """The scorer of that name, or the instance itself."""
-    if isinstance(scorer, Scorer):
-        return scorer
-    if isinstance(scorer, str) and scorer in _SCORERS:
-        return _SCORERS[scorer]()
-    close = get_close_matches(str(scorer), _SCORERS, 1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"Unknown scorer {scorer!r}; known: {', '.join(sorted(_SCORERS))}.{hint}")
+    return _SCORERS.get_instance(scorer)

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .caches import known_length
 from .errors import PhaseError
 from .history import Chunk, History
 from .lessons import Lessons
 from .modality import weighted_sum
 from .partition import Partition, Sizes
-from .caches import known_length
 from .phase import Forward
 from .step import Step
 from .steplog import StepLog

@@ -77,7 +77,7 @@ class RecordState:
     """What one prompt knows about one record: an :class:`InputState` for x and, where there is one, h."""
 
     def __init__(self, record: Record) -> None:
-        self.inputs = {"x": InputState()} if isinstance(record, InputGroup) else {"x": InputState(), "h": InputState()}
+        self.inputs = {which: InputState() for which in record.by_input}
 
     @property
     def partition(self) -> object | None:
@@ -151,7 +151,7 @@ class ThresholdEngine(Engine):
     def _read(self, index: int) -> Tensor:
         """Norms of the down projection's columns, ``[E, D]`` (one expert in a dense FFN), float32; nothing of attention."""
         record: Any = self.ffns[index]
-        if isinstance(record, InputGroup):
+        if "h" not in record.by_input:
             return torch.empty(0)
         return record.down_column_norms().to(torch.float32).view(-1, record.size)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapters import Adapter, adapter_for
+from .adapters import Adapter
 from .config import PopConfig
 from .eager import CompiledParts, without_wrappers
 from .engine import Engine
-from .errors import AdapterError, SessionError
+from .errors import SessionError
 from .executors.rows import RowsExecutor
 from .executors.rows_record import why_not as why_not_rows
 from .experts import Experts
@@ -20,7 +20,8 @@ from .groups import InputGroup
 from .layout import FFN, PLAIN_TYPES
 from .methods.budget import Weights, threshold_shares
 from .phase import Forward, Phase
-from .session import Session, shared_storages, storage
+from .planning import prunable, shared_storages, storage
+from .session import Session
 from .state import PromptState
 from .threshold_engine import Record, RecordState, ThresholdEngine
 from .threshold_report import ThresholdReport
@@ -105,12 +106,7 @@ def plan_thresholds(
     ConfigError
         The budget is less than what stays dense.
     """
-    adapter = adapter_for(model) if adapter is None else adapter
-    if not isinstance(adapter, Adapter):
-        raise AdapterError(f"adapter must be an instance of pop_mm.adapters.Adapter; got {adapter!r}.")
-    records = [without_wrappers(record) for record in adapter.projections(model)]
-    if not records:
-        raise AdapterError(f"{type(adapter).__name__} found no prunable FFN in {type(model).__name__}.")
+    adapter, records = prunable(model, adapter)
     groups = [without_wrappers(group) for group in adapter.input_groups(model)] if config.scope == "overall" else []
     whole = [ffn for ffn in records if ffn.role == "shared_expert" and not config.prune_shared]
     plain = [ThresholdPlan(record, {"x": 1.0, "h": 1.0}, "dense", "") for record in (*records, *groups)]

@@ -227,7 +227,7 @@ class ByNumber(Scorer):
 @backends
 @pytest.mark.parametrize("by_name", [True, False])
 def test_an_own_scorer_ranks_the_channels(model, backend, by_name, monkeypatch):
-    monkeypatch.setattr("pop_mm.scoring._SCORERS", dict(pop_mm.scoring._SCORERS))
+    monkeypatch.setattr(pop_mm.scoring._SCORERS, "_classes", dict(pop_mm.scoring._SCORERS))
     if by_name:
         register_scorer(ByNumber)
         with pytest.raises(ConfigError, match="exists"):

@@ -151,9 +151,8 @@ class NarrowExecutor:
     @property
     def touched(self) -> bool:
         """Whether somebody has written to moved weights, as far as a few numbers tell."""
-        return any(moved.touched for moved in self._moved.values()) or any(
-            experts.moved.touched for experts in self._experts.values()
-        )
+        every: list[NarrowFFN | NarrowExperts] = [*self._ffns.values(), *self._experts.values()]
+        return any(mine.moved.touched for mine in every)
 
     def moved_weights(self) -> dict[str, MovedWeights]:
         """Name of an FFN -> its weights, of those with channels that are not in their own places."""

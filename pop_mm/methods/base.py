@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..partition import Sizes
+from ..registry import Registry
 
 if TYPE_CHECKING:
     from ..scoring import Scorer
 
 M = TypeVar("M", bound="type[Method]")
-_METHODS: dict[str, type[Method]] = {}
 
 
 class Method(ABC):
@@ -96,17 +94,18 @@ class ChannelMethod(Method):
         return type(self).step_scores is not ChannelMethod.step_scores
 
 
+_METHODS: Registry[Method] = Registry("method", Method, ("auto",))
+
+
 def register_method(cls: M) -> M:
     """Class decorator: make a method available by its ``name``. A name that is taken is an error."""
-    if cls.name in _METHODS or cls.name in ("auto", "dense"):
-        raise ConfigError(f"A method named {cls.name!r} exists; choose another name.")
-    _METHODS[cls.name] = cls
+    _METHODS.register(cls)
     return cls
 
 
 def unregister_method(name: str) -> None:
     """Forget a method that :func:`register_method` made known."""
-    _METHODS.pop(name, None)
+    _METHODS.unregister(name)
 
 
 def get_method(method: str | Method) -> Method:
@@ -117,13 +116,7 @@ def get_method(method: str | Method) -> Method:
     ConfigError
         There is none; a misspelt name is put right.
     """
-    if isinstance(method, Method):
-        return method
-    if isinstance(method, str) and method in _METHODS:
-        return _METHODS[method]()
-    close = get_close_matches(str(method), _METHODS, 1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"Unknown method {method!r}; known: auto, {', '.join(_METHODS)}.{hint}")
+    return _METHODS.get_instance(method)
 
 
 class Abouts(Mapping[str, str]):

@@ -14,9 +14,9 @@ from ..config import PopConfig
 from ..errors import ConfigError
 from ..evaluation import texts as reading
 from ..evaluation.intervals import difference
+from ..footprint import weights_per_token
 from ..groups import InputGroup
 from ..passages import load_passages
-from ..footprint import weights_per_token
 from ..threshold_session import ThresholdPlan, plan_thresholds
 from .quality import Quality, QualityMeter
 from .result import TuneError, TunePoint, TuneResult

@@ -1,0 +1,146 @@
+"""What a session would do with every FFN of a model: sizes, backends and reasons. Changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from .adapters import Adapter, adapter_for
+from .config import PopConfig
+from .eager import CompiledParts, without_wrappers
+from .errors import AdapterError, ConfigError
+from .executors.gathered import gathered_fits
+from .experts import Experts
+from .layout import FFN
+from .methods.budget import budget_ratios, ffn_sizes
+from .partition import Sizes
+from .ratio import ffn_ratios
+from .report import FFNPlan
+
+
+def plan_ffns(
+    model: nn.Module, config: PopConfig, adapter: Adapter | None = None, fixed: Mapping[str, str] | None = None
+) -> list[FFNPlan]:
+    """What a session would do with every FFN of a model: sizes, backend and the reason for it. Changes nothing.
+
+    Works on the meta device too.
+
+    Parameters
+    ----------
+    fixed : mapping of str to str, optional
+        Name of an FFN -> why its channels cannot be moved, from :func:`pop_mm.sharing.fixed_weights`.
+
+    Raises
+    ------
+    AdapterError
+        No adapter fits, or nothing can be pruned.
+    ConfigError
+        The ratio or an override does not fit the model, or ``backend="inplace"`` cannot serve an FFN.
+    """
+    adapter, records = prunable(model, adapter)
+    with CompiledParts(model, records):  # FFNs run, and are judged, without what was compiled
+        return _plan_records(model, config, adapter, records, fixed or {})
+
+
+def prunable(model: nn.Module, adapter: Adapter | None = None) -> tuple[Adapter, list[FFN | Experts]]:
+    """The adapter of a model, and its FFNs and experts.
+
+    Raises
+    ------
+    AdapterError
+        No adapter fits, or nothing can be pruned.
+    """
+    adapter = adapter_for(model) if adapter is None else adapter
+    if not isinstance(adapter, Adapter):
+        raise AdapterError(f"adapter must be an instance of pop_mm.adapters.Adapter; got {adapter!r}.")
+    records = [without_wrappers(record) for record in adapter.projections(model)]
+    if not records:
+        raise AdapterError(f"{type(adapter).__name__} found no prunable FFN in {type(model).__name__}.")
+    return adapter, records
+
+
+def _plan_records(
+    model: nn.Module,
+    config: PopConfig,
+    adapter: Adapter,
+    records: Sequence[FFN | Experts],
+    fixed: Mapping[str, str],
+) -> list[FFNPlan]:
+    layers = adapter.layer_weights(model, records)
+    if config.budget is None:
+        assert config.ratio is not None
+        ratios = ffn_ratios(config.ratio, config.scope, layers, config.layer_ratios)
+    else:
+        ratios = budget_ratios(records, layers, config)
+    shared = shared_storages(model)
+    plans = []
+    for ffn in records:
+        kept_whole = ffn.role == "shared_expert" and not config.prune_shared
+        ratio = 0.0 if kept_whole else ratios[ffn.layer]
+        sizes = ffn_sizes(ffn, ratio, config)
+        backend, reason = _choose_backend(ffn, sizes, config, shared, fixed.get(ffn.name))
+        if kept_whole:
+            reason = "prune_shared=False"
+        plans.append(FFNPlan(ffn, ratio, sizes, backend, reason))
+    if config.backend == "inplace":
+        refused = [plan for plan in plans if plan.backend == "masked"]
+        if refused:
+            raise ConfigError(
+                f"backend='inplace' cannot serve {len(refused)} of {len(plans)} FFNs; the first is {refused[0].ffn.name}: "
+                f"{refused[0].reason}. Use backend='auto' to mask those."
+            )
+    return plans
+
+
+def _choose_backend(
+    ffn: FFN | Experts, sizes: Sizes, config: PopConfig, shared: Counter[int], fixed: str | None
+) -> tuple[str, str]:
+    reason = _why_masked(ffn, config, shared)
+    if reason is None and fixed is not None:
+        reason = f"{fixed}, so its channels cannot be reordered; no speed-up"
+    if sizes.dense:
+        if reason is None and config.kernels == "compiled":
+            return "inplace", "its ratio leaves nothing out; kernels='compiled' decodes all of it"
+        return "dense", "its ratio leaves nothing out"
+    if reason is not None:
+        return "masked", reason
+    if config.batch == "per_sequence":
+        return "gathered", "plain weights, of which each row reads its own channels"
+    return "inplace", "asked for" if config.backend == "inplace" else "plain weights"
+
+
+def _why_masked(ffn: FFN | Experts, config: PopConfig, shared: Counter[int]) -> str | None:
+    """Why an FFN cannot decode on narrow views of its weights, or None if it can."""
+    if config.backend == "masked":
+        return "asked for"
+    per_sequence = config.batch == "per_sequence"
+    if per_sequence and not (config.kernels == "triton" and isinstance(ffn, FFN)):
+        return "batch='per_sequence' needs a mask for each row; no speed-up"
+    reason = ffn.why_not_plain()
+    if reason is None and any(shared[storage(p)] > 1 for module in ffn.modules for p in module.parameters(False)):
+        reason = f"{ffn.name} shares its weights with another module"
+    if reason is None and per_sequence and isinstance(ffn, FFN) and not gathered_fits(ffn):
+        reason = f"{ffn.name} computes something that the kernels do not"
+    if reason is None:
+        return None
+    consequence = "batch='per_sequence' needs a mask" if per_sequence else "its channels cannot be reordered"
+    return f"{reason}, so {consequence}; no speed-up"
+
+
+def storage(tensor: Tensor) -> int:
+    """Address of a tensor's storage; 0 where it has none (meta, and tensor subclasses that pack their weights)."""
+    if tensor.device.type == "meta" or type(tensor) not in (Tensor, nn.Parameter):
+        return 0
+    return tensor.untyped_storage().data_ptr()
+
+
+def shared_storages(model: nn.Module) -> Counter[int]:
+    """How many places in the model use each parameter storage."""
+    uses = Counter(storage(p) for _, p in model.named_parameters(remove_duplicate=False))
+    uses[0] = 0
+    return uses
+
+
+__all__ = ["plan_ffns", "prunable", "shared_storages", "storage"]
