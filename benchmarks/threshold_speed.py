@@ -33,7 +33,7 @@ from pop_mm.adapters import adapter_for
 from pop_mm.bench.prompts import Prompts
 from pop_mm.bench.source import Source
 from pop_mm.bench.timing import generate_timed
-from pop_mm.phase import set_instance_attribute
+from pop_mm.patching import Patches
 
 DENSE, OURS, JUDGED = "dense", "dense, our kernels", "thresholds 0.65"
 SETTINGS: dict[str, dict[str, Any] | None] = {
@@ -77,7 +77,7 @@ def run(model: Any, settings: dict[str, Any] | None, prompts: Sequence[Tensor], 
 @contextmanager
 def clocked(model: Any) -> Iterator[list[float]]:
     """Within: seconds of the modules that thresholds read by rows, added up; one number, of all calls."""
-    adapter, undo, total = adapter_for(model), [], [0.0]
+    adapter, total = adapter_for(model), [0.0]
     ffns = [ffn.holder or ffn.module for ffn in adapter.projections(model)]  # type: ignore[union-attr]
     groups = [module for group in adapter.input_groups(model) for module in group.modules]
 
@@ -91,13 +91,10 @@ def clocked(model: Any) -> Iterator[list[float]]:
 
         return call
 
-    for module in (*ffns, *groups):
-        undo.append(set_instance_attribute(module, "forward", timed(module.forward)))
-    try:
+    with Patches() as patches:
+        for module in (*ffns, *groups):
+            patches.forward(module, timed(module.forward))
         yield total
-    finally:
-        while undo:
-            undo.pop()()
 
 
 def rows_share(model: Any, ids: Tensor, new_tokens: int = 32) -> float:
