@@ -27,6 +27,8 @@ from .static import StaticSteps, fixed
 class NarrowExperts(MaskedExperts):
     """Reorders the channels of an expert when a decode step first needs it, and decodes on narrow views."""
 
+    _engine: ChannelEngine
+
     def __init__(
         self,
         engine: ChannelEngine,
