@@ -8,7 +8,7 @@ import torch
 
 from modes import MODES, fresh, generate, pruned
 from observe import prompt, same_afterwards
-from pop_mm.backends import inplace
+from pop_mm.executors import narrow
 from pop_mm.executors.packing import PackedDown
 from pop_mm.layout import Projection
 
@@ -20,7 +20,7 @@ def packing(monkeypatch):
     """Every ``down`` that can be packed is, from the second step on; counts how often."""
     packs = []
     own = PackedDown.pack
-    monkeypatch.setattr(inplace, "_PACK_AFTER", AFTER)
+    monkeypatch.setattr(narrow, "_PACK_AFTER", AFTER)
     monkeypatch.setattr(PackedDown, "pays", lambda self: self.fits())
     monkeypatch.setattr(PackedDown, "pack", lambda self: (packs.append(self), own(self)))
     return packs
