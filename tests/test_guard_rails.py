@@ -142,7 +142,7 @@ BAD = {
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr("pop_mm.scoring._SCORERS", dict(pop_mm.scoring._SCORERS))
+    monkeypatch.setattr(registry._SCORERS, "_classes", dict(registry._SCORERS))
     return pop_mm.scoring
 
 
