@@ -142,7 +142,7 @@ BAD = {
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(registry._SCORERS, "_classes", dict(registry._SCORERS))
+    monkeypatch.setattr(pop_mm.scoring._SCORERS, "_classes", dict(pop_mm.scoring._SCORERS))
     return pop_mm.scoring
 
 
