@@ -102,7 +102,8 @@ def stand_in_cache(cache: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = TEMPLATE
     for name, model_type in STAND_INS.items():
-        model = tiny(model_type, vocab_size=len(vocabulary), max_position_embeddings=4096)
+        plain = {"mlp_bias": False, "attention_bias": False} if model_type == "llama" else {}  # as the sample
+        model = tiny(model_type, vocab_size=len(vocabulary), max_position_embeddings=4096, **plain)
         folder = cache / f"{name}-v{SAMPLES[name].revision}"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -11,12 +11,15 @@ import pytest
 from pages import ROOT, blocks, commands, run_python
 
 BASH = [block for block in blocks("bash") if not block.not_run]
-LINES = [
-    pytest.param(line, id=f"{block}:{number}") for block in BASH for number, line in enumerate(commands(block.code))
-]
+# A line that several pages have runs once.
+LINES = {
+    " ".join(shlex.split(line, comments=True)): pytest.param(line, id=f"{block}:{number}")
+    for block in reversed(BASH)
+    for number, line in enumerate(commands(block.code))
+}
 
 
-@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("line", LINES.values())
 def test_command_lines_run(line, away, call, capsys):
     program, *words = shlex.split(line, comments=True)
     if (program, words[0]) == ("pop-mm", "app"):
