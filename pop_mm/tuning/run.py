@@ -150,7 +150,7 @@ class _Search:
             if min_speedup is not None:
                 raise TuneError(said)
             self.notes.append(said)
-        counts = weights_per_token(model, adapter_for(model), [p for p in plans if not isinstance(p.ffn, InputGroup)])  # type: ignore[misc]
+        counts = weights_per_token(model, adapter_for(model), [p for p in plans if not isinstance(p.ffn, InputGroup)])
         layers = sum(count for name, count in counts.items() if name != "lm_head")
         self._attention = counts["attention"] / layers
 
