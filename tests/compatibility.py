@@ -74,6 +74,7 @@ def peft_model(config: str, **settings: Any) -> Callable[..., Any]:
             options["feedforward_modules"] = [name for name in projections if name == "down_proj"]
         if (key := "target_parameters") in options:
             options |= {key: [f"{name}.weight" for name in projections], "target_modules": []}
+        options |= {key: value(peft) for key, value in options.items() if callable(value)}
         tuner = getattr(peft, config)(**{"target_modules": list(projections), **options})
         wrapped = peft.get_peft_model(model, tuner).eval()
         randomise(wrapped)
@@ -96,6 +97,12 @@ def merged(wrapped: Any) -> Any:
     return copy.deepcopy(wrapped).merge_and_unload().eval()
 
 
+def _bd_lora(peft: Any) -> Any:
+    return peft.BdLoraConfig(
+        target_modules_bd_a=["down_proj", "o_proj"], target_modules_bd_b=["gate_proj", "up_proj", "q_proj"], nblocks=2
+    )
+
+
 def _tuner(name: str, config: str, tolerance: float = 1e-9, dtype: Any = None, **settings: Any) -> Row:
     options = {"tolerance": tolerance, "dtype": dtype}
     return Row(name, "Adapters", "peft", "masked", peft_model(config, **settings), merged, options=options)
@@ -108,6 +115,13 @@ ADAPTERS = [
     _tuner("rsLoRA", "LoraConfig", r=4, use_rslora=True),
     _tuner("DoRA", "LoraConfig", r=4, use_dora=True),
     _tuner("PiSSA", "LoraConfig", tolerance=1e-4, r=4, init_lora_weights="pissa", dtype=torch.float32),
+    _tuner("OLoRA", "LoraConfig", tolerance=1e-4, r=4, init_lora_weights="olora", dtype=torch.float32),
+    _tuner("MiCA", "LoraConfig", tolerance=1e-4, r=4, init_lora_weights="mica", dtype=torch.float32),
+    _tuner("QA-LoRA", "LoraConfig", r=4, use_qalora=True, qalora_group_size=8),
+    _tuner("KaSA", "LoraConfig", r=4, kasa_config=lambda peft: peft.KasaConfig()),
+    _tuner("VeLoRA", "LoraConfig", r=4, velora_config=lambda peft: peft.VeloraConfig()),
+    _tuner("MonteCLoRA", "LoraConfig", r=4, monteclora_config=lambda peft: peft.MontecloraConfig()),
+    _tuner("BD-LoRA", "LoraConfig", r=4, use_bdlora=_bd_lora),
     _tuner("LoRA on `target_parameters` of an FFN", "LoraConfig", r=4, target_parameters=None),
     _tuner("AdaLoRA", "AdaLoraConfig", total_step=10, init_r=4),
     _tuner("AdaMSS", "AdamssConfig", r=4),
@@ -123,6 +137,7 @@ ADAPTERS = [
     _tuner("HiRA", "HiraConfig", r=4),
     _tuner("HRA", "HRAConfig", r=4),
     _tuner("IA3", "IA3Config"),
+    _tuner("LN tuning", "LNTuningConfig"),
     _tuner("LoHa", "LoHaConfig", r=4),
     _tuner("LoKr", "LoKrConfig", r=4),
     _tuner("MiSS (Bone)", "MissConfig", r=4),
@@ -150,6 +165,13 @@ REFUSED_ADAPTERS = [
         peft_model("LilyConfig", r=4),
         note="not linear in its inputs; `scorer='activation'` prunes it, masked",
         options={"match": "not linear"},
+    ),
+    Row(
+        "Poly on a down projection",
+        "Adapters",
+        "peft",
+        "refused",
+        note="its weights hang on the task of each call; `scorer='activation'` prunes it, masked",
     ),
     Row(
         "X-LoRA on a down projection",

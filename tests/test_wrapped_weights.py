@@ -32,12 +32,12 @@ CHOICES = [*((name,) for name in PROJECTIONS), PROJECTIONS]
 WITHOUT_BIASES = [
     row for row in ADAPTERS if row.name not in ("LoRA with biases", "BEFT")
 ]  # which the FFNs of the mixture lack
-COMMON = ("LoRA", "rsLoRA", "DoRA", "AdaLoRA", "IA3", "VeRA", "LoHa", "LoKr", "OFT", "BOFT")  # in every combination
 
 
-def dense_cases():
-    for row in ADAPTERS:
-        for projections in CHOICES if row.name in COMMON else CHOICES[-1:]:
+def cases(rows):
+    """Every wrapper on every projection."""
+    for row in rows:
+        for projections in CHOICES:
             yield pytest.param(row, projections, id=f"{row.name}-{projections[0] if len(projections) == 1 else 'all'}")
 
 
@@ -58,18 +58,16 @@ def small(model_type, dtype):
 # --- adapters -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("row", "projections"), dense_cases())
+@pytest.mark.parametrize(("row", "projections"), cases(ADAPTERS))
 def test_an_adapter_gives_what_the_merged_model_gives(row, projections):
     wrapped = row.make(small("llama", row.options["dtype"]), projections)
-    ways = WAYS if row.name in COMMON else FEW_WAYS
-    check(wrapped.get_base_model(), row.twin(wrapped), every, row.options["tolerance"], ways)
+    check(wrapped.get_base_model(), row.twin(wrapped), every, row.options["tolerance"], WAYS)
 
 
-@pytest.mark.parametrize("row", WITHOUT_BIASES, ids=lambda row: row.name)
-def test_an_adapter_in_a_mixture_gives_what_the_merged_model_gives(row):
-    wrapped = row.make(small("qwen2_moe", row.options["dtype"]))
-    ways = WAYS if row.name in COMMON else FEW_WAYS[:1]
-    check(wrapped.get_base_model(), row.twin(wrapped), dense, row.options["tolerance"], ways)
+@pytest.mark.parametrize(("row", "projections"), cases(WITHOUT_BIASES))
+def test_an_adapter_in_a_mixture_gives_what_the_merged_model_gives(row, projections):
+    wrapped = row.make(small("qwen2_moe", row.options["dtype"]), projections)
+    check(wrapped.get_base_model(), row.twin(wrapped), dense, row.options["tolerance"], WAYS)
 
 
 @pytest.mark.parametrize("state", ["merged", "disabled", "one of two", "two at once", "two at once, merged"])
@@ -168,6 +166,16 @@ def test_what_is_not_linear_is_refused_before_anything_changes():
     with same_afterwards(model), pruned(model, scorer="activation") as session:
         generate(model, prompt())
     assert {plan.backend for plan in session.plans} == {"masked"}
+
+
+@pytest.mark.parametrize("settings", [{"ratio": 0.4, "scope": "ffn"}, {"budget": 0.6}])
+def test_weights_that_hang_on_the_task_of_a_call_are_refused_before_anything_changes(settings):
+    import peft
+
+    config = peft.PolyConfig(target_modules=["down_proj"], n_tasks=2, n_skills=2, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(small("llama", None), config).eval()
+    with same_afterwards(wrapped.get_base_model()), pytest.raises(AdapterError, match="does not tell its weights"):
+        prune(wrapped, **settings).attach()
 
 
 def test_x_lora_is_refused_before_anything_changes():
@@ -381,6 +389,22 @@ def test_offloaded_models_give_what_loaded_ones_give(kind, model_type, scorer, t
             assert {plan.backend for plan in session.plans} == {"inplace"}
         assert offloaded >= {"cpu": {0, 1}, "disk": {0, 1}, "device map": {0}, "hook": set()}[kind]
     torch.testing.assert_close(generate(model, prompt())[1], generate(twin, prompt())[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2_moe"])
+@pytest.mark.parametrize("settings", [{"ratio": 0.4, "scope": "ffn"}, {"budget": 0.6}])
+def test_weights_on_disk_stay_there_bit_for_bit(settings, model_type, tmp_path):
+    model = _disk_offload(small(model_type, None), str(tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    expected = generate(model, prompt())
+    assert len(before) > 10 and all(p.device.type == "meta" for p in model.parameters())
+    with prune(model, **settings):
+        found = generate(model, prompt())
+        generate(model, prompt(1, 12, seed=5))
+    assert not torch.equal(found[1], expected[1])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert all(p.device.type == "meta" for p in model.parameters())
+    assert torch.equal(generate(model, prompt())[1], expected[1])
 
 
 def test_an_offloaded_adapter_gives_what_the_merged_model_gives(tmp_path):
