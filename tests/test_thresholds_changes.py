@@ -6,6 +6,7 @@ What is right is what a session that masks gives on a plain twin.
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -80,16 +81,8 @@ def of_ffn(name, do):
 DOINGS = (scaled, scaled_behind_autograd, replaced, other_data)
 OURS = {
     **CHANGES,
-    **{
-        ("llama", f"{name} {do.__name__}"): of_attention(name, do)
-        for name in ("q_proj", "v_proj", "o_proj")
-        for do in DOINGS
-    },
-    **{
-        ("llama", f"{name} {do.__name__}"): of_ffn(name, do)
-        for name in ("gate_proj", "up_proj", "down_proj")
-        for do in DOINGS
-    },
+    **{("llama", f"{name} {do.__name__}"): of_attention(name, do) for name in ("q_proj", "o_proj") for do in DOINGS},
+    **{("llama", f"{name} {do.__name__}"): of_ffn(name, do) for name in ("up_proj", "down_proj") for do in DOINGS},
 }
 
 
@@ -276,7 +269,7 @@ def _fresh_compiler():
 
 @pytest.mark.filterwarnings("ignore:.*compiled before the session")
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize(("family", "what"), CASES)
+@pytest.mark.parametrize(("family", "what"), [case for case in CASES if case[0] == "llama" or "experts" in case[1]])
 def test_a_compiled_model_is_pruned_as_its_uncompiled_twin(family, what):
     twin, model = fresh(family), fresh(family)
     expected, dense = masked(twin), generate(twin, prompt(), 2)
@@ -289,9 +282,8 @@ def test_a_compiled_model_is_pruned_as_its_uncompiled_twin(family, what):
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("traced_before", [False, True])
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_a_compiled_wrapper_is_pruned_as_the_model_in_it(family, traced_before):
-    model = fresh(family)
+def test_a_compiled_wrapper_is_pruned_as_the_model_in_it(traced_before):
+    model = fresh()
     compiled = torch.compile(model, backend="eager")
     if traced_before:
         with torch.no_grad():
@@ -346,8 +338,9 @@ VLM_COMPILERS = {
 
 @pytest.mark.filterwarnings("ignore:.*compiled before the session")
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("what", VLM_COMPILERS)
-@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize(
+    ("model_type", "what"), [("llava", what) for what in VLM_COMPILERS] + [("qwen2_vl", "language model")]
+)
 def test_compiled_vision_language_models(model_type, what):
     twin, model = tiny_vlm(model_type, torch.float64), copy.deepcopy(tiny_vlm(model_type, torch.float64))
     inputs = image_inputs(model_type, model, images=[1])
@@ -390,24 +383,26 @@ def test_through_a_pipeline(backend):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen2_moe"])
-@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize(
+    ("offload", "model_type"), [(offload, "llama") for offload in OFFLOADS] + [("device map", "qwen2_moe")]
+)
 def test_offloaded_weights_give_what_plain_ones_give(offload, model_type, tmp_path):
     pytest.importorskip("accelerate")
     model, twin = small(model_type, None), small(model_type, None)
     model = OFFLOADS[offload](model, tmp_path)
     expected, dense = masked(twin), generate(model, prompt())
     for backend in ("masked", "auto"):
-        with same_afterwards(model), thresholds(model, backend):
+        with same_afterwards(model) if offload == "hook" else nullcontext(), thresholds(model, backend):
             same(generate(model, prompt()), expected)
     same(generate(model, prompt()), dense, 0)
 
 
 TARGETS = [("q_proj", "o_proj"), ("gate_proj",), ("down_proj",), ("q_proj", "gate_proj", "up_proj", "down_proj")]
+WRAPPED = [(row, TARGETS[-1]) for row in ADAPTERS if row.name != "BEFT"]
+WRAPPED += [(row, targets) for row in ADAPTERS if row.name in ("LoRA", "IA3") for targets in TARGETS[:-1]]
 
 
-@pytest.mark.parametrize("targets", TARGETS, ids="-".join)
-@pytest.mark.parametrize("row", [row for row in ADAPTERS if row.name != "BEFT"], ids=lambda row: row.name)
+@pytest.mark.parametrize(("row", "targets"), WRAPPED, ids=lambda of: "-".join(of) if isinstance(of, tuple) else of.name)
 def test_an_adapter_gives_what_the_merged_model_gives(row, targets):
     wrapped = row.make(small("llama", row.options["dtype"]), targets)
     expected = masked(row.twin(wrapped))

@@ -32,6 +32,7 @@ CHOICES = [*((name,) for name in PROJECTIONS), PROJECTIONS]
 WITHOUT_BIASES = [
     row for row in ADAPTERS if row.name not in ("LoRA with biases", "BEFT")
 ]  # which the FFNs of the mixture lack
+COMMON = ("LoRA", "DoRA", "IA3", "OFT")  # in every way, alike in all else
 
 
 def cases(rows):
@@ -61,13 +62,15 @@ def small(model_type, dtype):
 @pytest.mark.parametrize(("row", "projections"), cases(ADAPTERS))
 def test_an_adapter_gives_what_the_merged_model_gives(row, projections):
     wrapped = row.make(small("llama", row.options["dtype"]), projections)
-    check(wrapped.get_base_model(), row.twin(wrapped), every, row.options["tolerance"], WAYS)
+    ways = WAYS if projections == PROJECTIONS and row.name in COMMON else FEW_WAYS
+    check(wrapped.get_base_model(), row.twin(wrapped), every, row.options["tolerance"], ways)
 
 
-@pytest.mark.parametrize(("row", "projections"), cases(WITHOUT_BIASES))
-def test_an_adapter_in_a_mixture_gives_what_the_merged_model_gives(row, projections):
-    wrapped = row.make(small("qwen2_moe", row.options["dtype"]), projections)
-    check(wrapped.get_base_model(), row.twin(wrapped), dense, row.options["tolerance"], WAYS)
+@pytest.mark.parametrize("row", WITHOUT_BIASES, ids=lambda row: row.name)
+def test_an_adapter_in_a_mixture_gives_what_the_merged_model_gives(row):
+    wrapped = row.make(small("qwen2_moe", row.options["dtype"]))
+    ways = WAYS if row.name in COMMON else FEW_WAYS[:1]
+    check(wrapped.get_base_model(), row.twin(wrapped), dense, row.options["tolerance"], ways)
 
 
 @pytest.mark.parametrize("state", ["merged", "disabled", "one of two", "two at once", "two at once, merged"])
