@@ -330,7 +330,6 @@ def of_vlm(model, inputs):
 VLM_COMPILERS = {
     "model": lambda model: model.compile(backend="eager"),
     "language model": lambda model: model.model.language_model.compile(backend="eager"),
-    "forward": forward_compiled,
     "mlp": lambda model: [layer.mlp.compile(backend="eager") for layer in model.model.language_model.layers],
     "layers": lambda model: [layer.compile(backend="eager") for layer in model.model.language_model.layers],
 }
@@ -407,9 +406,8 @@ def test_an_adapter_gives_what_the_merged_model_gives(row, targets):
     wrapped = row.make(small("llama", row.options["dtype"]), targets)
     expected = masked(row.twin(wrapped))
     model = wrapped.get_base_model()
-    for backend in ("masked", "auto"):
-        with same_afterwards(model), thresholds(wrapped, backend):
-            same(generate(model, prompt()), expected, row.options["tolerance"])
+    with same_afterwards(model), thresholds(wrapped):  # what is wrapped runs masked here too
+        same(generate(model, prompt()), expected, row.options["tolerance"])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -32,7 +32,7 @@ CHOICES = [*((name,) for name in PROJECTIONS), PROJECTIONS]
 WITHOUT_BIASES = [
     row for row in ADAPTERS if row.name not in ("LoRA with biases", "BEFT")
 ]  # which the FFNs of the mixture lack
-COMMON = ("LoRA", "DoRA", "IA3", "OFT")  # in every way, alike in all else
+COMMON = ("LoRA", "rsLoRA", "DoRA", "AdaLoRA", "IA3", "VeRA", "LoHa", "LoKr", "OFT", "BOFT")  # run in every way
 
 
 def cases(rows):
