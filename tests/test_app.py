@@ -3,9 +3,13 @@
 import gc
 import io
 import os
+import re
 import socket
 import sys
 import threading
+from contextlib import nullcontext
+from dataclasses import replace
+from html import unescape
 from importlib.util import find_spec
 
 import pytest
@@ -13,9 +17,11 @@ from app_model import QUESTION, SCENE, alone, changes, free_port, idle, tiny_ask
 from PIL import Image
 
 from observe import fingerprint
-from pop_mm import PopConfig
-from pop_mm.app import Asker
+from pop_mm import PopConfig, prune
+from pop_mm.app import Answer, Asker, Progress, Turn
+from pop_mm.app.line import Line
 from pop_mm.app.server import serve
+from pop_mm.app.words import panels, part
 from pop_mm.cli import main
 from pop_mm.errors import PopError
 from tiny_folder import save
@@ -54,6 +60,82 @@ def test_the_dense_answer_streams_and_then_the_pruned_one(asker):
     assert last.dense.done and last.pruned.done and last.report.modality_tokens["image"] > 0
     assert last.speedup == last.pruned.tokens_per_s / last.dense.tokens_per_s
     assert all(step.report is None and step.pruned.text == "" for step in steps[:13])
+
+
+def test_the_answers_say_where_they_part(asker):
+    progress = Progress(Answer("a b c", (1, 2, 3)), Answer("a d c", (1, 4, 3)))
+    assert progress.same_tokens == 1
+    assert replace(progress, pruned=progress.dense).same_tokens is None
+    assert replace(progress, pruned=Answer("a b", (1, 2))).same_tokens == 2
+    assert part("one <b>two three", "one <b>tea three") == (
+        "one <mark>&lt;b&gt;two</mark> three",
+        "one <mark>&lt;b&gt;tea</mark> three",
+    )
+    assert part("one two", "one") == ("<mark>one</mark> two", "<mark>one</mark>")
+    assert part("same", "same ") == ("<mark>same</mark>", "<mark>same</mark> ")
+    (*_, last) = asker.ask(SCENE, QUESTION, **SETTINGS)
+    dense, pruned = panels(last, PopConfig(0.4), 12)
+    assert dense.count("<mark>") == pruned.count("<mark>") == 1
+
+
+def test_a_stopped_question_ends_without_a_report(asker):
+    stop = threading.Event()
+    for step in asker.ask(SCENE, QUESTION, stop=stop, **LONG):
+        if step.pruned.tokens == 3:
+            stop.set()
+    assert step.report is None and 3 <= step.pruned.tokens < 256
+
+
+def test_who_waits_is_told_how_many_come_first(asker):
+    first = asker.ask(SCENE, QUESTION, **LONG)
+    next(first)
+    stop = threading.Event()
+    gives_up, patient = (
+        asker.ask(SCENE, "Where is it?", stop=stop, **SETTINGS),
+        asker.ask(SCENE, "How many?", **SETTINGS),
+    )
+    assert next(gives_up).waiting == 1
+    assert next(patient).waiting == 2
+    stop.set()
+    assert list(gives_up) == [], "it is not answered"
+    assert next(patient).waiting == 1, "and the others move up"
+    first.close()
+    (*_, last) = patient
+    assert last.waiting == 0 and (last.dense.text, last.pruned.text) == alone(asker, "How many?")
+
+
+def test_a_full_line_refuses(asker, monkeypatch):
+    monkeypatch.setattr(asker, "_line", Line(0))
+    first = asker.ask(SCENE, QUESTION, **LONG)
+    next(first)
+    with pytest.raises(PopError, match="wait already"):
+        list(asker.ask(SCENE, QUESTION, **SETTINGS))
+    first.close()
+
+
+CHAT = "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' ' }}{% endfor %}"
+
+
+def test_each_side_of_a_chat_goes_on_from_its_own_answers(tmp_path):
+    asker = Asker.load(save(tmp_path, intermediate_size=64))
+    earlier = [Turn("w1 w2", "w3 w4", "w5 w6")]
+    with pytest.raises(PopError, match="no earlier turns"):
+        list(asker.ask(None, "w7", earlier=earlier, **SETTINGS))
+    asker._tokenizer.chat_template = CHAT
+    assert asker.chats
+    (*_, last) = asker.ask(None, "w7 w8", earlier=earlier, **SETTINGS)
+    for said, answer in (("w3 w4", last.dense), ("w5 w6", last.pruned)):
+        turns = [("user", "w1 w2"), ("assistant", said), ("user", "w7 w8")]
+        text = asker._tokenizer.apply_chat_template(
+            [dict(role=role, content=text) for role, text in turns], tokenize=False
+        )
+        inputs = asker._tokenizer(text, return_tensors="pt")
+        config = PopConfig(0.4, gamma=0.1)
+        with prune(asker.model, config) if answer is last.pruned else nullcontext():
+            output = asker.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=12)
+        assert tuple(output[0, inputs["input_ids"].shape[1] :].tolist()) == answer.ids
+    shown = panels(last, PopConfig(0.4), 12, "w7 w8", earlier)
+    assert "w3 w4" in shown[0] and "w5 w6" in shown[1] and "w5 w6" not in shown[0]
 
 
 def test_a_text_model_answers_without_image(tmp_path):
@@ -167,6 +249,12 @@ def served(asker):
     assert [os.environ.get(name) for name in names] == environment
 
 
+def said(panel):
+    """The answer in a panel of HTML."""
+    (text,) = re.findall("<p class='pop-text'>(.*?)</p>", panel, re.S)
+    return unescape(re.sub("</?mark>", "", text))
+
+
 @needs_gradio
 def test_users_are_queued_and_never_mixed(asker, served):
     from gradio_client import Client, handle_file
@@ -175,9 +263,9 @@ def test_users_are_queued_and_never_mixed(asker, served):
     questions = ["What do you see?", "Where is it?", "How many?"]
     jobs = [client.submit(handle_file(str(SCENE)), question, 0.4, 0.1, 12, api_name="/ask") for question in questions]
     answers = [job.result(timeout=120) for job in jobs]
-    assert [(answer[0], answer[2]) for answer in answers] == [alone(asker, question) for question in questions]
+    assert [tuple(map(said, answer[:2])) for answer in answers] == [alone(asker, question) for question in questions]
     refused = client.predict(handle_file(str(SCENE)), " ", 0.4, 0.1, 12, api_name="/ask")
-    assert "The question is empty" in refused[4] and not refused[2]
+    assert "The question is empty" in refused[2] and not said(refused[0]) and not said(refused[1])
 
 
 @needs_gradio

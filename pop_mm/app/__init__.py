@@ -4,6 +4,7 @@
 extra ``[app]``) is imported only when a page is opened.
 """
 
-from .asker import Answer, Asker, AskError, Progress
+from .asker import Asker, AskError
+from .progress import Answer, Progress, Turn
 
-__all__ = ["Answer", "AskError", "Asker", "Progress"]
+__all__ = ["Answer", "AskError", "Asker", "Progress", "Turn"]

@@ -1,10 +1,10 @@
-"""One loaded model that answers questions dense and then pruned, token by token, one question at a time."""
+"""One loaded model that answers questions, or turns of a chat, dense and then pruned, token by token, one at a time."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel, StoppingCriteriaList
@@ -19,57 +19,19 @@ from ..session import Session, prune
 from ..threshold_report import ThresholdReport
 from ..vision import ImageSource, load_image, prepare
 from .examples import examples
+from .line import FullError, Line
+from .progress import Answer, Progress, Turn
 from .streams import Run, Stop, Stream
 
 MAX_BYTES = 10 * 2**20  # of an image
 MAX_CHARACTERS = 4000  # of a question
 MAX_NEW_TOKENS = 256
+MOST_WAITING = 16
 _AMOUNTS = [step / 20 for step in range(1, 20)]  # 5 % to 95 %
 
 
 class AskError(PopError, ValueError):
     """A question that cannot be asked."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer, so far.
-
-    Attributes
-    ----------
-    text : str
-    tokens : int
-    tokens_per_s : float or None
-        Decode speed without prefill, known when ``done``; None for a single token.
-    done : bool
-    """
-
-    text: str = ""
-    tokens: int = 0
-    tokens_per_s: float | None = None
-    done: bool = False
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Both answers, so far.
-
-    Attributes
-    ----------
-    dense, pruned : Answer
-    report : Report or ThresholdReport or None
-        Of the pruned answer's session; only in the last one, where all is done.
-    """
-
-    dense: Answer = Answer()
-    pruned: Answer = Answer()
-    report: Report | ThresholdReport | None = None
-
-    @property
-    def speedup(self) -> float | None:
-        """Decode speed as a factor of the dense one."""
-        dense, pruned = self.dense.tokens_per_s, self.pruned.tokens_per_s
-        return pruned / dense if dense and pruned else None
 
 
 class Asker:
@@ -91,7 +53,7 @@ class Asker:
         self.takes_images = takes_images(model.config) and hasattr(reader, "tokenizer")
         self._reader = reader
         self._tokenizer = reader.tokenizer if self.takes_images else reader
-        self._turn = threading.Lock()
+        self._line = Line(MOST_WAITING)
 
     @classmethod
     def load(cls, name: str, *, dtype: Any = "auto", device: Any = None) -> Asker:
@@ -101,8 +63,13 @@ class Asker:
 
     @property
     def busy(self) -> bool:
-        """Whether a question is being answered. Never while the model is pruned is this false."""
-        return self._turn.locked()
+        """Whether a question is being answered or waits. Never while the model is pruned is this false."""
+        return self._line.busy
+
+    @property
+    def chats(self) -> bool:
+        """Whether the model takes earlier turns: it reads text alone, by a chat template."""
+        return not self.takes_images and bool(self._tokenizer.chat_template)
 
     def amounts(self, config: PopConfig) -> list[float]:
         """Budgets or ratios, in steps of 5 %, that the model takes beside a config's other settings, ascending.
@@ -127,14 +94,21 @@ class Asker:
     def warm_up(self, config: PopConfig) -> None:
         """Answer an example in a few tokens, dense and pruned: a first call costs more than the later ones."""
         picture, question = examples(self.takes_images)[0]
-        with self._turn:
+        with self._line.turn():
             inputs = self._encode(None if picture is None else load_image(picture), question, 4)
             warm_up(self.model, inputs)
             with prune(self.model, config):
                 warm_up(self.model, inputs)
 
     def ask(
-        self, image: ImageSource | None, question: str, *, max_new_tokens: int, **settings: Any
+        self,
+        image: ImageSource | None,
+        question: str,
+        *,
+        max_new_tokens: int,
+        earlier: Sequence[Turn] = (),
+        stop: threading.Event | None = None,
+        **settings: Any,
     ) -> Iterator[Progress]:
         """Answer greedily, dense and then pruned.
 
@@ -149,18 +123,24 @@ class Asker:
         question : str
         max_new_tokens : int
             1 to ``MAX_NEW_TOKENS``.
+        earlier : sequence of Turn
+            Of a chat; each answer goes on from the answers of its own kind. For a model that :attr:`chats`.
+        stop : threading.Event, optional
+            Ends the iterator after the token that is being computed, when set, and is set when it is closed.
         **settings
             Fields of :class:`~pop_mm.PopConfig`: ``budget=0.65``, or ``ratio=0.4, gamma=0.1``.
 
         Yields
         ------
         Progress
-            After every token, and when an answer is done; the last one has the report.
+            After every token, and when an answer is done; the last one has the report, unless it was stopped. While other
+            questions come first, whenever their number changes.
 
         Raises
         ------
         AskError
-            No or too long a question, no image, too many tokens for the page or for the model's context.
+            No or too long a question, no image, too many tokens for the page or for the model's context; earlier turns for
+            a model that has none; too many questions wait.
         InputError
             An image that cannot be used (larger than ``MAX_BYTES``, for one).
         ConfigError
@@ -173,8 +153,12 @@ class Asker:
             if image is None:
                 raise AskError("There is no image: upload one, or pick an example.")
             picture = load_image(image, max_bytes=MAX_BYTES)
-        run = Run()
-        arguments = (run, picture, question, config, max_new_tokens)
+        if earlier and not self.chats:
+            raise AskError(
+                f"{self.name} takes no earlier turns (it has no chat template, or takes images): leave them out."
+            )
+        run = Run(stop)
+        arguments = (run, picture, question, tuple(earlier), config, max_new_tokens)
         threading.Thread(target=self._work, args=arguments, name="pop-mm-app", daemon=True).start()
         try:
             yield from self._follow(run)
@@ -189,6 +173,8 @@ class Asker:
                 raise event
             if isinstance(event, Report | ThresholdReport):
                 progress = replace(progress, report=event)
+            elif isinstance(event, int):
+                progress = replace(progress, waiting=event)
             else:
                 which, value = event
                 done = isinstance(value, Stream)
@@ -196,28 +182,37 @@ class Asker:
                 text = self._tokenizer.decode(tokens[which], skip_special_tokens=True)
                 text = text if done else text.rstrip("\ufffd")  # half a character, so far
                 speed = value.decode_tokens_per_s if done else None
-                answer = Answer(text, len(tokens[which]), speed, done)
+                answer = Answer(text, tuple(tokens[which]), speed, done)
                 progress = replace(progress, dense=answer) if which == "dense" else replace(progress, pruned=answer)
             yield progress
 
-    def _work(self, run: Run, picture: Any, question: str, config: PopConfig, max_new_tokens: int) -> None:
+    def _work(
+        self, run: Run, picture: Any, question: str, earlier: tuple[Turn, ...], config: PopConfig, max_new_tokens: int
+    ) -> None:
         try:
-            with self._turn:
-                if not run.stop.is_set():
-                    self._answer(run, picture, question, config, max_new_tokens)
+            with self._line.turn(run.stop.is_set, run.events.put) as mine:
+                if mine:
+                    self._answer(run, picture, question, earlier, config, max_new_tokens)
+        except FullError:
+            run.events.put(AskError(f"{MOST_WAITING} questions wait already: ask again in a while."))
         except Exception as error:
             run.events.put(error)
         finally:
             run.events.put(None)
 
-    def _answer(self, run: Run, picture: Any, question: str, config: PopConfig, max_new_tokens: int) -> None:
-        inputs = self._encode(picture, question, max_new_tokens)
+    def _answer(
+        self, run: Run, picture: Any, question: str, earlier: tuple[Turn, ...], config: PopConfig, max_new_tokens: int
+    ) -> None:
+        turns = {which: [(turn.question, getattr(turn, which)) for turn in earlier] for which in ("dense", "pruned")}
+        inputs = self._encode(picture, question, max_new_tokens, turns["dense"])
+        same = turns["dense"] == turns["pruned"]
+        again = inputs if same else self._encode(picture, question, max_new_tokens, turns["pruned"])
         session = Session(self.model, config)  # first, since it checks that the settings fit the model
         self._generate(run, inputs, max_new_tokens, "dense")
         if run.stop.is_set():
             return
         with session:
-            self._generate(run, inputs, max_new_tokens, "pruned")
+            self._generate(run, again, max_new_tokens, "pruned")
             if run.stop.is_set():
                 return
             report = session.report
@@ -230,13 +225,13 @@ class Asker:
         self.model.generate(**inputs, **settings, streamer=stream, stopping_criteria=criteria)
         run.events.put((which, stream))
 
-    def _encode(self, picture: Any, question: str, max_new_tokens: int) -> Any:
+    def _encode(self, picture: Any, question: str, max_new_tokens: int, earlier: Sequence[tuple[str, str]] = ()) -> Any:
         """``input_ids [1, tokens]`` and what else ``generate`` takes."""
         if self.takes_images:
             inputs = prepare(self._reader, picture, question, model=self.model)
         else:
             try:
-                inputs = tokenize(self.model, self._tokenizer, question)
+                inputs = tokenize(self.model, self._tokenizer, question, earlier=earlier)
             except PopError:
                 raise
             except Exception as error:  # templates raise whatever they stumble over
@@ -245,9 +240,11 @@ class Asker:
         if not tokens:
             raise AskError("The question has no tokens for this model: write another one.")
         if (context := exceeded_context(self.model, tokens, max_new_tokens)) is not None:
+            images = (" (images included)", ", give a smaller image") if self.takes_images else ("", "")
+            anew = ", begin a new conversation" if earlier else ""
             raise AskError(
-                f"The prompt has {tokens} tokens (images included) and the answer may have {max_new_tokens}, but the model's "
-                f"context is {context} tokens. Ask a shorter question, give a smaller image or allow a shorter answer."
+                f"The prompt has {tokens} tokens{images[0]} and the answer may have {max_new_tokens}, but the model's context is "
+                f"{context} tokens. Ask a shorter question{images[1]}{anew} or allow a shorter answer."
             )
         return inputs
 

@@ -13,6 +13,7 @@ _QUESTIONS = {
     "two-blue.png": "How many blue shapes are there?",
     "four-shapes.png": "What colour is the shape at the left?",
 }
+_CAPTIONS = ("Triangle, star, circles", "Triangle, square, cross", "Square, triangle, circle", "Four shapes")
 _TEXTS = (
     "Why is the sky blue?",
     "Write three sentences about a lighthouse keeper.",
@@ -25,3 +26,10 @@ def examples(images: bool) -> list[tuple[Path | None, str]]:
     if not images:
         return [(None, text) for text in _TEXTS]
     return [(SCENES / name, question) for name, question in _QUESTIONS.items()]
+
+
+def captions(images: bool) -> list[str]:
+    """Names of the examples' buttons: what the picture shows, and the question."""
+    if not images:
+        return list(_TEXTS)
+    return [f"{name}: {text}" for name, text in zip(_CAPTIONS, _QUESTIONS.values(), strict=True)]

@@ -4,38 +4,39 @@ from __future__ import annotations
 
 import io
 import logging
-import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..config import PopConfig
 from ..errors import PopError
-from ..report import Report
-from ..threshold_report import ThresholdReport
 from ..vision import InputError
-from .asker import MAX_BYTES, MAX_CHARACTERS, MAX_NEW_TOKENS, Answer, Asker, AskError, Progress
-from .examples import examples
+from . import words
+from .asker import MAX_BYTES, MAX_CHARACTERS, MAX_NEW_TOKENS, Asker, AskError
+from .examples import captions, examples
+from .progress import Progress, Turn
+from .style import CSS, thumbnail
 
 _EVERY = 0.06  # seconds between updates of the page, at least: sending them costs decode time
-_LONGEST = 64  # tokens of an answer, unless the user says otherwise
-MOST_WAITING = 16
-
-CSS = """
-.pop-line { min-height: 1.6em; font-variant-numeric: tabular-nums; }
-.pop-error { color: #b42318; font-weight: 600; overflow-wrap: anywhere; }
-.dark .pop-error { color: #ff8a80; }
-.pop-notes { opacity: 0.75; overflow-wrap: anywhere; }
-.pop-answer { gap: 4px; }
-#picture img { object-fit: contain; }
-#channels img { width: 100%; background: white; }
-"""
+_LONGEST = {True: 64, False: 128}  # tokens of an answer unless the user says otherwise, with and without images
+_READY = "Press Ask, choose an example, or ask something else."
 
 _log = logging.getLogger("pop_mm.app")
+
+
+class Tab:
+    """What one browser tab has asked; every tab gets a new one."""
+
+    def __init__(self) -> None:
+        self.turns: list[Turn] = []
+        self.stop = threading.Event()
+
+    def __deepcopy__(self, memo: Any) -> Tab:
+        return Tab()
 
 
 def build_page(asker: Asker, config: PopConfig) -> Any:
@@ -49,79 +50,74 @@ def build_page(asker: Asker, config: PopConfig) -> Any:
     """
     import gradio as gr
 
+    pictures, chats = asker.takes_images, asker.chats
+    first, asked_first = examples(pictures)[0]
+    empty = words.panels(Progress(), config, 0)
     with gr.Blocks(title="pop_mm", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.HTML(
-            f"<h1>pop_mm: dense and pruned, side by side</h1><div class='pop-notes'>{escape(asker.name)} on "
-            f"{escape(str(asker.model.device))}. The model answers twice; for the second answer {_left_out(config)} while it "
-            "decodes.</div>",
-            padding=False,
-        )
+        tab = gr.State(Tab())
+        gr.HTML(words.head(asker.name, str(asker.model.device), chats))
         with gr.Row():
-            with gr.Column(scale=2, min_width=280, visible=asker.takes_images):
+            with gr.Column(scale=2, min_width=280, visible=pictures):
                 picture = gr.Image(
+                    value=None if first is None else str(first),
                     label=f"Image, up to {MAX_BYTES // 2**20} MB",
                     type="filepath",
                     sources=["upload", "clipboard"],
                     buttons=[],
-                    height=300,
+                    height=200,
                     elem_id="picture",
                 )
                 # load_image reads the file, within its limits and with its messages; gradio would decode it first.
                 picture.preprocess = lambda payload: None if payload is None else payload.path
-            with gr.Column(scale=3, min_width=320):
+            with gr.Column(scale=3, min_width=300):
                 question = gr.Textbox(
                     label="Question",
-                    value=examples(asker.takes_images)[0][1],
+                    value=asked_first,
                     max_length=MAX_CHARACTERS,
-                    lines=1 if asker.takes_images else 3,
+                    lines=1,
+                    max_lines=6,
                     elem_id="question",
                 )
-                sliders = _sliders(gr, asker.amounts(config), config)
-        _add_examples(gr, asker, picture, question)
-        with gr.Row():
-            ask = gr.Button("Ask", variant="primary", elem_id="ask")
-            stop = gr.Button("Stop", elem_id="stop")
+                with gr.Row():
+                    ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=100)
+                    stop = gr.Button("Stop", elem_id="stop", min_width=100)
+                    forget = gr.Button("New conversation", elem_id="forget", min_width=100, visible=chats)
+                _add_examples(gr, pictures, picture, question)
+                with gr.Accordion("Settings", open=False, elem_id="settings"):
+                    sliders = _sliders(gr, asker.amounts(config), config, _LONGEST[pictures])
+        status = gr.HTML(
+            words.line(_READY), elem_id="status", js_on_load="element.setAttribute('role', 'status');", padding=False
+        )
         with gr.Row(equal_height=True):
             boxes = []
-            for name, label in (("dense", "Dense"), ("pruned", "Pruned")):
-                with gr.Column(min_width=280, elem_classes="pop-answer"):
-                    text = gr.Textbox(label=label, lines=3, max_lines=12, interactive=False, elem_id=name)
-                    speed = gr.HTML(_line(""), elem_id=f"{name}-speed", padding=False)
-                boxes += [text, speed]
-        status = gr.HTML(_line("Pick an example or ask a question of your own."), elem_id="status", padding=False)
-        channels = gr.Image(
-            label="Channels of every layer",
-            show_label=False,
-            interactive=False,
-            buttons=["fullscreen"],
-            visible=False,
-            elem_id="channels",
-        )
-        asked = gr.on(
+            for name, value in zip(("dense", "pruned"), empty, strict=True):
+                with gr.Column(min_width=280):
+                    boxes.append(gr.HTML(value, elem_id=name, padding=False))
+        result = gr.HTML("", elem_id="result", padding=False)
+        shown = [*boxes, status, result]
+        gr.on(
             [ask.click, question.submit],
             partial(_answer, gr, asker, config),
-            [picture, question, *sliders],
-            [*boxes, status, channels],
-            show_progress="minimal",
-            show_progress_on=[status],
-            concurrency_limit=1,
+            [tab, picture, question, *sliders],
+            [*shown, question],
+            show_progress="hidden",
+            concurrency_limit=None,  # the asker has a line of its own, and the page says how long it is
             api_name="ask",
         )
-        stopped = stop.click(None, cancels=[asked], queue=False, api_visibility="private")
-        # afterwards, and through the queue: what was still on its way to the page comes before it
-        stopped.then(lambda: _line("Stopped."), None, status, show_progress="hidden", api_visibility="private")
-    page.queue(max_size=MOST_WAITING, default_concurrency_limit=1)
+        private: dict[str, Any] = dict(show_progress="hidden", api_visibility="private", queue=False)
+        stop.click(lambda tab: tab.stop.set(), tab, None, **private)
+        forget.click(lambda tab: _forget(tab, empty), tab, shown, **private)
+    page.queue(max_size=None)
     return page
 
 
-def _left_out(config: PopConfig) -> str:
-    """The beginning of a sentence about the method."""
-    if config.chosen_method == "thresholds":
-        return "thresholds from the prompt leave the smallest inputs of its matrices out"
-    return f"{config.chosen_method.upper()} leaves channels of its FFNs out"
+def css() -> str:
+    """The style sheet, with the examples' pictures."""
+    rules = (thumbnail(f"example-{n}", image) for n, (image, _) in enumerate(examples(True)) if image)
+    return CSS + "".join(rules)
 
 
-def _sliders(gr: Any, amounts: list[float], config: PopConfig) -> list[Any]:
+def _sliders(gr: Any, amounts: list[float], config: PopConfig, longest: int) -> list[Any]:
     """Budget or ratio, gamma and the longest answer."""
     by_budget = config.ratio is None
     start = config.ratio or 0.0 if config.budget is None else config.budget
@@ -144,118 +140,82 @@ def _sliders(gr: Any, amounts: list[float], config: PopConfig) -> list[Any]:
             elem_id="gamma",
             visible=config.chosen_method == "pop",
         ),
-        gr.Slider(8, MAX_NEW_TOKENS, value=_LONGEST, step=8, label="Longest answer, in tokens", elem_id="longest"),
+        gr.Slider(8, MAX_NEW_TOKENS, value=longest, step=8, label="Longest answer, in tokens", elem_id="longest"),
     ]
 
 
-def _add_examples(gr: Any, asker: Asker, picture: Any, question: Any) -> None:
-    """A row of pictures, or of questions, that fill in the page."""
-    rows = examples(asker.takes_images)
-    shown = gr.Dataset(
-        components=[picture if asker.takes_images else question],
-        samples=[[str(image) if image else text] for image, text in rows],
-        type="index",
-        label="Examples",
-        elem_id="examples",
-    )
+def _add_examples(gr: Any, pictures: bool, picture: Any, question: Any) -> None:
+    """Buttons that fill in the page, each named after its picture and question."""
+    with gr.Row(elem_id="examples"):
+        for number, ((image, text), caption) in enumerate(zip(examples(pictures), captions(pictures), strict=True)):
+            name = f"example-{number}" if pictures else f"example-text-{number}"
+            button = gr.Button(caption, size="sm", min_width=150, elem_id=name)
+            filled = ([str(image), text], [picture, question]) if image else (text, question)
+            button.click(
+                lambda values=filled[0]: values,
+                None,
+                filled[1],
+                show_progress="hidden",
+                api_visibility="private",
+                queue=False,
+            )
 
-    def pick(index: int) -> tuple[str | None, str]:
-        image, text = rows[index]
-        return str(image) if image else None, text
 
-    shown.click(pick, shown, [picture, question], show_progress="hidden", api_visibility="private")
+def _forget(tab: Tab, empty: tuple[str, str]) -> tuple[str, ...]:
+    """Begin a new conversation; an answer that is being given ends."""
+    tab.stop.set()
+    tab.turns = []
+    return *empty, words.line("A new conversation."), ""
 
 
 def _answer(
     gr: Any,
     asker: Asker,
     config: PopConfig,
+    tab: Tab,
     picture: str | None,
     question: str,
     amount: float,
     gamma: float,
     longest: float,
 ) -> Iterator[tuple[Any, ...]]:
-    """What the page shows, again and again: both answers, both speeds, the line below them and the picture."""
-    hidden = gr.update(value=None, visible=False)
-    yield "", _line(""), "", _line(""), _line("Reading the prompt ..."), hidden
-    shown, last = 0.0, Progress()
+    """What the page shows, again and again: both answers, the status, the figures below, and what is left in the box."""
+    turns, stop = tab.turns, threading.Event()
+    tab.stop, earlier, last, most = stop, tuple(turns), Progress(), int(longest)
+    changes = {**config.changes(), "budget" if config.ratio is None else "ratio": amount}
+    if config.chosen_method == "pop":
+        changes["gamma"] = gamma
+
+    def panels() -> tuple[str, str]:
+        return words.panels(last, config, most, question if asker.chats else None, earlier)
+
+    def failed(text: str) -> tuple[Any, ...]:
+        return *panels(), words.line(text, "pop-error"), "", gr.skip()
+
+    said = words.status(last)
+    yield *panels(), said, "", gr.skip()
     try:
-        settings = {**config.changes(), "budget" if config.ratio is None else "ratio": amount}
-        if config.chosen_method == "pop":
-            settings["gamma"] = gamma
-        steps = asker.ask(_file(picture), question, max_new_tokens=int(longest), **settings)
+        steps = asker.ask(_file(picture), question, max_new_tokens=most, earlier=earlier, stop=stop, **changes)
+        shown = 0.0
         with closing(steps):  # type: ignore[type-var]
             for progress in steps:
-                done = progress.dense.done != last.dense.done or progress.report is not None
-                last = progress
-                if done or time.monotonic() - shown > _EVERY:
-                    yield *_texts(progress), _line("Answering ..."), gr.skip()
+                done, last = progress.dense.done != last.dense.done, progress
+                if done or progress.waiting or time.monotonic() - shown > _EVERY:
+                    before, said = said, words.status(progress)
+                    yield *panels(), gr.skip() if said == before else said, gr.skip(), gr.skip()
                     shown = time.monotonic()
         if last.report is None:
+            kept = " This turn is not part of the conversation." if asker.chats else ""
+            yield *panels(), words.line(f"Stopped.{kept}"), "", gr.skip()
             return
-        yield *_texts(last), summary(last.report), gr.skip()
-        with tempfile.NamedTemporaryFile(suffix=".png") as file:  # gradio copies it, and deletes the copy in time
-            draw(last.report, file.name)
-            yield *_texts(last), summary(last.report), gr.update(value=file.name, visible=True)
+        if asker.chats:
+            turns.append(Turn(question, last.dense.text, last.pruned.text))
+        yield *panels(), words.status(last), words.result(last, earlier), "" if asker.chats else gr.skip()
     except PopError as error:
-        yield *_texts(last), _line(str(error), "pop-error"), hidden
+        yield failed(str(error))
     except Exception as error:
         _log.exception("A question could not be answered.")
-        text = f"The question could not be answered ({type(error).__name__}); the terminal has the details."
-        yield *_texts(last), _line(text, "pop-error"), hidden
-
-
-def draw(report: Report | ThresholdReport, path: str) -> None:
-    """Save the picture below the answers as PNG."""
-    report.plot(path)
-
-
-def summary(report: Report | ThresholdReport) -> str:
-    """What was pruned, in a line or two of HTML."""
-    facts = _of_thresholds(report) if isinstance(report, ThresholdReport) else _of_channels(report)
-    if report.left_out_share is not None:
-        facts.append(f"{report.left_out_share:.1%} of all weights that a token reads left out")
-    kinds = ", ".join(f"{count} {name}" for name, count in report.modality_tokens.items() if count)
-    facts.append(f"{report.prompt_tokens} prompt tokens" + (f" ({kinds})" if "," in kinds else ""))
-    what = "Inputs" if isinstance(report, ThresholdReport) else "FFNs"
-    facts.append(f"{what}: " + ", ".join(f"{count} {name}" for name, count in report.backends.items()))
-    notes = "".join(f"<div class='pop-notes'>{escape(note)}</div>" for note in report.notes)
-    rough = "<div class='pop-notes'>Decode speed without prefill, one run each: a rough figure.</div>"
-    return f"<div class='pop-line'>{escape('; '.join(facts))}.</div>{rough}{notes}"
-
-
-def _of_channels(report: Report) -> list[str]:
-    ratios = sorted(ffn.plan.ratio for ffn in report.ffns)
-    of_each = f"{ratios[0]:.1%}" if ratios[-1] - ratios[0] < 5e-4 else f"{ratios[0]:.1%} to {ratios[-1]:.1%}"
-    return [f"{of_each} of each FFN left out"]
-
-
-def _of_thresholds(report: ThresholdReport) -> list[str]:
-    meant, kept = report.scope_share
-    of = "attention and FFN weights" if report.config.scope == "overall" else "FFN weights"
-    return [f"{meant if kept is None else kept:.1%} of {of} read (meant: {meant:.1%})"]
-
-
-def _texts(progress: Progress) -> tuple[str, str, str, str]:
-    dense, pruned = progress.dense, progress.pruned
-    return dense.text, _speed(dense, None), pruned.text, _speed(pruned, progress.speedup)
-
-
-def _speed(answer: Answer, factor: float | None) -> str:
-    if not answer.tokens:
-        return _line("")
-    count = f"{answer.tokens} token{'s' if answer.tokens > 1 else ''}"
-    if not answer.done:
-        return _line(count)
-    if answer.tokens_per_s is None:
-        return _line(f"{count}, too few to time")
-    times = f" ({factor:.2f}x)" if factor else ""
-    return f"<div class='pop-line'>{count}, <b>{answer.tokens_per_s:.1f} tokens/s{times}</b></div>"
-
-
-def _line(text: str, style: str = "") -> str:
-    return f"<div class='pop-line {style}'>{escape(text)}</div>"
+        yield failed(f"The question could not be answered ({type(error).__name__}); the terminal has the details.")
 
 
 def _file(path: str | None) -> io.BytesIO | None:

@@ -20,7 +20,7 @@ from ..plans import plans_of
 from ..samples import resolve
 from .asker import MAX_BYTES, Asker
 from .examples import SCENES
-from .page import CSS, build_page
+from .page import build_page, css
 
 HOST = "127.0.0.1"
 # The browser itself then refuses what a script or style sheet would fetch elsewhere.
@@ -103,8 +103,8 @@ def serve(asker: Asker, port: int, config: PopConfig | None = None) -> Iterator[
                 run_history=False,
                 footer_links=[],
                 app_kwargs={"middleware": [hosts, Middleware(_Policy)]},
-                theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-                css=CSS,
+                theme=_theme(gr),
+                css=css(),
             )
         except OSError as error:
             raise CommandError(
@@ -114,6 +114,17 @@ def serve(asker: Asker, port: int, config: PopConfig | None = None) -> Iterator[
             yield Served(url, asker)
         finally:
             page.close(verbose=False)
+
+
+def _theme(gr: Any) -> Any:
+    """Fonts that every machine has, and colours that can be read on each other."""
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    dark = {
+        f"button_primary_background_fill{state}": "*primary_700" for state in ("", "_hover", "_dark", "_hover_dark")
+    }
+    return theme.set(**dark, body_text_color_subdued="*neutral_500")
 
 
 @contextmanager

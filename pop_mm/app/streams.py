@@ -19,14 +19,14 @@ class Run:
     ----------
     events : SimpleQueue
         ``("dense" or "pruned", list of new token ids)``, the :class:`Stream` instead of ids when that answer is complete, a
-        ``Report``, an ``Exception``; at the end None.
+        ``Report``, an ``Exception``, or how many questions come first; at the end None.
     stop : Event
-        Set when nobody reads on.
+        Set when nobody reads on, or wants to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: threading.Event | None = None) -> None:
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.stop = threading.Event()
+        self.stop = stop or threading.Event()
 
 
 class Stream(Clock):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,9 +251,15 @@ def encode(
 
 
 def tokenize(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, chat: bool = True
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    chat: bool = True,
+    earlier: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask``, ``[1, tokens]``, of a text, as a chat's turn if there is a template for it.
+
+    ``earlier`` are the questions and answers before it, which only a template can put in.
 
     Raises
     ------
@@ -261,7 +267,9 @@ def tokenize(
         The tokenizer knows a token that the model's embedding has no row for. A template raises whatever it stumbles over.
     """
     if chat and tokenizer.chat_template:
-        turns = [{"role": "user", "content": text}]
+        roles = ("user", "assistant")
+        turns = [{"role": role, "content": said} for turn in earlier for role, said in zip(roles, turn, strict=True)]
+        turns.append({"role": "user", "content": text})
         encoded = tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
