@@ -6,6 +6,7 @@ import shutil
 import socket
 from pathlib import Path
 
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -14,6 +15,7 @@ from pop_mm.app import Asker
 from pop_mm.app.server import serve
 
 DOCS = Path(__file__).parents[1] / "docs"
+LARGEST = 200_000  # bytes; a picture that has more keeps 256 colours
 # model, width and height of the window, and whether the picture of the layers is unfolded
 SHOTS = {"app": ("smollm2-135m", 1280, 800, True), "app-phone": ("tiny-vlm", 390, 844, False)}
 
@@ -44,10 +46,15 @@ def main(folder: Path = DOCS, theme: str = "light") -> None:
                 wait.until(lambda _: driver.find_elements("css selector", ".pop-facts"))
                 if unfolded:
                     driver.find_element("css selector", ".pop-result summary").click()
-                whole = driver.execute_script("return Math.ceil(document.querySelector('main').scrollHeight) + 8")
+                whole = driver.execute_script("return Math.ceil(document.querySelector('main').scrollHeight) + 40")
                 driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**size, "height": max(height, whole)})
                 driver.execute_script("window.scrollTo(0, 0)")
-                driver.save_screenshot(str(folder / f"{name}.png"))
+                target = folder / f"{name}.png"
+                driver.save_screenshot(str(target))
+                if target.stat().st_size > LARGEST:
+                    Image.open(target).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+                        target, optimize=True
+                    )
     finally:
         driver.quit()
 
