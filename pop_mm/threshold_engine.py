@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from .state import PromptState
 from .step import Step
 
 Record = FFN | Experts | InputGroup
+_HISTOGRAMS = 512  # of so many rows thresholds are decided at once: 16 MB
 
 
 class InputState:
@@ -135,8 +136,8 @@ class ThresholdEngine(Engine):
         super().__init__(records, config, modalities, events)
         self.shares = shares
         self._first: weakref.WeakKeyDictionary[Forward, Tensor] = weakref.WeakKeyDictionary()
-        # of a step, [N]: tokens that are not a sequence's first
-        self._later: weakref.WeakKeyDictionary[Step, Tensor] = weakref.WeakKeyDictionary()
+        # of a step, by modality, [B, N]: which tokens count for which sequence
+        self._counted: weakref.WeakKeyDictionary[Step, list[tuple[int, Tensor]]] = weakref.WeakKeyDictionary()
 
     @property
     def per_sequence(self) -> bool:
@@ -173,12 +174,18 @@ class ThresholdEngine(Engine):
         would lower the thresholds of short prompts.
         """
         state.width = values.shape[-1]
-        later = self._later.get(step)
-        if later is None:
-            later = self._later[step] = ~self._first_tokens(forward, values.device)[row, step.column]
-        for modality, mask in step.by_modality:
-            found = histogram(values, row, step.rows, weight, later if mask is None else later & mask)
-            state.counts = added(state.counts, modality, found)
+        for modality, tokens in self._counted_tokens(forward, step, row):
+            state.counts = added(state.counts, modality, histogram(values, tokens, weight))
+
+    def _counted_tokens(self, forward: Forward, step: Step, row: Tensor) -> list[tuple[int, Tensor]]:
+        """By modality, ``[B, N]``, boolean: the tokens that count for each sequence. Made once for all inputs of a step."""
+        known = self._counted.get(step)
+        if known is None:
+            later = ~self._first_tokens(forward, row.device)[row, step.column]
+            mine = (row == torch.arange(step.rows, device=row.device).unsqueeze(1)) & later
+            known = [(modality, mine if mask is None else mine & mask) for modality, mask in step.by_modality]
+            self._counted[step] = known
+        return known
 
     def _first_tokens(self, forward: Forward, device: torch.device) -> Tensor:
         """``[B, q]``, boolean: the first token of each sequence, in the forward that begins it. Made once for all records."""
@@ -202,7 +209,8 @@ class ThresholdEngine(Engine):
         ]
         if not found:
             return
-        bad = torch.stack([count.to(found[0][2].device) for *_, count in found]).nonzero()
+        device = found[0][2].device
+        bad = torch.stack([counts.to(device) for *_, counts in found]).sum((1, 2)).nonzero()
         if len(bad):
             index, which, _ = found[int(bad[0])]
             what = "input" if which == "x" else "activations"
@@ -217,19 +225,26 @@ class ThresholdEngine(Engine):
     def partition_all(self, state: PromptState) -> None:
         """Set every threshold that is missing; before the first decode step."""
         self.check_prompt(state)
-        for index, record in enumerate(_records(state)):
-            for which in record.inputs:
-                self._decide(index, which, state)
+        self._decide(state, [(i, which) for i, record in enumerate(_records(state)) for which in record.inputs])
 
-    def _decide(self, index: int, which: str, state: PromptState) -> Tensor:
-        """The thresholds of one input, ``[B]``."""
-        inputs = _records(state)[index].inputs[which]
-        if inputs.threshold is None:
-            found = threshold(inputs.counts, state.tokens_of, self.shares[index][which])
-            if found is None:  # a layer that the prompt did not run decodes dense
-                found = torch.full((state.rows,), PASS_ALL)
-            inputs.threshold = found
-        return inputs.threshold
+    def _decide(self, state: PromptState, wanted: Iterable[tuple[int, str]]) -> None:
+        """Set the thresholds of some inputs (number of the record, name) that have none, together where they are alike."""
+        alike: dict[Any, list[tuple[InputState, float]]] = {}
+        for index, which in wanted:
+            inputs = _records(state)[index].inputs[which]
+            if inputs.threshold is None and inputs.counts:
+                kind = tuple((modality, counts.device) for modality, counts in inputs.counts.items())
+                alike.setdefault(kind, []).append((inputs, self.shares[index][which]))
+            elif inputs.threshold is None:  # a layer that the prompt did not run decodes dense
+                inputs.threshold = torch.full((state.rows,), PASS_ALL)
+        at_once = max(1, _HISTOGRAMS // state.rows)
+        for same in alike.values():
+            for some in (same[start : start + at_once] for start in range(0, len(same), at_once)):
+                modalities = some[0][0].counts
+                counts = {m: torch.stack([inputs.counts[m] for inputs, _ in some]) for m in modalities}
+                found = threshold(counts, state.tokens_of, [share for _, share in some])
+                for (inputs, _), own in zip(some, found.unbind(), strict=True):
+                    inputs.threshold = own
 
     masks = ("h", "x")
 
@@ -250,13 +265,18 @@ class ThresholdEngine(Engine):
             Like ``values``; the very same where nothing is left out.
         """
         step = self.step(forward, values.device)
-        if values.shape[:-1].numel() != len(step):
+        if values.shape[:-1].numel() != forward.rows * forward.length:
             raise SessionError(
                 f"{self.ffns[index].name} was given an input of shape {tuple(values.shape)} in a forward of {len(step)} "
                 "tokens, so it is unknown which token an entry belongs to. Its adapter should not name it among the inputs."
             )
+        inputs = self.state(index, forward).inputs[which]
+        first = inputs.first_in(forward)
+        if forward.phase is Phase.PREFILL and not first:
+            return values
         weight = self.channel_weights()[index][0].to(values.device) if which == "h" else None
-        found = self._mask(index, which, forward, step, step.unit, values.reshape(-1, values.shape[-1]), weight)
+        flat = values.reshape(-1, values.shape[-1])
+        found = self._mask(index, which, first, forward, step, step.unit, flat, weight)
         return values if forward.phase is Phase.PREFILL else found.view(values.shape)
 
     def apply(self, index: int, forward: Forward, step: Step, h: Tensor, positions: Tensor | None) -> Tensor:
@@ -264,21 +284,31 @@ class ThresholdEngine(Engine):
         assert step.expert is not None and positions is None
         row = step.unit.div(self.ffns[index].experts or 1, rounding_mode="floor")
         weight = self.channel_weights()[index].to(h.device)[step.expert]
-        return self._mask(index, "h", forward, step, row, h, weight)
+        first = self.state(index, forward).inputs["h"].first_in(forward)
+        return self._mask(index, "h", first, forward, step, row, h, weight)
 
     def _mask(
-        self, index: int, which: str, forward: Forward, step: Step, row: Tensor, values: Tensor, weight: Tensor | None
+        self,
+        index: int,
+        which: str,
+        first: bool,
+        forward: Forward,
+        step: Step,
+        row: Tensor,
+        values: Tensor,
+        weight: Tensor | None,
     ) -> Tensor:
-        """``[N, n]``: the entries that pass; of the prompt, all."""
+        """``[N, n]``: the entries that pass; of the prompt, all. What was ``first`` in this forward is counted."""
         state = self.state(index, forward).inputs[which]
-        first = state.first_in(forward)
         if first and step.phase is not Phase.DECODE:
             self._observe(state, forward, step, row, values, weight)
         if step.phase is Phase.PREFILL:
             return values
         scores = magnitudes(values, weight)
-        bound = self._decide(index, which, forward.state).to(values.device)
-        keep = kept(scores, bound.expand(step.rows)[row].unsqueeze(1))
+        if state.threshold is None:
+            self._decide(forward.state, [(index, which)])
+        assert state.threshold is not None
+        keep = kept(scores, state.threshold.to(values.device).expand(step.rows)[row].unsqueeze(1))
         decode = step.number >= 0
         if first:
             counted = decode if step.valid is None else decode & step.valid

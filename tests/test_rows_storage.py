@@ -158,6 +158,15 @@ def test_histograms_are_those_of_a_loop(dtype, with_norms, with_mask):
     assert (counts - 3).tolist() == naive_counts(x, norms, valid)
 
 
+@pytest.mark.usefixtures("compiled")
+def test_several_sequences_are_counted_each_by_its_tokens():
+    x, norms = torch.randn(6, 40, generator=torch.Generator().manual_seed(3)).t(), torch.rand(6) + 0.5
+    valid = torch.rand(3, 40, generator=torch.Generator().manual_seed(4)) > torch.tensor([[0.5], [0.2], [2.0]])
+    counts = torch.full((3, BINS), 2)
+    histogram(x, counts, norms, valid)
+    assert (counts - 2).tolist() == [naive_counts(x, norms, own) for own in valid]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_histograms_do_not_depend_on_threads(dtype):
     x = torch.randn(300, 700, generator=torch.Generator().manual_seed(2)).to(dtype)

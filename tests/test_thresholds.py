@@ -12,7 +12,8 @@ from test_invariants import NAN_IN_FLOAT64
 from modes import LENGTH, MODES, STEPS, dense_run, generate, left_padded, simple
 from observe import prompt, same_afterwards
 from pop_mm import NonFiniteError, SessionError, prune
-from pop_mm.methods.thresholds import MIN_PROMPT_TOKENS
+from pop_mm.methods.thresholds import MIN_PROMPT_TOKENS, threshold
+from pop_mm.ops.histogram import BINS, bin_edges, histogram
 from tiny_models import DENSE_MODELS, tiny
 
 BUDGET = 0.6
@@ -290,6 +291,38 @@ def test_a_short_row_decodes_dense_beside_a_long_one(model):
         found = generate(model, ids, attention_mask=mask)[1]
     assert torch.equal(found[:, 0], dense[:, 0])
     assert not torch.allclose(found[1:, 1], dense[1:, 1])
+
+
+def test_thresholds_of_many_inputs_are_those_of_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    magnitudes = [torch.randn(2, 3, 50, generator=generator).abs() * 4**k for k in range(6)]
+    magnitudes[3][1], magnitudes[4] = 0, torch.ones(2, 3, 50)
+    counts = torch.zeros(6, 2, 3, BINS, dtype=torch.int64)  # input, modality, sequence
+    for place in torch.cartesian_prod(torch.arange(6), torch.arange(2), torch.arange(3)).tolist():
+        k, modality, row = place
+        histogram(magnitudes[k][modality, row].view(1, -1), counts[k, modality, row])
+    counts[5, :, 2] = 0
+    tokens, shares = {0: torch.tensor([9, 3, 9]), 1: torch.tensor([9, 9, 0])}, [0.0, 0.3, 0.5, 0.7, 0.9, 1.0]
+    together = threshold({m: counts[:, m] for m in tokens}, tokens, shares)
+    for k, share in enumerate(shares):
+        alone = threshold({m: counts[k : k + 1, m] for m in tokens}, tokens, [share])
+        assert torch.equal(together[k], alone[0])
+        for row, modalities in enumerate(([0], [0, 1], [0])):  # the second has too little text
+            own = counts[k, modalities, row].sum(0)
+            expected = quantile_by_hand(own.tolist(), share) if own.sum() else -1.0
+            assert together[k, row].item() == expected
+
+
+def quantile_by_hand(counts, share):
+    """Bin by bin."""
+    edges, target, before = [*bin_edges().tolist(), 0.0], (1 - share) * sum(counts), 0
+    for place, inside in enumerate(counts):
+        if before + inside >= target:
+            part = (target - before) / max(inside, 1)
+            value = edges[place] + part * (edges[place + 1] - edges[place])
+            return torch.tensor(value, dtype=torch.float64).float().item()
+        before += inside
+    raise AssertionError
 
 
 # odd models ---------------------------------------------------------------------------------------------------------

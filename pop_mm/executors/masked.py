@@ -18,8 +18,6 @@ from ..phase import PhaseTracker
 from .base import Turns, current_forward
 from .experts import MaskedExperts
 
-Changed = tuple[tuple[Any, ...], dict[str, Any]]
-
 
 class MaskedExecutor:
     """One forward pre-hook on each module whose input the method masks.
@@ -62,20 +60,21 @@ class MaskedExecutor:
         is_compiling = torch.compiler.is_compiling
 
         @torch.compiler.disable
-        def masked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed | None:
+        def masked(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if asking():  # its norms are being read: these are unit vectors
                 return None
             forward = current_forward(tracker, record)
-            return (engine.mask(turns.next(forward), which, forward, args[0]), *args[1:]), kwargs
+            found = engine.mask(turns.next(forward), which, forward, args[0])
+            return None if found is args[0] else (found, *args[1:])
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed | None:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not is_compiling():  # what disable() wraps costs more than this look
                 forward = tracker.current
                 if forward is not None and forward.fast and (rows := by_rows.get(module)) is not None and rows.alone():
                     return None
-            return masked(args, kwargs)
+            return masked(args)
 
-        self._patches.hook(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._patches.hook(module.register_forward_pre_hook(before))
 
     def detach(self) -> None:
         """Remove the hooks."""

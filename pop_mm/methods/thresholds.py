@@ -21,8 +21,8 @@ Counts add up over chunks of a prompt, and need no sort; a quantile interpolates
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ from .base import Method
 
 MIN_PROMPT_TOKENS = 4  # fewer say too little: such a prompt decodes dense
 PASS_ALL = -1.0  # a threshold that every magnitude passes
+_GROUP = 64  # bins that a quantile is looked for in, of the sums of such groups first
 _FIRST_NOT_FINITE = 255 << 4  # bins of infinity and NaN begin here
-_BLOCK = 1 << 22  # magnitudes that are binned at once
 
 
 class Thresholds(Method):
@@ -55,54 +55,45 @@ def hidden_share(rho: float) -> float:
     return max(rho / 2, rho - 0.2, 2 * rho - 1)
 
 
-def histogram(
-    values: Tensor, row: Tensor, rows: int, weight: Tensor | None = None, counted: Tensor | None = None
-) -> Tensor:
-    """How many :func:`magnitudes` of each row fall into each bin; on a CPU by the compiled library, if there is one.
+def histogram(values: Tensor, tokens: Tensor, weight: Tensor | None = None) -> Tensor:
+    """How many :func:`magnitudes` of each sequence fall into each bin; on a CPU by the compiled library, if there is one.
 
     Parameters
     ----------
     values : Tensor
         ``[N, n]``: one line for each token.
-    row : Tensor
-        ``[N]``, int64: the sequence of each.
-    rows : int
+    tokens : Tensor
+        ``[B, N]``, boolean: which of them count for each sequence.
     weight : Tensor, optional
         ``[n]`` or ``[N, n]``: of each entry.
-    counted : Tensor, optional
-        ``[N]``, boolean: tokens that count.
 
     Returns
     -------
     Tensor
-        ``[rows, BINS]``, int64.
+        ``[B, BINS]``, int64.
     """
     if weight is not None and weight.dim() == 2:
         values, weight = magnitudes(values, weight), None
     weight = None if weight is None else weight.to(torch.float32)
-    counts = torch.zeros(rows, BINS, dtype=torch.int64, device=values.device)
-    for number, own in enumerate(counts):
-        mine = counted if rows == 1 else row == number if counted is None else (row == number) & counted
-        for start in range(0, len(values), step := max(1, _BLOCK // max(1, values.shape[1]))):
-            part = slice(start, start + step)
-            count_bins(values[part], own, weight, None if mine is None else mine[part])
+    counts = torch.zeros(tokens.shape[0], BINS, dtype=torch.int64, device=values.device)
+    count_bins(values, counts, weight, tokens)
     return counts
 
 
 def not_finite(counts: Tensor) -> Tensor:
-    """How many of the magnitudes were infinite or NaN, a scalar tensor."""
-    return counts[..., _FIRST_NOT_FINITE:].sum()
+    """Those of ``[..., BINS]`` that count infinities and NaN; a view."""
+    return counts[..., _FIRST_NOT_FINITE:]
 
 
-def quantile(counts: Tensor, share: float) -> Tensor:
+def quantile(counts: Tensor, share: float | Tensor) -> Tensor:
     """The threshold that a share of the counted magnitudes is above, evenly spread within its bin.
 
     Parameters
     ----------
     counts : Tensor
-        ``[..., BINS]``.
-    share : float
-        In [0, 1].
+        ``[..., BINS]``, int64.
+    share : float or Tensor
+        In [0, 1]; a tensor is float64 and broadcasts to ``[...]``.
 
     Returns
     -------
@@ -110,14 +101,25 @@ def quantile(counts: Tensor, share: float) -> Tensor:
         ``[...]``, float32.
     """
     edges = _edges(counts.device)
-    counts = counts.double()
-    up_to = counts.cumsum(-1)
-    target = (1 - share) * up_to[..., -1:]
-    place = (up_to < target).sum(-1, keepdim=True).clamp_(max=BINS - 1)  # the first bin that reaches the target
-    inside = counts.gather(-1, place)
-    part = (target - (up_to.gather(-1, place) - inside)) / inside.clamp(min=1)
+    groups = counts.unflatten(-1, (-1, _GROUP))
+    sums = groups.sum(-1)
+    up_to = sums.cumsum(-1)
+    share = torch.as_tensor(share, dtype=torch.float64, device=counts.device)
+    target = (1 - share).unsqueeze(-1) * up_to[..., -1:].double()
+    group = _first_reaching(up_to, target)
+    inside = groups.gather(-2, group.unsqueeze(-1).expand(*group.shape, _GROUP)).squeeze(-2)
+    up_to = inside.cumsum(-1) + (up_to - sums).gather(-1, group)
+    place = _first_reaching(up_to, target)
+    inside, before = inside.gather(-1, place), (up_to - inside).gather(-1, place)
+    part = (target - before.double()) / inside.double().clamp(min=1)
+    place = group * _GROUP + place
     low, high = edges[place], edges[place + 1]
     return (low + part.clamp(0, 1) * (high - low)).squeeze(-1).float()
+
+
+def _first_reaching(up_to: Tensor, target: Tensor) -> Tensor:
+    """``[..., 1]``: where rising counts ``[..., n]`` first reach a target ``[..., 1]``; the last place if they do not."""
+    return torch.searchsorted(up_to.double(), target).clamp_(max=up_to.shape[-1] - 1)
 
 
 def share_above(counts: Tensor, threshold: Tensor) -> Tensor:
@@ -139,14 +141,14 @@ def deciding(counts: Mapping[int, Tensor], tokens: Mapping[int, Tensor]) -> dict
     Parameters
     ----------
     counts : mapping of int to Tensor
-        Modality -> ``[B, BINS]``.
+        Modality -> ``[..., B, BINS]``.
     tokens : mapping of int to Tensor
         Modality -> ``[B]``, prompt tokens.
 
     Returns
     -------
     dict of int to Tensor
-        Modality -> ``[B, BINS]``.
+        Modality -> ``[..., B, BINS]``.
     """
     if not counts:
         return {}
@@ -155,23 +157,32 @@ def deciding(counts: Mapping[int, Tensor], tokens: Mapping[int, Tensor]) -> dict
     alone = torch.zeros_like(short)
     if TEXT in counts and len(counts) > 1:
         alone = tokens[TEXT].to(device) >= MIN_PROMPT_TOKENS
+    hidden = {modality: short if modality == TEXT else short | alone for modality in counts}
     return {
-        modality: own.masked_fill((short if modality == TEXT else short | alone).unsqueeze(-1), 0)
+        modality: own.masked_fill(hidden[modality].unsqueeze(-1), 0) if hidden[modality].any() else own
         for modality, own in counts.items()
     }
 
 
-def threshold(counts: Mapping[int, Tensor], tokens: Mapping[int, Tensor], share: float) -> Tensor | None:
-    """The threshold of each sequence, from its prompt; the arguments are those of :func:`deciding`.
+def threshold(counts: Mapping[int, Tensor], tokens: Mapping[int, Tensor], shares: Sequence[float]) -> Tensor:
+    """Thresholds of several inputs, for each sequence, from its prompt.
+
+    Parameters
+    ----------
+    counts : mapping of int to Tensor
+        Modality -> ``[K, B, BINS]``; not empty.
+    tokens : mapping of int to Tensor
+        Modality -> ``[B]``, prompt tokens.
+    shares : sequence of float
+        K: of the entries that are kept of each input.
 
     Returns
     -------
-    Tensor or None
-        ``[B]``, float32; :data:`PASS_ALL` where nothing decides. None if nothing was counted.
+    Tensor
+        ``[K, B]``, float32; :data:`PASS_ALL` where nothing decides.
     """
-    if not counts:
-        return None
-    chosen = torch.stack(list(deciding(counts, tokens).values())).sum(0)
+    chosen = reduce(torch.add, deciding(counts, tokens).values())
+    share = torch.tensor(shares, dtype=torch.float64, device=chosen.device).unsqueeze(-1)
     return quantile(chosen, share).masked_fill(chosen.sum(-1) == 0, PASS_ALL)
 
 

@@ -7,6 +7,7 @@
 #define BIN_SHIFT 19
 #define TABLES 4 /* counted into in turn: the next number often has the bin of the last one */
 #define PIECE 1024
+#define MOST (1LL << 31) /* numbers that a table of 32 bits counts before it is emptied; a row has fewer */
 #define ALONE 16384 /* numbers that one thread counts sooner than two would begin */
 
 static inline int32_t bin_of(float magnitude) {
@@ -15,7 +16,7 @@ static inline int32_t bin_of(float magnitude) {
 }
 
 /* First the bins of some numbers, by vectors; then they are counted: a number just written in a vector is slow to read alone. */
-static void count_row(const T *x, int64_t n, const float *norms, int64_t (*table)[BINS]) {
+static void count_row(const T *x, int64_t n, const float *norms, uint32_t (*table)[BINS]) {
     for (int64_t start = 0; start < n; start += PIECE) {
         const int64_t some = n - start < PIECE ? n - start : PIECE;
         int32_t bin[PIECE];
@@ -28,17 +29,30 @@ static void count_row(const T *x, int64_t n, const float *norms, int64_t (*table
     }
 }
 
+static void add(uint32_t (*table)[BINS], int64_t *counts) {
+    _Pragma("omp critical(histogram)")
+    for (int64_t i = 0; i < BINS; i++)
+        for (int64_t j = 0; j < TABLES; j++) counts[i] += table[j][i];
+}
+
 /* x: [tokens, n], rows `stride` elements apart; norms: null, or [n] factors of the magnitudes, which are rounded to float
  * before; valid: null, or which tokens count; counts: [BINS], added to. */
 void histogram(const T *x, int64_t tokens, int64_t n, int64_t stride, const float *norms, const uint8_t *valid, int64_t *counts,
                int threads) {
     _Pragma("omp parallel num_threads(tokens * n < ALONE ? 1 : threads)") {
-        int64_t table[TABLES][BINS] = {{0}};
+        uint32_t table[TABLES][BINS] = {{0}};
+        int64_t room = MOST;
         _Pragma("omp for schedule(static) nowait")
-        for (int64_t t = 0; t < tokens; t++)
-            if (!valid || valid[t]) count_row(x + t * stride, n, norms, table);
-        _Pragma("omp critical")
-        for (int64_t i = 0; i < BINS; i++)
-            for (int64_t j = 0; j < TABLES; j++) counts[i] += table[j][i];
+        for (int64_t t = 0; t < tokens; t++) {
+            if (valid && !valid[t]) continue;
+            if (room < n) {
+                add(table, counts);
+                memset(table, 0, sizeof table);
+                room = MOST;
+            }
+            count_row(x + t * stride, n, norms, table);
+            room -= n;
+        }
+        add(table, counts);
     }
 }
