@@ -11,7 +11,7 @@ from torch import nn
 from pop_mm.asking import activation_dtype
 from pop_mm.errors import AdapterError
 from pop_mm.experts import LAYOUT_FLAGS, Experts, layout_of
-from pop_mm.groups import InputGroup
+from pop_mm.groups import InputGroup, linear_features
 from pop_mm.layout import FFN, PLAIN_TYPES, Projection, Role
 from pop_mm.ratio import LayerWeights
 
@@ -248,6 +248,19 @@ class Adapter:
             for paths in self.inputs
         ]
         return [group for group in found if group is not None]
+
+    def head(self, model: nn.Module) -> InputGroup | None:
+        """The lm_head and what gives it its input; None if the model does not say which it is."""
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        source = getattr(model, "get_decoder", lambda: None)()
+        if head is None or linear_features(head) is None or source is None or source is model:
+            return None
+        name = next((name for name, module in model.named_modules() if module is head), "lm_head")
+        words = model.get_input_embeddings()
+        weight = getattr(head, "weight", None)
+        tied = words if weight is not None and getattr(words, "weight", None) is weight else None
+        count = len(self.layers(model)[1])
+        return InputGroup(name, count, (head,), "lm_head", "lm_head", source, tied)
 
     def besides_ffns(self, model: nn.Module, records: Sequence[FFN | Experts]) -> list[nn.Module]:
         """What a decoded token runs besides FFNs: all other modules of the decoder layers, and the lm_head.

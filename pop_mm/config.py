@@ -29,7 +29,7 @@ _CHOICES = {
 }
 DEFAULT_BUDGET = 0.65
 # "batch" too: each sequence has its own thresholds either way
-_OF_THRESHOLDS = ("scope", "budget", "method", "batch", "backend", "kernels", "prune_shared")
+_OF_THRESHOLDS = ("scope", "budget", "method", "batch", "backend", "kernels", "prune_shared", "head_budget")
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,8 @@ class PopConfig:
     budget : float, optional
         Share of the weight bytes in ``scope`` that a decoded token reads, in (0, 1]; of routed experts, those that a token
         uses. 1 is the dense model, bit for bit. POP reads R and C of gate, up and down.
+    head_budget : float, optional
+        For thresholds: share of the lm_head's weight bytes that a decoded token reads, in (0, 1], beyond ``budget``. None: all.
     method : str or Method
         What a decode step leaves out: ``"auto"``, the name of a registered :class:`~pop_mm.methods.Method`, or an instance.
         ``thresholds``: the entries of each matrix's input that are below a threshold from the prompt, for each sequence by
@@ -128,6 +130,7 @@ class PopConfig:
     probe_tokens: int = 0
     budget: float | None = None
     method: str | Method = "auto"
+    head_budget: float | None = None
 
     def __post_init__(self) -> None:
         self._settle_amount()
@@ -197,7 +200,14 @@ class PopConfig:
             raise ConfigError(f"variant={self.variant!r} contradicts method={self.chosen_method!r}. Leave variant out.")
         if self.chosen_method in ("static", "full"):
             object.__setattr__(self, "variant", self.chosen_method)
+        if self.head_budget is not None and (not _is_number(self.head_budget) or not 0 < self.head_budget <= 1):
+            raise ConfigError(f"head_budget must be a number in (0, 1]; got {self.head_budget!r}.")
         if self.chosen_method != "thresholds":
+            if self.head_budget is not None:
+                raise ConfigError(
+                    f"head_budget={self.head_budget!r} is a setting of method='thresholds', and has no meaning for "
+                    f"method={self.chosen_method!r}, where the lm_head stays dense. Leave it out."
+                )
             return
         if self.ratio is not None:
             raise ConfigError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .classes import same_class
 
-GroupKind = Literal["attention_in", "attention_out"]
+GroupKind = Literal["attention_in", "attention_out", "lm_head"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,15 +25,22 @@ class InputGroup:
         Index of the decoder layer.
     modules : tuple of nn.Module
         ``nn.Linear``, transformers' ``Conv1D``, or what stands in their place.
-    kind : {"attention_in", "attention_out"}
-        q, k and v, or o.
+    kind : {"attention_in", "attention_out", "lm_head"}
+        q, k and v, or o; or the lm_head, whose ``layer`` is the number behind the last one.
+    role : {"attention", "lm_head"}
+    source : nn.Module or None
+        Of the lm_head: the module whose hidden states (``[B, q, H]``, of all positions) it is given, as a rule of the last ones.
+    tied : nn.Module or None
+        Of the lm_head: the embedding that has the same weight.
     """
 
     name: str
     layer: int
     modules: tuple[nn.Module, ...]
     kind: GroupKind
-    role: Literal["attention"] = "attention"
+    role: Literal["attention", "lm_head"] = "attention"
+    source: nn.Module | None = None
+    tied: nn.Module | None = None
     experts: None = None
 
     @property

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MATRICES = {
     ("attention_in", "x"): "q, k, v",
     ("attention_out", "x"): "o",
+    ("lm_head", "x"): "lm_head",
     ("dense", "x"): "gate, up",
     ("dense", "h"): "down",
     ("shared_expert", "x"): "gate, up of shared experts",
@@ -228,9 +229,11 @@ class ThresholdReport(Shown):
         layers = {name: count for name, count in self.weights_per_token.items() if name != "lm_head"}
         if self.config.scope == "ffn":
             layers.pop("attention", None)
-        total, everything = sum(layers.values()), sum(self.weights_per_token.values())
-        meant, read = self.read_weights()
-        return 1 - (everything - meant) / total, None if read is None else 1 - (everything - read) / total
+        total = sum(layers.values())
+        mine = [report for report in self.inputs if report.plan.record.role != "lm_head"]
+        left_out = sum(report.weights * (1 - report.share) for report in mine)
+        known = [report.weights * (1 - report.kept) for report in mine if report.kept is not None]
+        return 1 - left_out / total, 1 - sum(known) / total if known else None
 
     @property
     def left_out_share(self) -> float | None:

@@ -12,7 +12,7 @@ from .adapters import Adapter
 from .config import PopConfig
 from .eager import CompiledParts, without_wrappers
 from .engine import Engine
-from .errors import SessionError
+from .errors import AdapterError, SessionError
 from .executors.rows import RowsExecutor
 from .executors.rows_record import why_not as why_not_rows
 from .experts import Experts
@@ -122,13 +122,40 @@ def plan_thresholds(
     )
     shares = dict(zip("xh", threshold_shares(weights, config.budget or 1.0), strict=True))
     choose = _chooser(model, config, records, fixed or {})
+    head = head_of(model, config, adapter)
+    if head is not None:
+        mine.append(ThresholdPlan(head, {}, "", ""))
     with CompiledParts(model, [plan.record for plan in mine]):  # they run, and are judged, without what was compiled
-        plans = [
-            ThresholdPlan(plan.record, {which: shares[which] for which in plan.matrices}, *choose(plan.record))
-            for plan in mine
-        ]
+        plans = [ThresholdPlan(plan.record, _shares(plan, shares, config), *choose(plan.record)) for plan in mine]
     plans += [ThresholdPlan(ffn, {"x": 1.0, "h": 1.0}, "dense", "prune_shared=False") for ffn in whole]
     return sorted(plans, key=lambda plan: (plan.record.layer, not isinstance(plan.record, InputGroup)))
+
+
+def head_of(model: nn.Module, config: PopConfig, adapter: Adapter) -> InputGroup | None:
+    """The lm_head if entries of its input are to be left out.
+
+    Raises
+    ------
+    AdapterError
+        They are, and the adapter names none.
+    """
+    if config.head_budget in (None, 1):
+        return None
+    head = adapter.head(model)
+    if head is None:
+        raise AdapterError(
+            f"head_budget={config.head_budget:g} was given, but {type(adapter).__name__} names no lm_head of "
+            f"{type(model).__name__} that is linear and whose input it knows. Leave head_budget out, or write an adapter whose "
+            "head() names it."
+        )
+    return without_wrappers(head)
+
+
+def _shares(plan: ThresholdPlan, shares: Mapping[str, float], config: PopConfig) -> dict[str, float]:
+    if plan.record.role == "lm_head":
+        assert config.head_budget is not None
+        return {"x": config.head_budget}
+    return {which: shares[which] for which in plan.matrices}
 
 
 def _chooser(
@@ -139,17 +166,23 @@ def _chooser(
     shared = shared_storages(model)
 
     def choose(record: Record) -> tuple[str, str]:
-        if config.budget == 1:
+        if config.budget == 1 and record.role != "lm_head":
             return "dense", "a budget of 1"
         if config.backend == "masked" or config.kernels == "stock":
             return "masked", "asked for"
         reason = why_not_rows(record, tuple(types))
-        if reason is None and any(shared[storage(p)] > 1 for m in record.modules for p in m.parameters(False)):
+        own = 2 if isinstance(record, InputGroup) and _plainly_tied(record) else 1
+        if reason is None and any(shared[storage(p)] > own for m in record.modules for p in m.parameters(False)):
             reason = f"{record.name} shares its weights with another module"
         reason = reason or fixed.get(record.name)
         return ("rows", "plain weights") if reason is None else ("masked", reason)
 
     return choose
+
+
+def _plainly_tied(group: InputGroup) -> bool:
+    """Whether a tied embedding looks up the same bits where its weight is stored in another order."""
+    return type(group.tied) is nn.Embedding and group.tied.max_norm is None
 
 
 class ThresholdSession(Session):
@@ -170,7 +203,8 @@ class ThresholdSession(Session):
     def _records(self) -> Sequence[Any]:
         """What the adapter finds now."""
         groups = self._adapter.input_groups(self.model) if self.config.scope == "overall" else []
-        return [*super()._records(), *groups]
+        head = head_of(self.model, self.config, self._adapter)
+        return [*super()._records(), *groups, *([] if head is None else [head])]
 
     def _make_plans(self, config: PopConfig, fixed: Mapping[str, str]) -> list[Any]:
         return plan_thresholds(self.model, config, self._adapter, fixed)

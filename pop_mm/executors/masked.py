@@ -6,15 +6,17 @@ ExpertsInterface.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..asking import asking
 from ..engine import Engine
+from ..errors import SessionError
 from ..patching import Patches
-from ..phase import PhaseTracker
+from ..phase import Forward, PhaseTracker
 from .base import Turns, current_forward
 from .experts import MaskedExperts
 
@@ -35,6 +37,7 @@ class MaskedExecutor:
         self._tracker = tracker
         self._turns: dict[nn.Module, Turns[int]] = {}
         self.by_rows: dict[nn.Module, Any] = {}
+        self._hidden: weakref.WeakKeyDictionary[Forward, Tensor] = weakref.WeakKeyDictionary()
         self._patches = Patches()
 
     def attach(self, index: int) -> None:
@@ -48,6 +51,14 @@ class MaskedExecutor:
         for which in self._engine.masks:
             for module in record.by_input.get(which, ()):
                 self._hook(index, which, module)
+        if (source := getattr(record, "source", None)) is not None:
+            self._patches.hook(source.register_forward_hook(self._keep_hidden))
+
+    def _keep_hidden(self, source: nn.Module, args: Any, output: Any) -> None:
+        """Hidden states of all positions, of which an lm_head may be given the last ones alone."""
+        forward = self._tracker.current
+        if forward is not None and forward.length > 1:
+            self._hidden[forward] = output[0]
 
     def _hook(self, index: int, which: str, module: nn.Module) -> None:
         if module in self._turns:  # a module of several layers
@@ -55,6 +66,7 @@ class MaskedExecutor:
             return
         engine, tracker, by_rows = self._engine, self._tracker, self.by_rows
         record, turns = engine.ffns[index], Turns(index)
+        mask = self._mask_head if record.role == "lm_head" else engine.mask
         self._turns[module] = turns
 
         is_compiling = torch.compiler.is_compiling
@@ -64,7 +76,7 @@ class MaskedExecutor:
             if asking():  # its norms are being read: these are unit vectors
                 return None
             forward = current_forward(tracker, record)
-            found = engine.mask(turns.next(forward), which, forward, args[0])
+            found = mask(turns.next(forward), which, forward, args[0])
             return None if found is args[0] else (found, *args[1:])
 
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -75,6 +87,23 @@ class MaskedExecutor:
             return masked(args)
 
         self._patches.hook(module.register_forward_pre_hook(before))
+
+    def _mask_head(self, index: int, which: str, forward: Forward, x: Tensor) -> Tensor:
+        """:meth:`Engine.mask`; an lm_head that is given the last positions alone is masked as one that is given all."""
+        if x.shape[:-1].numel() == forward.rows * forward.length:
+            return self._engine.mask(index, which, forward, x)
+        hidden = self._hidden.get(forward)
+        last = None if hidden is None else hidden[:, hidden.shape[1] - x.shape[-2] :]
+        if last is None or last.shape != x.shape or last.dtype != x.dtype or not torch.equal(last, x):
+            record: Any = self._engine.ffns[index]
+            raise SessionError(
+                f"{record.name} was given something else than the last hidden states of a {type(record.source).__name__} (shape "
+                f"{tuple(x.shape)}, in a forward of {forward.length} positions), so the prompt's thresholds for it cannot be "
+                "taken from those. Leave head_budget out."
+            )
+        assert hidden is not None
+        found = self._engine.mask(index, which, forward, hidden)
+        return x if found is hidden else found[:, -x.shape[-2] :]
 
     def detach(self) -> None:
         """Remove the hooks."""

@@ -92,7 +92,8 @@ class RowsExecutor:
         def canonical(*_: Any) -> None:
             self._on_move(mine.back())
 
-        for module in record.modules:
+        tied = getattr(record, "tied", None)
+        for module in (*record.modules, *([] if tied is None else [tied])):
             before_moves(module, canonical, self._patches)
 
     def _attach_modules(self, index: int, record: FFN | InputGroup, mine: RowsRecord) -> None:
