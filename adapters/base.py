@@ -256,7 +256,7 @@ class Adapter:
         if head is None or linear_features(head) is None or source is None or source is model:
             return None
         name = next((name for name, module in model.named_modules() if module is head), "lm_head")
-        words = model.get_input_embeddings()
+        words = getattr(model, "get_input_embeddings", lambda: None)()
         weight = getattr(head, "weight", None)
         tied = words if weight is not None and getattr(words, "weight", None) is weight else None
         count = len(self.layers(model)[1])

@@ -88,7 +88,12 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("settings", [{"ratio": 0.4}, FULL], ids=["defaults", "everything"])
+OF_THRESHOLDS = {"budget": 0.7, "head_budget": 0.9}  # which have no meaning beside a ratio
+
+
+@pytest.mark.parametrize(
+    "settings", [{"ratio": 0.4}, FULL, OF_THRESHOLDS], ids=["defaults", "everything", "thresholds"]
+)
 def test_json_round_trip(settings):
     config = PopConfig(**settings)
     assert PopConfig.from_json(config.to_json()) == config
@@ -97,7 +102,7 @@ def test_json_round_trip(settings):
 
 
 def test_the_round_trip_of_everything_leaves_no_default():
-    assert set(FULL) == {f.name for f in dataclasses.fields(PopConfig)} - {"budget"}  # there is one of ratio and budget
+    assert set(FULL) == {f.name for f in dataclasses.fields(PopConfig)} - set(OF_THRESHOLDS)
     default = PopConfig(0.4)
     assert all(getattr(default, name) != value for name, value in FULL.items())
 
