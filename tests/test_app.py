@@ -19,9 +19,10 @@ from PIL import Image
 from observe import fingerprint
 from pop_mm import PopConfig, prune
 from pop_mm.app import Answer, Asker, Progress, Turn
+from pop_mm.app.examples import examples
 from pop_mm.app.line import Line
 from pop_mm.app.server import serve
-from pop_mm.app.words import panels, part
+from pop_mm.app.words import panels, part, result
 from pop_mm.cli import main
 from pop_mm.errors import PopError
 from tiny_folder import save
@@ -76,6 +77,15 @@ def test_the_answers_say_where_they_part(asker):
     (*_, last) = asker.ask(SCENE, QUESTION, **SETTINGS)
     dense, pruned = panels(last, PopConfig(0.4), 12)
     assert dense.count("<mark>") == pruned.count("<mark>") == 1
+    assert asker.advice(dict(ratio=0.9)) is None, "nothing was measured on models as small as this one"
+    assert "a &lt;bad&gt; ratio" in result(last, advice="a <bad> ratio").split("<details>")[0]
+
+
+def test_the_examples_are_answered_alike_by_default():
+    asker = Asker.load("tiny-vlm")
+    for picture, question in examples(True):
+        (*_, last) = asker.ask(picture, question, max_new_tokens=64)
+        assert last.dense.text == last.pruned.text and last.report.config.budget == 0.65
 
 
 def test_a_stopped_question_ends_without_a_report(asker):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel, StoppingCriteriaList
 
+from ..advice import advice
 from ..cli.generate import Sampling, exceeded_context, is_unicode, tokenize, warm_up
 from ..config import PopConfig
 from ..errors import ConfigError, PopError
@@ -90,6 +91,11 @@ class Asker:
                 break
             found.append(amount)
         return sorted(found)
+
+    def advice(self, settings: Mapping[str, Any]) -> str | None:
+        """Why such settings of :meth:`ask` are known to spoil this model's answers; None if nothing is known."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return advice(parameters, PopConfig.from_dict(settings))
 
     def warm_up(self, config: PopConfig) -> None:
         """Answer an example in a few tokens, dense and pruned: a first call costs more than the later ones."""

@@ -210,7 +210,12 @@ def _answer(
             return
         if asker.chats:
             turns.append(Turn(question, last.dense.text, last.pruned.text))
-        yield *panels(), words.status(last), words.result(last, earlier), "" if asker.chats else gr.skip()
+        yield (
+            *panels(),
+            words.status(last),
+            words.result(last, earlier, asker.advice(changes)),
+            "" if asker.chats else gr.skip(),
+        )
     except PopError as error:
         yield failed(str(error))
     except Exception as error:

@@ -149,7 +149,6 @@ def result(progress: Progress, earlier: Sequence[Turn] = (), advice: str | None 
         f"{report.prompt_tokens} prompt tokens" + (f" ({kinds})." if "," in kinds else "."),
         f"{what}: " + ", ".join(f"{count} {name}" for name, count in report.backends.items()) + ".",
         "Decode speed is without prefill, one run each: a rough figure. Dense is the model on PyTorch's own kernels.",
-        *([] if advice is None else [advice]),
         *report.notes,
     ]
     if report.left_out_share is not None:
@@ -157,8 +156,9 @@ def result(progress: Progress, earlier: Sequence[Turn] = (), advice: str | None 
             0, f"{report.left_out_share:.1%} of all weights that a token reads were left out, output layer included."
         )
     said = "".join(f"<p>{escape(text)}</p>" for text in lines)
+    warned = "" if advice is None else line(advice, "pop-error")
     return (
-        f"<div class='pop-result'><dl class='pop-facts'>{shown}</dl><details><summary>What each layer kept</summary>"
+        f"<div class='pop-result'><dl class='pop-facts'>{shown}</dl>{warned}<details><summary>What each layer kept</summary>"
         f"{said}{figure(report)}</details></div>"
     )
 
