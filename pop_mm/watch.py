@@ -1,8 +1,8 @@
 """What of a model a session relies on, and whether it is still so.
 
-Before every forward: the modules at their places, whether they are compiled, the tensors in them, their memory and their
-version counters. Before a prompt also the settings and hooks of modules that are made of others (adapters), and one line of
-each weight of an FFN, since writing to ``weight.data`` leaves no trace anywhere else.
+Before every forward: the modules at their places, their classes, whether they are compiled, the tensors in them, their
+memory and their version counters. Before a prompt also the settings and hooks of modules that are made of others (adapters),
+and one line of each weight of an FFN, since writing to ``weight.data`` leaves no trace anywhere else.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class Watch:
         self._calls: list[Any] = [vars(module) for module in self._callers for _ in _CALLS]
         self._call_names = [name for _ in self._callers for name in _CALLS]
         self._called = list(map(dict.get, self._calls, self._call_names))
+        self._classes = list(map(type, self._callers))
         self._note()
 
     def _note(self) -> None:
@@ -119,6 +120,10 @@ class Watch:
         other = all(map(is_, map(dict.get, self._calls, self._call_names), self._called)) or self._other_call()
         if isinstance(other, str):
             return other
+        if list(map(type, self._callers)) != self._classes:
+            pairs = zip(self._classes, self._callers, strict=True)
+            before, now = next((old, type(module)) for old, module in pairs if type(module) is not old)
+            return f"a {before.__name__} was made a {now.__name__}"
         if list(map(_data_ptr, self._addressed)) != self._addresses:
             return "the data of a weight was replaced"
         if list(map(_version, self._counted)) != list(self._versions.of.values()):

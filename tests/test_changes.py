@@ -62,6 +62,20 @@ def other_activation(path):
 
 
 MLP, EXPERTS = "model.layers.1.mlp", "model.layers.1.mlp.experts"
+
+
+class DoubledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def other_class(path):
+    def change(model):
+        model.get_submodule(path).__class__ = DoubledLinear
+
+    return change
+
+
 CHANGES = {
     ("llama", "gate"): replaced(f"{MLP}.gate_proj", "weight"),
     ("llama", "up"): replaced(f"{MLP}.up_proj", "weight"),
@@ -73,6 +87,7 @@ CHANGES = {
     ("starcoder2", "bias of down"): replaced(f"{MLP}.c_proj", "bias"),
     ("llama", "activation"): other_activation(MLP),
     ("llama", "projection"): other_module(f"{MLP}.down_proj"),
+    ("llama", "class of down"): other_class(f"{MLP}.down_proj"),
     ("llama", "mlp"): other_module(MLP),
     ("llama", "layer"): other_module("model.layers.1"),
     ("llama", "assigned"): lambda model: loaded(model, assign=True),

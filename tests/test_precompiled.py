@@ -210,11 +210,15 @@ def around(model, what):
     return compiled(call) if what == "function" else call
 
 
-@pytest.mark.parametrize("when", ["before", "inside"])
-@pytest.mark.parametrize("what", ["wrapper", "function"])
-@pytest.mark.parametrize("settings", [{"ratio": 0.4, "scope": "ffn"}, {"budget": 0.6}])
-@pytest.mark.parametrize("backend", ["masked", "auto"])
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+CALLS = [(what, when) for what in ("wrapper", "function") for when in ("before", "inside")]
+METHODS = [{"ratio": 0.4, "scope": "ffn"}, {"budget": 0.6}]
+
+
+@pytest.mark.parametrize(
+    ("family", "backend", "settings", "what", "when"),
+    [("llama", backend, settings, *call) for backend in ("masked", "auto") for settings in METHODS for call in CALLS]
+    + [("mixtral", "auto", METHODS[0], "wrapper", "before"), ("mixtral", "auto", METHODS[1], "function", "inside")],
+)
 def test_compiled_calls_of_the_model_run_eagerly_inside_a_session(family, backend, settings, what, when):
     model = fresh(family)
     plain = around(model, "model")
