@@ -318,7 +318,7 @@ def test_rows(model):
         assert row["perplexity"] == pytest.approx(math.exp(sum(run.values(point, "loss")) / 3))
         assert ("kl_minus_static" in row) == (point.method != "static")
         sizes = row["cost"]["bytes"]
-        assert row["bytes_read"] == sum(sizes.values()) - sizes.get("scoring", 0)  # the weights alone, as every report counts
+        assert row["bytes_read"] == sum(sizes.values()) - sizes.get("scoring", 0)  # as every report
         assert (row["budget"] is None) != (row["ratio"] is None)
         assert 0 <= row["same_tokens"] <= SETUP.generate
     assert {(row["method"], row["budget"]) for row in rows} >= {("thresholds", 0.6), ("pop", 0.6), ("static", 0.6)}
