@@ -79,7 +79,16 @@ def test_every_exact_mode_equals_greedy(any_model, mode, backend):
 
 
 @backends
-@pytest.mark.parametrize(("prefill", "rows"), [("dense", 1), ("dense", 2), ("partition", 2)])
+@pytest.mark.parametrize(
+    ("any_model", "prefill", "rows"),
+    [
+        (model_type, prefill, rows)
+        for model_type in DENSE_MODELS
+        for prefill, rows in (("dense", 2), ("dense", 1), ("partition", 2))
+        if model_type in LAYOUTS or (prefill, rows) == ("dense", 2)
+    ],
+    indirect=["any_model"],
+)
 def test_greedy_equals_the_reference(any_model, backend, prefill, rows):
     ids = prompt(rows, LENGTH)
     with Pop(any_model, RATIO, prefill=prefill) as reference:
