@@ -69,7 +69,8 @@ def test_report_before_any_prompt(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_printed_report_has_a_row_per_layer(report):
+def test_printed_report_has_a_row_per_layer(report, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # where all columns fit
     lines = str(report).splitlines()
     rows = [line.split() for line in lines if line.strip()[:1].isdigit() and "inplace" in line]
     sizes = report.ffns[0].plan.sizes
