@@ -317,7 +317,7 @@ def test_a_weight_that_another_module_uses_is_masked():
     assert own == shares
     assert [p.backend for p in session.plans if "mlp" in p.record.name] == ["masked"] * 2
     assert {p.backend for p in session.plans if "attn" in p.record.name} == {"rows"}
-    assert "shares its weights" in str(session.report)
+    assert "shares its weights" in " ".join(str(session.report).split())
 
 
 def test_what_is_not_plain_is_masked():
@@ -365,14 +365,14 @@ def test_without_a_compiler_it_is_masked(model, monkeypatch):
     with thresholds(model) as session:
         generate(model, prompt(1, LENGTH))
         assert not turned(model)
-        assert "no compiled kernels: none was found" in str(session.report)
+        assert "no compiled kernels: none was found" in " ".join(str(session.report).split())
 
 
 def test_the_report_says_what_ran_masked(model):
     with thresholds(model) as session:
         generate(model, prompt(2, LENGTH))
         assert session.timings.masked_forwards == session.timings.decode_forwards > 0
-        assert "decode steps ran masked" in str(session.report)
+        assert "decode steps ran masked" in " ".join(str(session.report).split())
         assert session.report.backends == {"rows": len(session.plans)}
         assert session.report.to_dict()["kernels"] == "compiled"
 

@@ -242,7 +242,7 @@ def test_did_you_mean(name, cache):
     ("error", "said"),
     [
         (OSError("We couldn't connect to 'somewhere'.\nmore"), "the hub cannot be reached"),
-        (OSError("a/b is not a valid model identifier\nmore"), "a/b is not a valid model identifier"),
+        (OSError("a/b is not a valid model identifier\nmore"), "the hub has no such model.*"),
         (ValueError("Unrecognized configuration class.\nmany\nlines"), "Unrecognized configuration class"),
     ],
 )
