@@ -49,8 +49,8 @@ def site_link(target: str, source: str) -> str:
     return path.removeprefix("docs/") if path.startswith("docs/") else target
 
 
-def on_config(config: Any) -> Any:
-    """Take the navigation from the index, and lay the package out as it is installed, where mkdocstrings looks."""
+def on_startup(**_: Any) -> None:
+    """Lay the package out as it is installed, where mkdocstrings looks: it leaves out a folder that is not there yet."""
     package = ROOT / "build" / "site" / "pop_mm"
     shutil.rmtree(package, ignore_errors=True)
     for source, target in (("pop_mm", package), ("adapters", package / "adapters")):
@@ -58,6 +58,10 @@ def on_config(config: Any) -> Any:
             copy = target / path.relative_to(ROOT / source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+
+
+def on_config(config: Any) -> Any:
+    """Take the navigation from the index."""
     config.nav = navigation((ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
     return config
 
