@@ -365,7 +365,7 @@ def threshold_table(report: ThresholdReport) -> Any:
         "kept",
         *(f"of prompt's {name}" for name in report.modality_tokens),
     ):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name == "thresholds")  # "0.38 to 0.47" stays in one line
     for matrix, (share, kept) in report.kept_share.items():
         count = sum(found.matrix == matrix for found in report.inputs)
         by_modality = report._by_modality(matrix)

@@ -29,7 +29,8 @@ def generate(model, inputs, steps=3):
 
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_vl"])
-def test_the_thresholds_are_those_of_the_text(model_type):
+def test_the_thresholds_are_those_of_the_text(model_type, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # where all columns fit
     model = tiny_vlm(model_type, torch.float64)
     inputs = image_inputs(model_type, model, images=[1])
     ids = inputs["input_ids"]
