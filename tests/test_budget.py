@@ -168,7 +168,7 @@ def test_the_registry():
 
 def test_bins_are_the_upper_bits():
     values = torch.tensor([0.0, 1e-45, 1e-40, 1.17549435e-38, 1.0, 1.0625, 1.9999999, 2.0, 3.4e38, -1.5])
-    counts = histogram(magnitudes(values).unsqueeze(1), torch.zeros(len(values), dtype=torch.int64), 1)
+    counts = histogram(magnitudes(values).unsqueeze(1), torch.ones(1, len(values), dtype=torch.bool))
     expected = [0] * BINS
     for value in values.tolist():
         expected[bin_of(abs(value))] += 1
@@ -179,7 +179,7 @@ def test_bins_are_the_upper_bits():
 def test_quantiles_and_shares(share):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(40, 50, generator=generator)
-    counts = histogram(magnitudes(values), torch.zeros(40, dtype=torch.int64), 1)
+    counts = histogram(magnitudes(values), torch.ones(1, 40, dtype=torch.bool))
     bound = quantile(counts, share)
     assert float(bound) == naive_quantile(values.abs().flatten().tolist(), share)
     assert float(share_above(counts, bound)) == pytest.approx(share, abs=1e-3)
@@ -190,10 +190,11 @@ def test_quantiles_and_shares(share):
 def test_counts_of_rows_add_up():
     generator = torch.Generator().manual_seed(1)
     values, row = torch.randn(30, 8, generator=generator).abs(), torch.arange(30) % 3
-    whole = histogram(values, row, 3)
-    parts = histogram(values[:11], row[:11], 3) + histogram(values[11:], row[11:], 3)
+    tokens = torch.arange(3).unsqueeze(1) == row
+    whole = histogram(values, tokens)
+    parts = histogram(values[:11], tokens[:, :11]) + histogram(values[11:], tokens[:, 11:])
     assert torch.equal(whole, parts) and whole.sum(-1).tolist() == [80] * 3
-    assert torch.equal(whole[1], histogram(values[row == 1], torch.zeros(10, dtype=torch.int64), 1)[0])
+    assert torch.equal(whole[1], histogram(values[row == 1], torch.ones(1, 10, dtype=torch.bool))[0])
 
 
 def test_edges_of_bins_rise():
