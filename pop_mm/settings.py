@@ -33,6 +33,7 @@ class Settings(TypedDict, total=False):
     probe_tokens: int
     budget: float | None
     method: str | Method
+    head_budget: float | None
 
 
 __all__ = ["Settings"]
