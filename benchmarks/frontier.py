@@ -16,7 +16,6 @@ The page is written from all parts that are there, ``--only`` without a part wri
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -35,7 +34,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 import pop_mm
-from measure import available_cores, machine_facts, print_machine, wide_console
+from measure import available_cores, load_json, machine_facts, print_machine, quartiles, save_json, wide_console
 from pop_mm.evaluation import METHODS, calibrate, config_for, texts
 from pop_mm.evaluation.run import Run, Setup, grid
 from pop_mm.passages import load_passages
@@ -59,13 +58,11 @@ class Parts:
 
     def save(self, part: str, result: Any) -> None:
         """Keep a part."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{part}.json").write_text(json.dumps(result, indent=2) + "\n")
+        save_json(self.folder / f"{part}.json", result)
 
     def known(self, part: str) -> Any:
         """What an earlier run has kept, or None."""
-        file = self.folder / f"{part}.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return load_json(self.folder / f"{part}.json")
 
 
 def quality(part: str, parts: Parts, progress: Progress) -> None:
@@ -199,8 +196,9 @@ def speed(parts: Parts, progress: Progress) -> None:
 
 def speedup(dense: Sequence[float], steps: Sequence[float]) -> list[float]:
     """Quartiles of how much faster the steps are, over the rounds."""
-    ratios = torch.tensor([d / s for d, s in zip(dense, steps, strict=True)])
-    return ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    ratios = [d / s for d, s in zip(dense, steps, strict=True)]
+    low, high = quartiles(ratios)
+    return [low, median(ratios), high]
 
 
 PARTS: dict[str, Callable[[Parts, Progress], None]] = {

@@ -18,7 +18,6 @@ With ``--json`` an interrupted run goes on from the file, which holds every answ
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -34,7 +33,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 import pop_mm
-from measure import available_cores, wide_console
+from measure import available_cores, load_json, save_json, wide_console
 from pop_mm.evaluation.intervals import bootstrap
 from pop_mm.passages import load_passages
 from pop_mm.samples import load
@@ -144,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings: dict[str, dict[str, Any] | None] = {"dense": None}
     settings |= {f"{m}, {b:g}": {"method": m, "budget": b} for b in args.budget for m in ("thresholds", "pop")}
     asked = dict(list(prompts(tokenizer, args.prompt_tokens).items())[: args.prompts])
-    known: list[dict[str, Any]] = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    known: list[dict[str, Any]] = load_json(args.json) or []
     done = {(a["prompt"], a["mode"], a["setting"]) for a in known}
     with Progress(console=Console(file=sys.stderr), transient=True, refresh_per_second=1) as progress:
         task = progress.add_task("answering", total=len(asked) * len(args.mode) * len(settings))
@@ -158,21 +157,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                     answer = ids[0, start:].tolist()
                     known.append(
                         {
-                            **{
-                                "prompt": name,
-                                "mode": mode,
-                                "setting": setting,
-                                "seconds": seconds,
-                                "length": len(answer),
-                            },
+                            "prompt": name,
+                            "mode": mode,
+                            "setting": setting,
+                            "seconds": seconds,
+                            "length": len(answer),
                             "text": tokenizer.decode(answer, skip_special_tokens=True),
                             "repeated": repeated_grams(answer),
                             "loop": first_loop(answer),
                             "perplexity": perplexity(model, ids, start),
                         }
                     )
-                if args.json and written:
-                    args.json.write_text(json.dumps(known, indent=2) + "\n")
+                if written:
+                    save_json(args.json, known)
                 progress.advance(task, len(args.mode))
     heads = [
         "answers",

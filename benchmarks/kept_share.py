@@ -10,7 +10,6 @@ of the table is the mean over the tokens since the column before. Sampling is se
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 import pop_mm
-from measure import available_cores, wide_console
+from measure import available_cores, load_json, save_json, wide_console
 from pop_mm.passages import load_passages
 from pop_mm.samples import load
 
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = wide_console()
     model, tokenizer = load(args.model)
     passages = list(load_passages().items())
-    rows: list[dict[str, Any]] = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    rows: list[dict[str, Any]] = load_json(args.json) or []
     wanted = [(b, length, seed) for seed in range(args.answers) for b in args.budget for length in args.prompt]
     known = {(row["budget"], row["prompt"], row["seed"]) for row in rows}
     for budget, length, seed in (key for key in wanted if key not in known):
@@ -104,8 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         means = answer(model, ids, args.tokens, seed, budget=budget, scope=args.scope)
         rows.append({"budget": budget, "prompt": length, "passage": name, "seed": seed, "means": means})
         console.print(f"{len(rows)} of {len(wanted)} answers: {means[str(args.tokens)]['all']:.4f} of {budget:g}")
-        if args.json:  # an interrupted run goes on from there
-            args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        save_json(args.json, rows)
     rows = sorted(rows, key=lambda row: (row["budget"], row["prompt"], row["seed"]))
     marks = list(rows[0]["means"])
     table = Table(title=f"{args.model}, scope {args.scope}: share of the weights that is kept")
@@ -124,8 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(
                 f"{name}: {', '.join(f'{sum(v) / len(v):.3f}' for v in zip(*each, strict=True))} (mean of all answers)"
             )
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    save_json(args.json, rows)
     good = worst <= TOLERANCE
     console.print(
         f"{'PASS' if good else 'FAIL'}  the mean of every answer is within {TOLERANCE} of its budget: {worst:.4f} at most"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +47,18 @@ def wide_console() -> Console:
     """A console on stdout; wide enough for the tables where it is no terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=170)
+
+
+def save_json(file: Path | None, result: Any) -> None:
+    """Write results as JSON, from which an interrupted run goes on; nothing without a file."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def load_json(file: Path | None) -> Any:
+    """What :func:`save_json` has written, or None."""
+    return json.loads(file.read_text()) if file is not None and file.exists() else None
 
 
 def print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> int:

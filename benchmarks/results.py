@@ -12,7 +12,6 @@ About an hour on 2 cores, without other work beside it.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +26,16 @@ from rich.progress import Progress
 from torch import Tensor
 
 import pop_mm
-from measure import Verdict, available_cores, machine_facts, print_machine, print_verdicts, wide_console
+from measure import (
+    Verdict,
+    available_cores,
+    load_json,
+    machine_facts,
+    print_machine,
+    print_verdicts,
+    save_json,
+    wide_console,
+)
 from pop_mm.adapters import adapter_for
 from pop_mm.evaluation import METHODS, config_for, score_texts, step_logits, texts
 from pop_mm.evaluation.intervals import bootstrap, difference
@@ -71,8 +79,7 @@ class Parts:
 
     def save(self, part: str, result: Any) -> None:
         """Keep a part."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{part}.json").write_text(json.dumps(result, indent=2) + "\n")
+        save_json(self.folder / f"{part}.json", result)
 
 
 def text_points(prefills: Sequence[str] = ("dense", "partition")) -> list[Point]:
@@ -287,8 +294,7 @@ def verdicts(parts: Parts) -> list[Verdict]:
     """Each difference has the sign that it must have, and its interval excludes zero."""
     found = []
     for part in ("text", "moe"):
-        file = parts.folder / f"{part}.json"
-        for pair in json.loads(file.read_text())["order"] if file.exists() else []:
+        for pair in (load_json(parts.folder / f"{part}.json") or {"order": []})["order"]:
             mean, low, high = pair["difference"]
             words = f"{part}, {pair['ratio']:.0%}: KL of {pair['lower']} is below {pair['higher']}: "
             found.append(Verdict(f"{words}{mean:+.4f} [{low:+.4f}, {high:+.4f}]", None if parts.quick else high < 0))

@@ -1,4 +1,4 @@
-"""How sessions and reports show themselves: a line in a terminal, a small table in a notebook, JSON, pandas."""
+"""How sessions, reports and results show themselves: a line in a terminal, a small table in a notebook, JSON, pandas."""
 
 from __future__ import annotations
 
@@ -15,24 +15,16 @@ from .errors import PopError
 _LONGEST_NOTE = 160  # characters
 
 
-class Shown:
-    """What has plain values (:meth:`to_dict`), a table of rows and a line about itself."""
+class Values:
+    """What has plain values (:meth:`to_dict`) and rows of them."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as :meth:`to_json` writes them."""
 
     @abstractmethod
-    def _shown_line(self) -> str:
-        """What it is, in a line."""
-
-    @abstractmethod
     def _shown_rows(self) -> Sequence[Mapping[str, Any]]:
         """One row for each part, for pandas."""
-
-    @abstractmethod
-    def _shown_table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-        """Heads and cells of the small table; the first column numbers layers, and equal rows share a line of it."""
 
     def to_json(self, path: str | Path | None = None) -> str:
         """JSON text of :meth:`to_dict`; written to a UTF-8 file too if a path is given."""
@@ -54,6 +46,18 @@ class Shown:
         except ImportError as error:
             raise PopError("to_pandas() needs pandas, which is not installed: pip install pandas.") from error
         return pandas.DataFrame.from_records(list(self._shown_rows()))
+
+
+class Shown(Values):
+    """What has a line about itself and a small table too."""
+
+    @abstractmethod
+    def _shown_line(self) -> str:
+        """What it is, in a line."""
+
+    @abstractmethod
+    def _shown_table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """Heads and cells of the small table; the first column numbers layers, and equal rows share a line of it."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self._shown_line()}>"
@@ -123,4 +127,4 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-__all__ = ["Shown", "counts", "grouped", "of_report", "printed", "share"]
+__all__ = ["Shown", "Values", "counts", "grouped", "of_report", "printed", "share"]

@@ -249,21 +249,7 @@ class ThresholdEngine(Engine):
     masks = ("h", "x")
 
     def mask(self, index: int, which: str, forward: Forward, values: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Observe the prompt's entries of one input, and zero those of decode steps that do not pass.
-
-        Parameters
-        ----------
-        which : {"x", "h"}
-        values : Tensor
-            ``[B, q, n]`` or ``[B * q, n]``.
-        positions : None
-            Entries stand in their own places.
-
-        Returns
-        -------
-        Tensor
-            Like ``values``; the very same where nothing is left out.
-        """
+        """As :meth:`Engine.mask`; entries stand in their own places, so ``positions`` are None."""
         step = self.step(forward, values.device)
         if values.shape[:-1].numel() != forward.rows * forward.length:
             raise SessionError(

@@ -29,9 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``pop-mm``.
 
     A user's mistake ends with a plain sentence and code 2, any other failure (a model that the hub does not give, for one) with
-    one and code 1, Ctrl-C with code 130 and
-    nothing. ``-v`` or ``POP_MM_TRACEBACK=1`` print the traceback of such other failures. What the encoding of stdout does not
-    have is replaced by ``?``.
+    one and code 1, Ctrl-C with code 130 and nothing. ``-v`` or ``POP_MM_TRACEBACK=1`` print the traceback of such other
+    failures. What the encoding of stdout does not have is replaced by ``?``.
 
     Parameters
     ----------

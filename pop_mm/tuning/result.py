@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import PopConfig
 from ..errors import PopError
+from ..shown import Values
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +64,7 @@ class TunePoint:
 
 
 @dataclass(frozen=True, repr=False)
-class TuneResult:
+class TuneResult(Values):
     """The curve that was walked, and what was chosen.
 
     Attributes
@@ -140,16 +140,15 @@ class TuneResult:
             "config": None if self.config is None else self.config.changes(),
             "chosen": None if self.chosen is None else asdict(self.chosen),
             "best": asdict(self.best),
-            "curve": [asdict(point) for point in self.curve],
+            "curve": list(self._shown_rows()),
             "texts": self.texts,
             "prompt": self.prompt,
             "continuation": self.continuation,
             "notes": list(self.notes),
         }
 
-    def to_json(self) -> str:
-        """JSON text of :meth:`to_dict`."""
-        return json.dumps(self.to_dict(), indent=2)
+    def _shown_rows(self) -> Sequence[Mapping[str, Any]]:
+        return [asdict(point) for point in self.curve]
 
     @property
     def rows(self) -> list[list[str]]:

@@ -15,7 +15,6 @@ from ..errors import ConfigError
 from ..evaluation import texts as reading
 from ..evaluation.intervals import difference
 from ..footprint import weights_per_token
-from ..groups import InputGroup
 from ..passages import load_passages
 from ..threshold_session import ThresholdPlan, plan_thresholds
 from .quality import Quality, QualityMeter
@@ -150,7 +149,7 @@ class _Search:
             if min_speedup is not None:
                 raise TuneError(said)
             self.notes.append(said)
-        counts = weights_per_token(model, adapter_for(model), [p for p in plans if not isinstance(p.ffn, InputGroup)])
+        counts = weights_per_token(model, adapter_for(model), plans)
         layers = sum(count for name, count in counts.items() if name != "lm_head")
         self._attention = counts["attention"] / layers
 
