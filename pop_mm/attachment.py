@@ -37,10 +37,10 @@ from .layout import FFN
 from .modality import MODALITIES
 from .patching import Patches
 from .phase import Forward, PhaseTracker
-from .planning import plan_ffns
-from .report import FFNPlan, Timings
+from .planning import FFNPlan, plan_ffns
 from .sharing import fixed_weights
 from .state import PromptState
+from .timings import Timings
 from .unwrap import unwrap
 from .watch import Watch
 

@@ -34,3 +34,7 @@ class SessionError(PopError, RuntimeError):
 
 class NonFiniteError(PopError, ArithmeticError):
     """The prompt's activations are NaN or infinite, so channels cannot be ranked."""
+
+
+class SampleError(PopError):
+    """A sample or model cannot be found, fetched or loaded."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +19,59 @@ from .layout import FFN
 from .methods.budget import budget_ratios, ffn_sizes
 from .partition import Sizes
 from .ratio import ffn_ratios
-from .report import FFNPlan
+
+
+@dataclass(frozen=True)
+class FFNPlan:
+    """What a session does with one FFN.
+
+    Attributes
+    ----------
+    ffn : FFN or Experts
+        All routed experts of a layer have one plan.
+    ratio : float
+        The FFN's own ratio.
+    sizes : Sizes
+    backend : str
+        ``"inplace"``, ``"gathered"``, ``"masked"`` or ``"dense"`` (nothing to leave out).
+    reason : str
+        Why this backend.
+    """
+
+    ffn: FFN | Experts
+    ratio: float
+    sizes: Sizes
+    backend: str
+    reason: str
+
+    def share_read(self, batch: int = 1) -> float:
+        """Share of the weights that a decode step of ``batch`` rows reads: K of D channels in place, K a row if gathered."""
+        width, whole = self.sizes.width, self.sizes.channels
+        return {"inplace": width, "gathered": min(batch * width, whole)}.get(self.backend, whole) / whole
+
+    @property
+    def share_intended(self) -> float:
+        """Share of the weights that a step of one row reads in place: K of D channels."""
+        return self.sizes.width / self.sizes.channels
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, one row of ``pop-mm inspect --json``."""
+        return {
+            "name": self.ffn.name,
+            "layer": self.ffn.layer,
+            "experts": self.ffn.count if isinstance(self.ffn, Experts) else None,
+            "top_k": self.ffn.top_k if isinstance(self.ffn, Experts) else None,
+            "role": self.ffn.role,
+            "layout": self.ffn.layout,
+            "size": self.ffn.size,
+            "ffn_ratio": self.ratio,
+            "retained": self.sizes.retained,
+            "candidates": self.sizes.candidates,
+            "pruned": self.sizes.pruned,
+            "kept": self.sizes.kept,
+            "backend": self.backend,
+            "reason": self.reason,
+        }
 
 
 def plan_ffns(

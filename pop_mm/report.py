@@ -14,107 +14,17 @@ from torch import nn
 
 from .adapters import Adapter
 from .config import PopConfig
-from .experts import Experts
 from .footprint import footprint, weights_per_token
-from .layout import FFN
 from .modality import MODALITIES
-from .partition import Partition, Sizes
-from .phase import Forward, Phase
+from .partition import Partition
+from .planning import FFNPlan
 from .shown import Shown, of_report, printed
+from .timings import Timings
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from .state import FFNState, PromptState
-
-
-@dataclass(frozen=True)
-class FFNPlan:
-    """What a session does with one FFN.
-
-    Attributes
-    ----------
-    ffn : FFN or Experts
-        All routed experts of a layer have one plan.
-    ratio : float
-        The FFN's own ratio.
-    sizes : Sizes
-    backend : str
-        ``"inplace"``, ``"gathered"``, ``"masked"`` or ``"dense"`` (nothing to leave out).
-    reason : str
-        Why this backend.
-    """
-
-    ffn: FFN | Experts
-    ratio: float
-    sizes: Sizes
-    backend: str
-    reason: str
-
-    def share_read(self, batch: int = 1) -> float:
-        """Share of the weights that a decode step of ``batch`` rows reads: K of D channels in place, K a row if gathered."""
-        width, whole = self.sizes.width, self.sizes.channels
-        return {"inplace": width, "gathered": min(batch * width, whole)}.get(self.backend, whole) / whole
-
-    @property
-    def share_intended(self) -> float:
-        """Share of the weights that a step of one row reads in place: K of D channels."""
-        return self.sizes.width / self.sizes.channels
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, one row of ``pop-mm inspect --json``."""
-        return {
-            "name": self.ffn.name,
-            "layer": self.ffn.layer,
-            "experts": self.ffn.count if isinstance(self.ffn, Experts) else None,
-            "top_k": self.ffn.top_k if isinstance(self.ffn, Experts) else None,
-            "role": self.ffn.role,
-            "layout": self.ffn.layout,
-            "size": self.ffn.size,
-            "ffn_ratio": self.ratio,
-            "retained": self.sizes.retained,
-            "candidates": self.sizes.candidates,
-            "pruned": self.sizes.pruned,
-            "kept": self.sizes.kept,
-            "backend": self.backend,
-            "reason": self.reason,
-        }
-
-
-@dataclass
-class Timings:
-    """Counts and host seconds of a session's forwards (on a GPU, the host's share only).
-
-    Attributes
-    ----------
-    prefill, decode : float
-        Seconds in forwards of each phase; scoring in one forward counts as prefill.
-    partitioning, moving : float
-        Seconds spent making partitions and moving channels before the first decode step of each prompt; not in ``decode``.
-        Only an expert's channels move later, when a step first needs it, and that is in ``decode`` too. With
-        ``prefill="partition"`` both happen within the prefill, and partitioning is counted as that alone.
-    masked_forwards : int
-        Decode forwards that ran masked though FFNs are in place: another prompt's order was resident. With a partition for
-        each row: those that its kernels do not take.
-    """
-
-    prefill: float = 0.0
-    decode: float = 0.0
-    partitioning: float = 0.0
-    moving: float = 0.0
-    prefill_forwards: int = 0
-    decode_forwards: int = 0
-    masked_forwards: int = 0
-
-    def add(self, forward: Forward, seconds: float, masked: bool) -> None:
-        """Count one forward."""
-        if forward.phase is Phase.DECODE:
-            self.decode += seconds
-            self.decode_forwards += 1
-            self.masked_forwards += masked
-        else:
-            self.prefill += seconds
-            self.prefill_forwards += 1
 
 
 @dataclass(frozen=True)

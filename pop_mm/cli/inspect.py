@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from ..adapters import Check, adapter_for, check, registered_adapters
 from ..config import PopConfig
 from ..footprint import Uniform, WeightBytes, footprint, itemsize
-from ..report import FFNPlan
+from ..planning import FFNPlan
 from ..samples import SampleError, load_config, resolve, takes_images
 from ..session import plan_ffns
 from ..tables import footprint_table, plan_table

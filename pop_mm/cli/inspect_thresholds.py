@@ -14,10 +14,10 @@ from rich.table import Table
 from ..adapters import Adapter
 from ..config import PopConfig
 from ..footprint import WeightBytes, footprint
-from ..report import Timings
 from ..tables import footprint_table
 from ..threshold_report import ThresholdReport
 from ..threshold_session import ThresholdPlan, plan_thresholds
+from ..timings import Timings
 
 _NOT_PROBED: dict[str, Any] = {"contract": None, "finding": None}  # attention has no channels
 
