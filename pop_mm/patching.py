@@ -1,7 +1,8 @@
-"""The one place that changes a model: attributes on instances and hooks, undone exactly, the last change first."""
+"""The one place that changes a model or a cache: attributes on instances and hooks, undone exactly, the last change first."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -84,4 +85,36 @@ def why_not(module: nn.Module) -> str | None:
     return None
 
 
-__all__ = ["Patches", "why_not"]
+class _Told:
+    """A method of one instance, which it does not keep alive, that tells its first argument after each call."""
+
+    def __init__(self, instance: Any, name: str, told: Callable[[Any], None] | None) -> None:
+        self._instance = weakref.ref(instance)
+        self._name = name
+        self._told = told
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        instance = self._instance()
+        result = getattr(type(instance), self._name)(instance, *args, **kwargs)
+        if self._told is not None:
+            self._told(next(iter((*args, *kwargs.values()))))
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Told:
+        return _Told(memo[id(self._instance())], self._name, None)
+
+
+def tell_calls(instance: object, name: str, told: Callable[[Any], None]) -> None:
+    """Call ``told`` with the first argument after every call of a method of its class; a deep copy's calls tell nothing.
+
+    Unlike :class:`Patches`, it does not keep the instance alive, so it suits what comes and goes while a session lasts.
+    """
+    instance.__dict__[name] = _Told(instance, name, told)
+
+
+def leave_calls(instance: object, name: str) -> None:
+    """Undo :func:`tell_calls`."""
+    instance.__dict__.pop(name, None)
+
+
+__all__ = ["Patches", "leave_calls", "tell_calls", "why_not"]
