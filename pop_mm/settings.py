@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
@@ -36,4 +36,23 @@ class Settings(TypedDict, total=False):
     head_budget: float | None
 
 
-__all__ = ["Settings"]
+def with_amount(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which a ratio or budget that is given replaces either of them, and with it a method that does not take it.
+
+    Parameters
+    ----------
+    settings : mapping
+        Plain values, as ``PopConfig.changes`` gives them.
+    given : mapping
+        Has ``"ratio"`` or ``"budget"``, or neither; None is not given.
+    """
+    amounts = {name: given[name] for name in ("ratio", "budget") if given.get(name) is not None}
+    if not amounts:
+        return dict(settings)
+    kept = {name: value for name, value in settings.items() if name not in ("ratio", "budget")}
+    if "ratio" in amounts and kept.get("method") == "thresholds":
+        del kept["method"]
+    return {**kept, **amounts}
+
+
+__all__ = ["Settings", "with_amount"]

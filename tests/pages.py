@@ -6,6 +6,7 @@ A comment of its own line in front of a block says what a test cannot know:
 - ``<!-- run with "small" for "large" -->``: the test replaces ``large`` by ``small`` in the block.
 - ``<!-- goes on -->``: a Python block that uses the names of the page's block before it.
 - ``<!-- given model: lfm2 -->``: ``model`` is a tiny one of this type, ``inputs`` a prompt for it.
+- ``<!-- given server: smollm2-135m -->``: a server with this sample answers where the block says 127.0.0.1:8000.
 - ``<!-- slow -->``: `make test-docs` runs the block, `make test` does not.
 
 Blocks have a language: ``python`` and ``bash`` run, ``text`` is what was printed, the others are read by nobody.
@@ -17,7 +18,7 @@ import io
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,12 @@ class Block:
                 text = text.replace(stated[2], stated[1])
         return text
 
+    @property
+    def server(self) -> str | None:
+        """The sample of the server that the block asks."""
+        found = [re.fullmatch(r"given server: ([\w-]+)", comment) for comment in self.comments]
+        return next((match[1] for match in found if match), None)
+
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT).as_posix()}:{self.line}"
 
@@ -126,9 +133,21 @@ def run_python(block: Block) -> str:
     for part in [block, *rest]:
         if part is not block and not part.goes_on:
             break
-        with redirect_stdout(printed):
-            exec(compile("\n" * (part.line - 1) + part.code, str(part.page), "exec"), names)
+        with redirect_stdout(printed), asked_server(part) as code:
+            exec(compile("\n" * (part.line - 1) + code, str(part.page), "exec"), names)
     return printed.getvalue()
+
+
+@contextmanager
+def asked_server(block: Block) -> Iterator[str]:
+    """The block's code, with the server that it asks running."""
+    if block.server is None:
+        yield block.code
+        return
+    from pop_mm.engines.server.run import ServedModel, serve
+
+    with serve(ServedModel.load(block.server, PopConfig())) as serving:
+        yield block.code.replace("http://127.0.0.1:8000", serving.url)
 
 
 def _given(block: Block) -> dict[str, Any]:

@@ -13,7 +13,10 @@ PYTHON = [block for block in blocks("python") if not (block.goes_on or block.not
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_python_blocks_run(block, away):
+def test_python_blocks_run(block, away, monkeypatch):
+    if block.server is not None:
+        pytest.importorskip("openai", reason="the extra [serve]")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     printed = run_python(block)
     assert printed.strip() or "print(" not in block.text
 
@@ -24,7 +27,7 @@ def test_the_picture_example_answers_right(away):
 
 
 def test_every_block_has_a_language_and_a_known_comment():
-    known = r'not run: .+|goes on|slow|run with ".*" for ".+"|given model: \w+'
+    known = r'not run: .+|goes on|slow|run with ".*" for ".+"|given model: \w+|given server: [\w-]+'
     for page in PAGES:
         fences = re.findall(r"^```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
         assert [fence for fence in fences[::2] if fence not in ("python", "bash", "text", "json")] == [], page

@@ -49,6 +49,7 @@ from .options import (
     Wide,
 )
 from .running import main
+from .serve import serve as _serve
 
 app = App()
 app.add_typer(models_app, name="models")
@@ -258,6 +259,9 @@ def web_app(
     from .settings import config_of
 
     run(model, port, config_of(context, settings, *SETTINGS), dtype, device)
+
+
+app.command()(_serve)
 
 
 @app.command()

@@ -9,6 +9,7 @@ SHORT: dict[str, str] = {
     "tune": "Find the settings for your text.",
     "evaluate": "Measure what it costs in quality.",
     "web_app": "Serve a web page on this machine.",
+    "serve": "Serve an OpenAI endpoint, pruned.",
     "inspect": "Show what would be left out.",
     "bench": "Measure speed and memory.",
     "adapters": "List the supported model types.",
@@ -29,6 +30,7 @@ EXAMPLES: dict[str, list[str]] = {
         "pop-mm eval --text my.txt --ratio 0.2 --output results",
     ],
     "web_app": ["pop-mm app --model tiny-vlm"],
+    "serve": ["pop-mm serve --model smollm2-135m --budget 0.65"],
     "inspect": [
         "pop-mm inspect --model smollm2-135m --budget 0.65",
         "pop-mm inspect --model smollm2-135m --ratio 0.2 --check",

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from ..config import DEFAULT_BUDGET, PopConfig
+from ..settings import with_amount
 
 
 def explicit(context: typer.Context, names: Mapping[str, str]) -> dict[str, Any]:
@@ -37,14 +38,8 @@ def merged(file: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     ConfigError
         As :meth:`PopConfig.load`.
     """
-    settings = {} if file is None else PopConfig.load(file).changes()
-    amounts = {name: given.get(name) for name in ("ratio", "budget")}
-    if any(value is not None for value in amounts.values()):
-        settings = {name: value for name, value in settings.items() if name not in amounts}
-        settings |= {name: value for name, value in amounts.items() if value is not None}
-        if amounts["ratio"] is not None and settings.get("method") == "thresholds":
-            del settings["method"]
-    return {**settings, **{name: value for name, value in given.items() if name not in amounts}}
+    settings = with_amount({} if file is None else PopConfig.load(file).changes(), given)
+    return {**settings, **{name: value for name, value in given.items() if name not in ("ratio", "budget")}}
 
 
 def config_of(context: typer.Context, file: str | None, *options: str) -> PopConfig:

@@ -89,6 +89,7 @@ def prepare_chats(
     model: Any = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    template: Mapping[str, Any] | None = None,
 ) -> BatchFeature:
     """Prepare a chat, or a batch of chats, for ``model.generate(**inputs)``.
 
@@ -105,6 +106,8 @@ def prepare_chats(
         Gives device and dtype, unless they are given.
     device, dtype
         Where to put tensors, and the dtype of pixel values.
+    template : mapping, optional
+        More for the chat template: ``tools``, or variables of its own.
 
     Returns
     -------
@@ -132,6 +135,7 @@ def prepare_chats(
             return_dict=True,
             return_tensors="pt",
             processor_kwargs=settings,
+            **(template or {}),
         )
     except InputError:
         raise
