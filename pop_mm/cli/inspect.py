@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from ..adapters import Check, adapter_for, check, registered_adapters
 from ..config import PopConfig
+from ..errors import SampleError
 from ..footprint import Uniform, WeightBytes, footprint, itemsize
 from ..planning import FFNPlan
-from ..samples import SampleError, load_config, resolve, takes_images
+from ..samples import load_config, resolve, takes_images
 from ..session import plan_ffns
 from ..tables import footprint_table, plan_table
 from .generate import load_model, torch_dtype

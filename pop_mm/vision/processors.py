@@ -8,7 +8,8 @@ from importlib import import_module, metadata
 from typing import Any
 
 from ..classes import is_a
-from ..samples import SampleError, _loading, load_config, resolve
+from ..errors import SampleError
+from ..samples import _loading, load_config, resolve
 from .images import PIP_LINE, InputError
 
 
