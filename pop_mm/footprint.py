@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from .adapters import Adapter
+from .formats import format_of, stored
 from .groups import InputGroup
 from .layout import linear_weight_count
 
@@ -67,6 +68,39 @@ class Uniform:
         return float(self.itemsize * count)
 
 
+class AsStored:
+    """Bytes as the model's linear modules store their weights, scales included; all else is of the model's dtype.
+
+    Parameters
+    ----------
+    model : nn.Module
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._uniform = Uniform(itemsize(model))
+
+    def of_record(self, record: Any) -> float:
+        """Of all its modules; routed experts are never packed."""
+        return self._uniform.of_record(record) - sum(map(self._saved, record.modules))
+
+    def of_attention(self, model: nn.Module, adapter: Adapter, count: int) -> float:
+        """Of what the decoder layers hold besides FFNs."""
+        others = adapter.besides_ffns(model, adapter.projections(model))
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        return self._uniform.of_attention(model, adapter, count) - sum(self._saved(m) for m in others if m is not head)
+
+    def of_head(self, head: nn.Module, count: int) -> float:
+        """Of the lm_head."""
+        return self._uniform.of_head(head, count) - self._saved(head)
+
+    def _saved(self, module: nn.Module) -> float:
+        weight = module._parameters.get("weight")
+        form = format_of(weight)
+        if form is None or form.name == "plain" or (found := stored(weight)) is None:
+            return 0.0
+        return float(self._uniform.itemsize * found.matrix.numel() - found.nbytes)
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Of one decoded token.
@@ -109,12 +143,12 @@ def footprint(
     shares : sequence of float, optional
         Of each plan, the share of its weights that is read; by default what its backend reads.
     weights : WeightBytes, optional
-        By default all weights take what one of the model's dtype takes.
+        By default as the model stores them.
     batch : int
         Rows. Of E routed experts, ``min(batch * top_k, E)`` are read: how many different ones a batch needs is not known
         beforehand.
     """
-    weights = Uniform(itemsize(model)) if weights is None else weights
+    weights = AsStored(model) if weights is None else weights
     shares = [plan.share_read(batch) for plan in plans] if shares is None else shares
     counts = weights_per_token(model, adapter, plans)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -152,4 +186,14 @@ def itemsize(model: nn.Module) -> int:
     return next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
 
 
-__all__ = ["FFN_PARTS", "Footprint", "Plan", "Uniform", "WeightBytes", "footprint", "itemsize", "weights_per_token"]
+__all__ = [
+    "FFN_PARTS",
+    "AsStored",
+    "Footprint",
+    "Plan",
+    "Uniform",
+    "WeightBytes",
+    "footprint",
+    "itemsize",
+    "weights_per_token",
+]

@@ -236,7 +236,9 @@ def load_config(model: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
-def load(model: str, *, dtype: Any = "auto", device: Any = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    model: str, *, dtype: Any = "auto", device: Any = None, weights: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a language model, or a vision-language model, and its tokenizer from a sample's name, a folder or a hub id.
 
     Parameters
@@ -247,6 +249,8 @@ def load(model: str, *, dtype: Any = "auto", device: Any = None) -> tuple[PreTra
         ``"auto"`` is the checkpoint's own dtype, and the sample's ``dtype`` (float32) for a sample.
     device : str or torch.device, optional
         Where to put the model; the default leaves it on the CPU.
+    weights : {"auto", "int8"}
+        ``"int8"`` quantises the decoder layers once they are loaded, by torchao: :func:`pop_mm.quantise.quantise`.
 
     Returns
     -------
@@ -257,17 +261,24 @@ def load(model: str, *, dtype: Any = "auto", device: Any = None) -> tuple[PreTra
     ------
     SampleError
         The name is unknown, or the hub, the network or a file failed.
+    QuantiseError
+        The weights cannot be stored so, or torchao is not installed.
     """
     from transformers import AutoTokenizer
 
+    from .quantise import check_weights, quantise
+
+    check_weights(weights)
     source, kind = resolve(model), _dtype(model, dtype)
     config = load_config(model)  # first the smallest files, so that a wrong name fails early and as what it is
     with _loading("tokenizer", model):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    return _load_weights(model, source, takes_images(config), kind, device), tokenizer
+    return quantise(_load_weights(model, source, takes_images(config), kind, device), weights), tokenizer
 
 
-def load_vision(model: str, *, dtype: Any = "auto", device: Any = None) -> tuple[PreTrainedModel, Any]:
+def load_vision(
+    model: str, *, dtype: Any = "auto", device: Any = None, weights: str = "auto"
+) -> tuple[PreTrainedModel, Any]:
     """Load a vision-language model and its processor (``pop_mm.vision.load_processor``); as :func:`load` otherwise.
 
     Raises
@@ -277,8 +288,10 @@ def load_vision(model: str, *, dtype: Any = "auto", device: Any = None) -> tuple
     InputError
         Its processor needs a package that is not installed.
     """
+    from .quantise import check_weights, quantise
     from .vision import load_processor
 
+    check_weights(weights)
     source, kind = resolve(model), _dtype(model, dtype)
     config = load_config(model)
     if not takes_images(config):
@@ -287,7 +300,7 @@ def load_vision(model: str, *, dtype: Any = "auto", device: Any = None) -> tuple
             "tiny-vlm."
         )
     processor = load_processor(source)
-    return _load_weights(model, source, True, kind, device), processor
+    return quantise(_load_weights(model, source, True, kind, device), weights), processor
 
 
 def takes_images(config: PretrainedConfig) -> bool:

@@ -422,7 +422,7 @@ def test_command(call, tmp_path):
     )
     assert (code, err) == (0, "")
     results = json.loads((tmp_path / "a.json").read_text())
-    assert set(results) == {"model", "layers", "setup", "machine", "rows", "notes"}
+    assert set(results) == {"model", "weight_format", "layers", "setup", "machine", "rows", "notes"}
     assert results["model"] == folder and results["setup"]["device"] == "cpu"
     assert [row["method"] for row in results["rows"]] == ["dense", "pop"]
     assert "batch 1, 8 tokens in, 4 out, dynamic cache" in out

@@ -36,7 +36,7 @@ INSPECT_KEYS = {
         "pruned",
         "kept",
     ),
-    *("backend", "reason", "bytes_per_token_dense", "bytes_per_token_pruned"),
+    *("backend", "reason", "bytes_per_token_dense", "bytes_per_token_pruned", "weight_format"),
 }
 
 
@@ -58,7 +58,7 @@ def test_generate(call, folder, tmp_path):
     )
     assert (code, err) == (0, "")
     values = json.loads((tmp_path / "a.json").read_text())
-    assert set(values) == {"model", "prompt", "config", "dense", "pruned", "report"}
+    assert set(values) == {"model", "weight_format", "prompt", "config", "dense", "pruned", "report"}
     assert values["model"] == folder
     assert PopConfig.from_dict(values["config"]) == PopConfig(0.4)
     assert set(values["dense"]) == set(values["pruned"]) == ANSWER_KEYS
@@ -154,7 +154,7 @@ def test_process_keeps_stdout_clean(folder):
     command = [sys.executable, "-c", script, "generate", "--model", folder, "--prompt", PROMPT, "--json", "-"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "default"})
     assert done.returncode == 0
-    assert set(json.loads(done.stdout)) == {"model", "prompt", "config", "dense", "pruned", "report"}
+    assert set(json.loads(done.stdout)) == {"model", "weight_format", "prompt", "config", "dense", "pruned", "report"}
     for noise in ("Warning", "Loading weights", "it/s", "generation flags"):
         assert noise not in done.stderr
 
@@ -179,7 +179,7 @@ def test_inspect_plans_what_a_session_does(call, folder):
     options = ("--model", folder, "--ratio", 0.3, "--gamma", 0.2)
     planned = json.loads(call("inspect", *options, "--json")[1])
     done = json.loads(call("generate", *options, "--prompt", PROMPT, "--json", "-")[1])["report"]["ffns"]
-    shared = INSPECT_KEYS - {"bytes_per_token_dense", "bytes_per_token_pruned"}
+    shared = INSPECT_KEYS - {"bytes_per_token_dense", "bytes_per_token_pruned", "weight_format"}
     assert [{k: row[k] for k in shared} for row in planned] == [{k: row[k] for k in shared} for row in done]
 
 

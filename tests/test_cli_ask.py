@@ -51,7 +51,17 @@ def test_ask(call, folder, picture, tmp_path):
     )
     assert (code, err) == (0, "")
     values = json.loads((tmp_path / "a.json").read_text())
-    assert values.keys() == {"model", "image", "question", "tokens", "config", "dense", "pruned", "report"}
+    assert values.keys() == {
+        "model",
+        "weight_format",
+        "image",
+        "question",
+        "tokens",
+        "config",
+        "dense",
+        "pruned",
+        "report",
+    }
     assert values["dense"].keys() == values["pruned"].keys() == ANSWER_KEYS
     assert (values["image"], values["question"]) == ([str(picture)], QUESTION)
     counts = {name: count for name, count in values["tokens"].items() if count}

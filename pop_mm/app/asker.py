@@ -57,10 +57,10 @@ class Asker:
         self._line = Line(MOST_WAITING)
 
     @classmethod
-    def load(cls, name: str, *, dtype: Any = "auto", device: Any = None) -> Asker:
-        """Load a sample, a folder or a hub id; with images if the model takes them. Raises ``SampleError``."""
+    def load(cls, name: str, *, dtype: Any = "auto", device: Any = None, weights: str = "auto") -> Asker:
+        """Load a sample, a folder or a hub id, as :func:`pop_mm.samples.load` does; with images if the model takes them."""
         loader = load_vision if takes_images(load_config(name)) else load
-        return cls(name, *loader(name, dtype=dtype, device=device))
+        return cls(name, *loader(name, dtype=dtype, device=device, weights=weights))
 
     @property
     def busy(self) -> bool:

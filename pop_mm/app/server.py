@@ -17,6 +17,7 @@ from ..cli.generate import find_device, torch_dtype
 from ..cli.terminal import CommandError, quiet, spinner
 from ..config import PopConfig
 from ..plans import plans_of
+from ..quantise import check_weights
 from ..samples import resolve
 from .asker import MAX_BYTES, Asker
 from .examples import SCENES
@@ -41,14 +42,15 @@ class Served:
     asker: Asker
 
 
-def run(name: str, port: int, config: PopConfig, dtype: str, device: str) -> None:
+def run(name: str, port: int, config: PopConfig, dtype: str, device: str, weights: str = "auto") -> None:
     """The command: load the model, serve the page and wait for Ctrl-C."""
     check_gradio()
+    check_weights(weights)
     where, kind = find_device(device), torch_dtype(dtype)
     resolve(name)  # a sample is made here, with its own progress display
     with quiet():
         with spinner(f"Loading {name}"):
-            asker = Asker.load(name, dtype=kind, device=where)
+            asker = Asker.load(name, dtype=kind, device=where, weights=weights)
             plans_of(asker.model, config)  # that the settings fit is better known now
             asker.warm_up(config)
         with serve(asker, port, config) as served:

@@ -10,7 +10,7 @@ import torch
 
 from ..adapters import adapter_for
 from ..config import PopConfig
-from ..footprint import FFN_PARTS, footprint, itemsize
+from ..footprint import FFN_PARTS, AsStored, footprint
 from ..plans import plans_of
 
 
@@ -62,7 +62,7 @@ def step_bytes(model: Any, config: PopConfig, batch: int, context: float) -> Ste
     """
     adapter = adapter_for(model)
     found = footprint(model, adapter, plans_of(model, config), batch=batch)
-    groups = itemsize(model) * sum(group.weight_count for group in adapter.input_groups(model))
+    groups = sum(map(AsStored(model).of_record, adapter.input_groups(model)))
     left_out = found.dense["attention"] - found.read["attention"]
     return StepBytes({**found.read, "KV cache": cache_bytes(model, batch, context)}, groups - left_out)
 

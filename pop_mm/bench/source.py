@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..quantise import quantise
 from .configs import config_of, materialise, skeleton
 
 
@@ -24,28 +25,38 @@ class Source:
         Decoder layers of a config, if fewer than published.
     dtype : str
         "auto" is the checkpoint's own, and bfloat16 for a config.
+    weights : str
+        As :func:`pop_mm.quantise.quantise` takes them.
     """
 
     name: str
     config: bool = False
     layers: int | None = None
     dtype: str = "auto"
+    weights: str = "auto"
 
     @property
     def label(self) -> str:
         """Name for every output: it says what is not as published."""
+        stored = "" if self.weights == "auto" else f", {self.weights} weights"
         if not self.config:
-            return self.name
+            return self.name + stored
         whole = config_of(self.name).get_text_config().num_hidden_layers
         layers = "" if self.layers in (None, whole) else f", {self.layers} of {whole} layers"
-        return f"{self.name} dimensions{layers}, random weights"
+        return f"{self.name} dimensions{layers}, random{' int8' if self.weights == 'int8' else ''} weights"
 
     @property
     def notes(self) -> list[str]:
         """Sentences that belong to every output."""
+        found = []
+        if self.weights != "auto":
+            found.append(
+                f"Dense is the {self.weights} model, by torchao on stock kernels, which is no faster than what it was made "
+                "from: run this without --weights too before you call anything a speed-up."
+            )
         if self.config and hasattr(config_of(self.name), "vision_config"):
-            return ["The prompts are text alone: the language tower is measured, and the vision tower never runs."]
-        return []
+            found.append("The prompts are text alone: the language tower is measured, and the vision tower never runs.")
+        return found
 
     def skeleton(self) -> Any:
         """A config's model without weights."""
@@ -62,10 +73,10 @@ class Source:
             As :func:`pop_mm.samples.load`.
         """
         if self.config:
-            return materialise(self.skeleton(), device, seed), None
+            return quantise(materialise(self.skeleton(), device, seed), self.weights), None
         from ..samples import load
 
-        return load(self.name, dtype=self.dtype, device=device)
+        return load(self.name, dtype=self.dtype, device=device, weights=self.weights)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -46,6 +46,7 @@ from .options import (
     Seed,
     Settings,
     Temperature,
+    Weights,
     Wide,
 )
 from .running import main
@@ -95,6 +96,7 @@ def generate(
     seed: Seed = 0,
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template, if it has one.")] = True,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     json_file: JsonFile = None,
     plot: Plot = None,
@@ -106,7 +108,7 @@ def generate(
 
     config = config_of(context, settings, *SETTINGS, "prefill", "probe_tokens")
     sampling = Sampling(max_new_tokens, temperature, seed, chat)
-    run(model, words("prompt", prompt, prompt_file), config, sampling, dtype, device, json_file, plot)
+    run(model, words("prompt", prompt, prompt_file), config, sampling, dtype, device, json_file, plot, weights)
 
 
 @app.command()
@@ -124,6 +126,7 @@ def chat(
         bool, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template, if it has one.")
     ] = True,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
 ) -> None:
     """Talk to a model in the terminal: /dense and /pruned change how it answers, /help lists the rest."""
@@ -132,7 +135,7 @@ def chat(
     from .settings import config_of
 
     config = config_of(context, settings, "ratio", "budget", "method")
-    run(model, config, Sampling(max_new_tokens, temperature, seed, template), dtype, device)
+    run(model, config, Sampling(max_new_tokens, temperature, seed, template), dtype, device, weights)
 
 
 @app.command()
@@ -154,6 +157,7 @@ def ask(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     json_file: JsonFile = None,
     plot: Plot = None,
@@ -175,6 +179,7 @@ def ask(
         device,
         json_file,
         plot,
+        weights,
     )
 
 
@@ -216,6 +221,7 @@ def evaluate(
         str | None, typer.Option(metavar="DIR", help="Keep results here; an interrupted run goes on from it.")
     ] = None,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     json_file: JsonFile = None,
     wide: Wide = False,
@@ -231,7 +237,7 @@ def evaluate(
     gammas, prefills = (
         found if isinstance(found := others.pop(name), list) else [found] for name in ("gamma", "prefill")
     )
-    setup = Setup(model, prompt, continuation, generate_tokens, scope, batch, batch_size, seed, others)
+    setup = Setup(model, prompt, continuation, generate_tokens, scope, batch, batch_size, seed, others, weights)
     source = Source(text or (), dataset, subset, split, column, limit, calibration or ())
     methods = grid.methods or (OF_BUDGETS if grid.budgets else OF_RATIOS)
     run(setup, methods, grid.ratios, gammas, prefills, source, output, dtype, device, json_file, grid.budgets, wide)
@@ -252,13 +258,14 @@ def web_app(
     backend: Backend = "auto",
     settings: Settings = None,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
 ) -> None:
     """Serve a web page on this machine that answers a question dense and pruned. Needs the extra [app]."""
     from ..app.server import run
     from .settings import config_of
 
-    run(model, port, config_of(context, settings, *SETTINGS), dtype, device)
+    run(model, port, config_of(context, settings, *SETTINGS), dtype, device, weights)
 
 
 app.command()(_serve)
@@ -276,6 +283,7 @@ def inspect(
     backend: Backend = "auto",
     settings: Settings = None,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one row per FFN.", show_default=False)] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Load the weights and probe the adapter; code 1 if it is broken.")
@@ -287,7 +295,7 @@ def inspect(
     from .settings import config_of
 
     config = config_of(context, settings, *SETTINGS)
-    if not run(model, config, dtype, as_json, check, wide):
+    if not run(model, config, dtype, as_json, check, wide, weights):
         raise typer.Exit(1)
 
 
@@ -341,6 +349,7 @@ def bench(
         int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the order, prompts and random weights.")
     ] = 0,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     json_file: JsonFile = None,
     plot: Plot = None,
@@ -351,7 +360,7 @@ def bench(
     from .bench import pruning, run, source_of
     from .settings import grid_of
 
-    source = source_of(model, config, random_weights, layers, dtype)
+    source = source_of(model, config, random_weights, layers, dtype, weights)
     pruned = pruning(grid_of(context, settings, scope="scope", gamma="gamma", batch_mode="batch"))
     setup = Setup(
         batches=batch,
@@ -386,6 +395,7 @@ def tune(
     new_tokens: Annotated[int, typer.Option(min=4, max=MOST, help="Decoded to measure speed, exactly.")] = 64,
     rounds: Annotated[int, typer.Option(min=0, max=MOST, help="Dense and pruned in turn for each speed; 0: none.")] = 3,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
     json_file: JsonFile = None,
 ) -> None:
@@ -397,7 +407,7 @@ def tune(
     from .tune import run
 
     measured = (prompt, continuation, limit, new_tokens, rounds)
-    if not run(model, max_kl, min_speedup, text or (), *measured, save, dtype, device, json_file):
+    if not run(model, max_kl, min_speedup, text or (), *measured, save, dtype, device, json_file, weights):
         raise typer.Exit(1)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config import PopConfig
 from ..modality import MODALITIES
+from ..quantise import check_weights
 from ..samples import load_vision, resolve
 from ..threshold_report import ThresholdReport
 from ..vision import load_image, prepare
@@ -24,16 +25,18 @@ def run(
     device: str,
     json_file: str | None,
     plot: str | None,
+    weights: str = "auto",
 ) -> None:
     """The command: answer, print, and save where asked. Everything that can be checked early is checked first."""
     check_outputs(json_file, plot)
     check_words("question", question, sampling)
+    check_weights(weights)
     pictures = [load_image(image) for image in images]
     where, kind = find_device(device), torch_dtype(dtype)
     resolve(name)  # a sample is made here, with its own progress display
     with quiet():
         with spinner(f"Loading {name}"):
-            model, processor = load_vision(name, dtype=kind, device=where)
+            model, processor = load_vision(name, dtype=kind, device=where, weights=weights)
         inputs = prepare(processor, pictures, question, model=model)
         length = inputs["input_ids"].shape[1]
         needs = f"The prompt has {length} tokens (images included) and {sampling.asks_for}"
@@ -49,5 +52,5 @@ def run(
         return plot_answer(both.report, pictures, question, both.titled, plot)
 
     counts = {modality: both.report.modality_tokens.get(modality, 0) for modality in MODALITIES}
-    asked = {"model": name, "image": list(images), "question": question, "tokens": counts}
+    asked = {"model": name, "weight_format": weights, "image": list(images), "question": question, "tokens": counts}
     both.show(asked, json_file, None if plot is None else draw)

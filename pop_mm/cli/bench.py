@@ -17,6 +17,7 @@ from ..bench.configs import CONFIGS, config_of
 from ..bench.machine import machine_facts, machine_line
 from ..bench.memory import Job, measure_memory
 from ..bench.variants import kernels_for
+from ..quantise import check_weights
 from . import loudness
 from .generate import check_outputs, find_device, torch_dtype
 from .inspect import skeleton
@@ -59,7 +60,7 @@ def run(
             model, tokenizer = source.load(where, setup.seed)
         with _bar("rounds", steps(setup)) as tick:
             results = measure(model, tokenizer, setup, tick, peaks)
-    results = {"model": source.label, "layers": source.layers, **results}
+    results = {"model": source.label, "weight_format": source.weights, "layers": source.layers, **results}
     results["notes"] = [*source.notes, *results["notes"]]
     saves: list[Callable[[], object]] = []
     if json_file is not None:
@@ -76,7 +77,9 @@ def run(
         console.print(f"Picture: {Path(plot).expanduser()}", highlight=False, markup=False, soft_wrap=True)
 
 
-def source_of(model: str | None, config: str | None, random_weights: bool, layers: int | None, dtype: str) -> Source:
+def source_of(
+    model: str | None, config: str | None, random_weights: bool, layers: int | None, dtype: str, weights: str = "auto"
+) -> Source:
     """What the options name.
 
     Raises
@@ -86,20 +89,21 @@ def source_of(model: str | None, config: str | None, random_weights: bool, layer
     BenchError
         Unknown config, or too many layers.
     """
+    check_weights(weights)
     if (model is None) == (config is None):
         raise CommandError(f"Give --model, or --config with one of {', '.join(CONFIGS)}; not both, not neither.")
     if config is None:
         if random_weights or layers is not None:
             raise CommandError("--random-weights and --layers go with --config; a --model is loaded as it is.")
         assert model is not None
-        return Source(model, dtype=dtype)
+        return Source(model, dtype=dtype, weights=weights)
     config_of(config, layers)
     if not random_weights:
         raise CommandError(
             f"--config {config} names dimensions without weights. Add --random-weights (speed does not depend on the values), or "
             "name a checkpoint with --model."
         )
-    return Source(config, True, layers, dtype)
+    return Source(config, True, layers, dtype, weights)
 
 
 def pruning(grid: Grid) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from ..config import PopConfig
 from ..inputs import check_tokens, context_of
+from ..quantise import check_weights
 from ..session import Session, prune
 from . import loudness
 from .generate import Clock, Sampling, check_words, find_device, is_unicode, load_model
@@ -179,14 +180,15 @@ class Conversation:
         return ", ".join([*parts, *(["stopped"] if self.stopped else [])])
 
 
-def run(name: str, config: PopConfig, sampling: Sampling, dtype: str, device: str) -> None:
+def run(name: str, config: PopConfig, sampling: Sampling, dtype: str, device: str, weights: str = "auto") -> None:
     """The command: read lines until the end of the input or ``/quit``."""
     check_words("question", "-", sampling)
+    check_weights(weights)
     where = find_device(device)
     notes = Console(stderr=True, highlight=False)
     say = (lambda _: None) if loudness.silent() else (lambda text: notes.print(text, style="dim", markup=False))
     with quiet():
-        model, tokenizer = load_model(name, dtype, where)
+        model, tokenizer = load_model(name, dtype, where, weights)
         conversation = Conversation(model, tokenizer, config, sampling)
         try:
             say(f"{name}, pruned ({config.label}). /help lists what else can be typed.")

@@ -16,6 +16,7 @@ from ..evaluation import show, texts
 from ..evaluation.run import UNITS, EvaluationError, Run, Setup, grid
 from ..evaluation.texts import Window
 from ..passages import load_passages
+from ..quantise import check_weights, quantised_copy
 from ..session import Session, plan_ffns
 from . import loudness
 from .generate import check_context, find_device, load_model
@@ -80,6 +81,7 @@ def run(
     folder = None if output is None else _make_folder(output)
     if json_file not in (None, "-"):
         check_writable(json_file)
+    check_weights(setup.weight_format)
     where = find_device(device)
     named: dict[str, str | texts.Chats] = dict(texts.read_files(source.files))
     if source.dataset is not None:
@@ -89,7 +91,8 @@ def run(
         raise EvaluationError("wanda_sp ranks channels by calibration text: give some (--calibration FILE).")
     console = Console(stderr=json_file == "-")
     with quiet():
-        model, tokenizer = load_model(setup.model, dtype, where)
+        reference, tokenizer = load_model(setup.model, dtype, where)
+        model = quantised_copy(reference, setup.weight_format)
         tokens = setup.prompt + max(setup.continuation, setup.generate)
         asked = f"--prompt and --continuation or --generate ask for {tokens} tokens"
         check_context(model, tokens, asked, "for fewer")
@@ -100,7 +103,7 @@ def run(
             every = texts.pieces(extra or load_passages(), tokenizer, setup.tokens)
             calibration = [window for window in every if window.name not in known]  # what is not scored
         texts.check_tokens(model, [*windows, *calibration], tokenizer)
-        work = Run(model, setup, windows, calibration, folder)
+        work = Run(model, setup, windows, calibration, folder, reference)
         for ratio in ratios:  # one that does not fit the model is found before the first forward
             plan_ffns(model, PopConfig(ratio, setup.scope))  # type: ignore[arg-type]
         for point in points:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import PopConfig
 from ..errors import PopError
 from ..inputs import check_tokens, context_of
+from ..quantise import check_weights
 from ..report import Report
 from ..samples import load, resolve
 from ..session import Session, prune
@@ -91,17 +92,20 @@ def run(
     device: str,
     json_file: str | None,
     plot: str | None,
+    weights: str = "auto",
 ) -> None:
     """The command: answer, print, and save where asked. Everything that can be checked early is checked first."""
     check_outputs(json_file, plot)
     check_words("prompt", prompt, sampling)
+    check_weights(weights)
     where = find_device(device)
     with quiet():
-        model, tokenizer = load_model(name, dtype, where)
+        model, tokenizer = load_model(name, dtype, where, weights)
         inputs = encode(model, tokenizer, prompt, sampling)
         start = {key: value[:, :_WARM_UP] for key, value in inputs.items()}
         both = compare(model, tokenizer, inputs, start, config, sampling)
-    both.show({"model": name, "prompt": prompt}, json_file, None if plot is None else lambda: both.report.plot(plot))
+    asked = {"model": name, "prompt": prompt, "weight_format": weights}
+    both.show(asked, json_file, None if plot is None else lambda: both.report.plot(plot))
 
 
 @dataclass(frozen=True)
@@ -217,13 +221,13 @@ def torch_dtype(name: str) -> torch.dtype | str:
 
 
 def load_model(
-    name: str, dtype: str, device: torch.device | None = None
+    name: str, dtype: str, device: torch.device | None = None, weights: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer behind a spinner."""
     kind = torch_dtype(dtype)
     resolve(name)  # a sample is fetched here, with its own progress display
     with spinner(f"Loading {name}"):
-        return load(name, dtype=kind, device=device)
+        return load(name, dtype=kind, device=device, weights=weights)
 
 
 def encode(

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from ..adapters import Check, adapter_for, check, registered_adapters
 from ..config import PopConfig
 from ..errors import SampleError
-from ..footprint import Uniform, WeightBytes, footprint, itemsize
+from ..footprint import AsStored, WeightBytes, footprint, itemsize
 from ..planning import FFNPlan
+from ..quantise import QuantiseError, check_weights, quantise
 from ..samples import load_config, resolve, takes_images
 from ..session import plan_ffns
 from ..tables import footprint_table, plan_table
@@ -25,20 +26,32 @@ from .stored import StoredBytes, bits_of, stored_tensors
 from .terminal import quiet, spinner
 
 
-def run(name: str, config: PopConfig, dtype: str, as_json: bool, contract: bool = False, wide: bool = True) -> bool:
+def run(
+    name: str,
+    config: PopConfig,
+    dtype: str,
+    as_json: bool,
+    contract: bool = False,
+    wide: bool = True,
+    weights: str = "auto",
+) -> bool:
     """The command; false if the adapter's contract was asked for (``contract``) and is broken."""
+    check_weights(weights)
     with quiet():
         model, quantisation = skeleton(name, dtype)
+        if quantisation is not None and weights != "auto":
+            raise QuantiseError(f"--weights {weights}: the checkpoint {name!r} is quantised already.")
+        quantise(model, weights)
         adapter = adapter_for(model)
-        checked = check(load_model(name, dtype)[0]) if contract else None
+        checked = check(load_model(name, dtype, weights=weights)[0]) if contract else None
         packed = None
-        weights: WeightBytes = Uniform(itemsize(model))
+        sizes: WeightBytes = AsStored(model)
         if quantisation is not None:
             packed = str(quantisation.get("quant_method", "quantised"))
-            weights = StoredBytes(model, stored_tensors(resolve(name)), bits_of(quantisation, itemsize(model)))
+            sizes = StoredBytes(model, stored_tensors(resolve(name)), bits_of(quantisation, itemsize(model)))
         if config.chosen_method == "thresholds":
             contracts = {} if checked is None else _contracts(checked)
-            inspect_thresholds(model, config, adapter, packed, weights, as_json, contracts)
+            inspect_thresholds(model, config, adapter, packed, sizes, as_json, contracts, weights)
             _print_check(checked, as_json)
             return checked is None or checked.ok
         plans = plan_ffns(model, config, adapter)
@@ -46,14 +59,16 @@ def run(name: str, config: PopConfig, dtype: str, as_json: bool, contract: bool 
         plans = [_packed(plan, packed) for plan in plans]
     if as_json:
         found = {} if checked is None else _contracts(checked)
-        rows = [{**_row(p, weights.of_record(p.ffn)), **found.get(p.ffn.name, {})} for p in plans]
+        rows = [
+            {**_row(p, sizes.of_record(p.ffn)), "weight_format": weights, **found.get(p.ffn.name, {})} for p in plans
+        ]
         print(json.dumps(rows, indent=2))
         return checked is None or checked.ok
     layers = adapter.layer_weights(model, [plan.ffn for plan in plans]).values()
     largest = floor(1000 * sum(w.ffn for w in layers) / sum(w.ffn + w.attention for w in layers)) / 1000
     console = Console()
     console.print(plan_table(plans, wide))
-    console.print(footprint_table(footprint(model, adapter, plans, weights=weights)))
+    console.print(footprint_table(footprint(model, adapter, plans, weights=sizes)))
     layouts = " / ".join(dict.fromkeys(plan.ffn.layout for plan in plans))
     console.print(
         f"{type(model).__name__}: {len(plans)} FFNs of {layouts}, found by {type(adapter).__name__}.\n"

@@ -30,6 +30,7 @@ def inspect_thresholds(
     weights: WeightBytes,
     as_json: bool,
     contracts: Mapping[str, Any],
+    weight_format: str = "auto",
 ) -> None:
     """Print it; JSON has one row for each FFN, layer of experts and group of attention modules.
 
@@ -44,6 +45,7 @@ def inspect_thresholds(
         rows = [
             {
                 **_row(plan, weights.of_record(plan.record)),
+                "weight_format": weight_format,
                 **contracts.get(plan.record.name, _NOT_PROBED if contracts else {}),
             }
             for plan in plans

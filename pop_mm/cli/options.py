@@ -41,6 +41,9 @@ Gamma = Annotated[
 ]
 Backend = Annotated[str, typer.Option(metavar="auto|masked|inplace", help="inplace is fast, masked saves no time.")]
 Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16", help="auto: the checkpoint's own.")]
+Weights = Annotated[
+    str, typer.Option(metavar="auto|int8", help="int8: quantise the decoder layers by torchao, once they are loaded.")
+]
 Prefill = Annotated[str, typer.Option(metavar="dense|partition", help="partition: as in the paper.")]
 ProbeTokens = Annotated[
     int,

@@ -20,6 +20,7 @@ from .options import (
     Ratio,
     Scope,
     Settings,
+    Weights,
 )
 
 if TYPE_CHECKING:
@@ -45,31 +46,42 @@ def serve(
     ] = 1024,
     queue: Annotated[int, typer.Option(min=0, max=MOST, metavar="N", help="Requests that may wait.")] = 64,
     dtype: Dtype = "auto",
+    weights: Weights = "auto",
     device: Device = "auto",
 ) -> None:
     """Serve OpenAI's chat completions, pruned, on this machine. Needs the extra [serve]."""
     from .settings import config_of
 
-    run(model, config_of(context, settings, *SETTINGS), host, port, max_new_tokens, queue, dtype, device)
+    run(model, config_of(context, settings, *SETTINGS), host, port, max_new_tokens, queue, dtype, device, weights)
 
 
 def run(
-    name: str, config: PopConfig, host: str, port: int, max_new_tokens: int, waiting: int, dtype: str, device: str
+    name: str,
+    config: PopConfig,
+    host: str,
+    port: int,
+    max_new_tokens: int,
+    waiting: int,
+    dtype: str,
+    device: str,
+    weights: str = "auto",
 ) -> None:
     """The command: load the model, answer until Ctrl-C, and restore the model."""
     from rich.console import Console
 
+    from ..quantise import check_weights
     from ..samples import resolve
     from .generate import find_device, torch_dtype
     from .terminal import quiet, spinner, warn
 
     server = _server()
+    check_weights(weights)
     where, kind = find_device(device), torch_dtype(dtype)
     limits = server.Limits(max_new_tokens=max_new_tokens, waiting=waiting)
     resolve(name)  # a sample is made here, with its own progress display
     with quiet():
         with spinner(f"Loading {name}"):
-            served = server.ServedModel.load(name, config, dtype=kind, device=where)
+            served = server.ServedModel.load(name, config, dtype=kind, device=where, weights=weights)
         with server.prepared(served, host=host, port=port, limits=limits) as serving:
             if not server.is_loopback(host):
                 warn(f"whoever reaches {host} can use the model: there are no passwords here.")

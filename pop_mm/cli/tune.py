@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..evaluation import texts
+from ..quantise import check_weights, quantised_copy
 from ..tuning import TuneResult, tune
 from ..tuning.run import check_target
 from .generate import check_context, find_device, load_model
@@ -30,16 +31,20 @@ def run(
     dtype: str,
     device: str,
     json_file: str | None,
+    weights: str = "auto",
 ) -> bool:
     """The command; false, and nothing but the curve is written, if the target cannot be met. All is checked before the work."""
     check_target(max_kl, min_speedup, new_tokens, rounds)
     for path in (save, json_file):
         if path not in (None, "-"):
             check_writable(path)
+    check_weights(weights)
     where, named = find_device(device), texts.read_files(files)
     console = Console(stderr=json_file == "-")
     with quiet():
         model, tokenizer = load_model(name, dtype, where)
+        reference = None if weights == "auto" else model
+        model = quantised_copy(model, weights)
         tokens = max(prompt + continuation, prompt + new_tokens)
         check_context(
             model, tokens, f"--prompt and --continuation or --new-tokens ask for {tokens} tokens", "for fewer"
@@ -61,11 +66,12 @@ def run(
                 limit=limit,
                 new_tokens=new_tokens,
                 rounds=rounds,
+                reference=reference,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
     written = None if save is None or not found.met else found.save(save)
     if json_file is not None:
-        write_json(found.to_dict(), json_file)
+        write_json({**found.to_dict(), "weight_format": weights}, json_file)
     _show(console, found, written)
     return found.met
 

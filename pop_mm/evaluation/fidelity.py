@@ -120,9 +120,13 @@ def first_differences(
     if config is None:
         return [tokens] * len(ids)
     with Session(model, config):
-        found = greedy(model, ids, prompt, tokens)
+        return same_tokens(greedy(model, ids, prompt, tokens), expected)
+
+
+def same_tokens(found: Tensor, expected: Tensor) -> list[int]:
+    """How many leading tokens are the same in each row of ``[B, tokens]``."""
     counts: list[int] = (found == expected).long().cumprod(-1).sum(-1).tolist()
     return counts
 
 
-__all__ = ["Score", "compare", "first_differences", "greedy", "score_texts", "step_logits"]
+__all__ = ["Score", "compare", "first_differences", "greedy", "same_tokens", "score_texts", "step_logits"]

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import PopError
+from ..formats import tensors_behind
 from .cost import Cost, cost_of, dense_cost
-from .fidelity import compare_rows, first_differences, greedy, pruned_step_logits, step_logits
+from .fidelity import compare_rows, first_differences, greedy, pruned_step_logits, same_tokens, step_logits
 from .intervals import bootstrap, difference
 from .methods import METHODS, Calibration, calibrate, config_for
 from .texts import Window, digest
@@ -101,6 +102,8 @@ class Setup:
         For the method ``random`` and the bootstrap.
     settings : dict
         More of :class:`~pop_mm.PopConfig`, for all methods.
+    weight_format : str
+        In which the model's weights are stored; where that is not "auto", the dense model it is compared with has them as loaded.
     """
 
     model: str
@@ -112,6 +115,7 @@ class Setup:
     batch_size: int = 4
     seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    weight_format: str = "auto"
 
     @property
     def tokens(self) -> int:
@@ -132,6 +136,9 @@ class Run:
         For ``wanda_sp``.
     folder : Path, optional
         Where finished parts are kept. A run with the same setup and texts goes on from them.
+    reference : PreTrainedModel, optional
+        The dense model that everything is compared with: of a quantised ``model``, what it was made from. Then the row "dense" is
+        the quantised model, of which nothing is left out.
 
     Raises
     ------
@@ -146,8 +153,10 @@ class Run:
         texts: Sequence[Window],
         calibration: Sequence[Window] = (),
         folder: Path | None = None,
+        reference: Any = None,
     ) -> None:
         self.model = model
+        self._reference = model if reference is None else reference
         self.setup = setup
         self.texts = texts
         self._calibration_texts = calibration
@@ -225,7 +234,7 @@ class Run:
 
     @cached_property
     def _dense_cost(self) -> Cost:
-        return dense_cost(self.model)
+        return dense_cost(self._reference)
 
     def total(self, points: Sequence[Point]) -> int:
         """Parts of the whole work."""
@@ -240,8 +249,8 @@ class Run:
             if not missing:
                 continue
             prompt, tokens = self.setup.prompt, self.setup.generate
-            logits = step_logits(self.model, ids, prompt)
-            outputs = greedy(self.model, ids, prompt, tokens) if tokens else None
+            logits = step_logits(self._reference, ids, prompt)
+            outputs = greedy(self._reference, ids, prompt, tokens) if tokens else None
             for point in missing:
                 self._keep(self._unit(point, number, ids, logits, outputs))
                 advance()
@@ -249,9 +258,13 @@ class Run:
     def _unit(self, point: Point, number: int, ids: Tensor, dense: Tensor, outputs: Tensor | None) -> dict[str, Any]:
         prompt, tokens = self.setup.prompt, self.setup.generate
         if point.method == "dense":
-            scores, whole = compare_rows(dense, dense, ids, prompt), self._dense_cost
+            known = self.model is self._reference
+            scores = compare_rows(dense, dense if known else step_logits(self.model, ids, prompt), ids, prompt)
+            whole = self._dense_cost if known else dense_cost(self.model)
             same = [tokens] * len(ids)
-            cost, candidates = whole.to_dict(whole), 0.0
+            if outputs is not None and not known:
+                same = same_tokens(greedy(self.model, ids, prompt, tokens), outputs)
+            cost, candidates = whole.to_dict(self._dense_cost), 0.0
         else:
             config = self.config(point)
             logits, session = pruned_step_logits(self.model, ids, prompt, config)
@@ -300,6 +313,7 @@ class Run:
         loss = bootstrap(self.values(point, "loss"), seed=seed)
         row: dict[str, Any] = {
             "model": self.setup.model,
+            "weight_format": self.setup.weight_format,
             **asdict(point),
             "candidates": self._units[point, 0]["candidates"],
             "texts": len(self.texts),
@@ -339,7 +353,8 @@ def _fingerprint(model: Any) -> str:
     """A short hash of the beginning of every parameter: another checkpoint in the same folder is another model."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        start = parameter.detach().flatten()[:64].cpu()
+        held = tensors_behind(parameter)
+        start = (held[0] if held else parameter).detach().flatten()[:64].cpu()
         found.update(name.encode() + (b"" if start.is_meta else start.contiguous().view(torch.uint8).numpy().tobytes()))
     return found.hexdigest()[:16]
 

@@ -38,7 +38,8 @@ def cells(row: Mapping[str, Any], generated: int, intervals: bool = True) -> lis
     ]
     if gamma is not None and candidates is not None and candidates < gamma - 0.01:
         found[-1] += f" ({candidates:.2g})"  # what fits the ratio
-    if row["method"] == "dense":
+    plain_dense = row["method"] == "dense" and row.get("weight_format", "auto") == "auto"
+    if plain_dense:
         found += ["-", "-", "-"]
     else:
         found.append(span(row["kl"], row["kl_interval"], digits(row["kl"])))
@@ -47,7 +48,7 @@ def cells(row: Mapping[str, Any], generated: int, intervals: bool = True) -> lis
         found.append(span(row["agreement"], row["agreement_interval"], ".1%"))
     found.append(span(row["perplexity"], row["perplexity_interval"], ".2f" if row["perplexity"] < 1000 else ".2g"))
     if generated:
-        found.append("-" if row["method"] == "dense" else f"{row['same_tokens']:.1f} of {generated}")
+        found.append("-" if plain_dense else f"{row['same_tokens']:.1f} of {generated}")
     cost = row["cost"]
     return [*found, f"{cost['multiply_adds_share']:.1%}", f"{cost['bytes_share']:.1%}"]
 
@@ -110,8 +111,10 @@ COST = "Multiply-adds and bytes: weights for a decoded token at batch 1, of what
 def title(setup: Mapping[str, Any]) -> str:
     """What was evaluated, in a line."""
     shared = f", {setup['batch_size']} texts share a partition" if setup["batch"] == "shared" else ""
+    form = setup.get("weight_format", "auto")
+    stored = "" if form == "auto" else f", {form} weights, compared with the dense model that is not quantised"
     return (
-        f"{setup['model']} ({setup['dtype']}): {len(setup['texts'])} pieces of text, {setup['prompt']} prompt tokens, "
+        f"{setup['model']} ({setup['dtype']}{stored}): {len(setup['texts'])} pieces of text, {setup['prompt']} prompt tokens, "
         f"{setup['continuation']} decode steps scored; ratios are {setup['scope']}{shared}"
     )
 

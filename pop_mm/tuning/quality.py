@@ -50,9 +50,19 @@ class QualityMeter:
     prompt : int
     tick : callable
         Called after each forward of pruned texts.
+    reference : PreTrainedModel, optional
+        The dense model, if it is another one.
     """
 
-    def __init__(self, model: Any, windows: Sequence[Window], prompt: int, tick: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        windows: Sequence[Window],
+        prompt: int,
+        tick: Callable[[], object],
+        reference: Any = None,
+    ) -> None:
+        self._reference = model if reference is None else reference
         self._model, self._prompt, self._tick = model, prompt, tick
         ids = torch.stack([window.ids for window in windows]).to(model.device)
         self.batches = ids.split(_AT_ONCE)
@@ -63,7 +73,9 @@ class QualityMeter:
         masked = replace(config, backend="masked")
         scores = []
         for number, ids in enumerate(self.batches):
-            dense = self._dense[number] if number < len(self._dense) else step_logits(self._model, ids, self._prompt)
+            dense = (
+                self._dense[number] if number < len(self._dense) else step_logits(self._reference, ids, self._prompt)
+            )
             kept = len(self._dense) == number and (number + 1) * dense.nbytes <= _MOST_KEPT
             self._dense += [dense] if kept else []
             pruned, _ = pruned_step_logits(self._model, ids, self._prompt, masked)

@@ -39,6 +39,7 @@ def tune(
     new_tokens: int = 64,
     rounds: int = 3,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    reference: Any = None,
 ) -> TuneResult:
     """Find the budget of ``thresholds`` for a target on a text.
 
@@ -69,6 +70,9 @@ def tune(
         Of each measurement of speed. 0 with ``max_kl``: no speed is measured.
     progress : callable
         Called with the steps that are done, and with how many there are at most.
+    reference : PreTrainedModel, optional
+        The dense model to compare with, in quality and in speed: of a quantised ``model``, what it was made from. Without it,
+        ``model`` itself.
 
     Returns
     -------
@@ -85,10 +89,10 @@ def tune(
         The model cannot be pruned.
     """
     check_target(max_kl, min_speedup, new_tokens, rounds)
-    search = _Search(model, max_kl, min_speedup, new_tokens, rounds, progress)
+    search = _Search(model, max_kl, min_speedup, new_tokens, rounds, progress, reference)
     windows = reading.windows(_named(text), tokenizer, prompt + continuation + 1, limit)
     reading.check_tokens(model, windows, tokenizer)
-    search.meter = QualityMeter(model, windows, prompt, search.tick)
+    search.meter = QualityMeter(model, windows, prompt, search.tick, reference)
     search.prompts = [window.ids[:prompt].unsqueeze(0).to(model.device) for window in windows]
     chosen = search.by_kl() if max_kl is not None else search.by_speed()
     curve = list(search.points.values())
@@ -136,8 +140,10 @@ class _Search:
         new_tokens: int,
         rounds: int,
         progress: Callable[[int, int], object],
+        reference: Any = None,
     ) -> None:
         self.model, self.max_kl, self.min_speedup = model, max_kl, min_speedup
+        self._reference = reference
         self._new_tokens, self._rounds, self._progress = new_tokens, rounds, progress
         self._done = self._total = 0
         self.points: dict[tuple[str, int], TunePoint] = {}
@@ -207,7 +213,8 @@ class _Search:
 
     def _measure_speed(self, scope: str, share: int) -> bool:
         point = self._point(scope, share)
-        found = measure_speed(self.model, point.config, self.prompts, self._new_tokens, self._rounds, self.tick)
+        asked = (self.prompts, self._new_tokens, self._rounds, self.tick, self._reference)
+        found = measure_speed(self.model, point.config, *asked)
         point = replace(
             point,
             speedup=found.speedup,

@@ -39,7 +39,13 @@ class Speed:
 
 
 def measure_speed(
-    model: Any, config: PopConfig, prompts: Sequence[Tensor], new_tokens: int, rounds: int, tick: Callable[[], object]
+    model: Any,
+    config: PopConfig,
+    prompts: Sequence[Tensor],
+    new_tokens: int,
+    rounds: int,
+    tick: Callable[[], object],
+    reference: Any = None,
 ) -> Speed:
     """Decode speed of a setting beside the dense model's.
 
@@ -53,18 +59,21 @@ def measure_speed(
         The model that comes first changes from round to round.
     tick : callable
         Called after each round.
+    reference : PreTrainedModel, optional
+        The dense model, if it is another one.
     """
+    dense = model if reference is None else reference
     found: dict[bool, list[float]] = {False: [], True: []}
     for number in range(rounds):
         ids = prompts[number % len(prompts)]
         for pruned in (False, True) if number % 2 == 0 else (True, False):
             gc.collect()
             with prune(model, config) if pruned else nullcontext():
-                generate(model, ids, 2)  # a first call is slower, and turns the weights
-                run = generate_timed(model, ids, new_tokens)
+                generate(model if pruned else dense, ids, 2)  # a first call is slower, and turns the weights
+                run = generate_timed(model if pruned else dense, ids, new_tokens)
             found[pruned].append((new_tokens - 1) / run.decode)
         tick()
-    ratios = [mine / dense for dense, mine in zip(found[False], found[True], strict=True)]
+    ratios = [mine / other for other, mine in zip(found[False], found[True], strict=True)]
     return Speed(statistics.median(found[False]), statistics.median(found[True]), ratios)
 
 

@@ -66,10 +66,12 @@ class ServedModel:
             )
 
     @classmethod
-    def load(cls, name: str, config: PopConfig, *, dtype: Any = "auto", device: Any = None) -> ServedModel:
-        """Load a sample, a folder or a hub id; with images if the model takes them. Raises ``SampleError``."""
+    def load(
+        cls, name: str, config: PopConfig, *, dtype: Any = "auto", device: Any = None, weights: str = "auto"
+    ) -> ServedModel:
+        """Load a model as :func:`pop_mm.samples.load` does; with images if the model takes them. Raises ``SampleError``."""
         loader = load_vision if takes_images(load_config(name)) else load
-        return cls(name, *loader(name, dtype=dtype, device=device), config)
+        return cls(name, *loader(name, dtype=dtype, device=device, weights=weights), config)
 
     def check(self, config: PopConfig) -> None:
         """Raise ``RequestError`` for settings that were refused before."""
