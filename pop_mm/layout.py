@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import kernels
+from . import formats, kernels
 from .asking import (
     columns,
     device_of,
@@ -28,10 +28,11 @@ from .asking import (
 )
 from .classes import same_class
 from .errors import AdapterError
+from .formats import Stored
+from .formats.norms import weight_norms
 
 Role = Literal["dense", "shared_expert"]
 
-_NORM_WEIGHTS = 1 << 18  # whose norms are taken at once
 _SWAP_ROWS = 256  # rows moved at once: few calls, and the scratch stays small
 # modules whose forward is just x @ W.T + b: these very classes, no subclass
 PLAIN_TYPES: tuple[type[nn.Module] | str, ...] = (nn.Linear, "transformers.pytorch_utils:Conv1D")
@@ -128,27 +129,40 @@ class Projection:
             return f"{self.name} is parametrised"
         if not any(same_class(type(module), known) for known in self.plain_types):
             return f"{self.name} is a {type(module).__module__}.{type(module).__name__}"
-        for name in ("weight", "bias"):
-            tensor = getattr(module, name, None)
-            if type(tensor) is not nn.Parameter and not (name == "bias" and tensor is None):
-                return f"the {name} of {self.name} is a {type(tensor).__name__}"
-        assert isinstance(weight, Tensor)
-        if not is_wide_float(weight.dtype) or weight.dim() != 2:
-            return f"the weight of {self.name} is {weight.dtype} with shape {tuple(weight.shape)}"
+        if reason := formats.why_not(weight):
+            return f"the weight of {self.name} {reason}"
+        bias = getattr(module, "bias", None)
+        if type(bias) is not nn.Parameter and bias is not None:
+            return f"the bias of {self.name} is a {type(bias).__name__}"
         if not runs_own_forward(module):
             return f"the forward of {self.name} is replaced"
         return None
 
-    def why_not_plain(self) -> str | None:
-        """Why the weight cannot be reordered and the forward replaced, or None if they can."""
+    @property
+    def stored(self) -> Stored:
+        """The tensors behind the weight, for which :meth:`why_not_readable` finds no reason."""
+        found = formats.stored(self.weight)
+        assert found is not None
+        return found
+
+    def why_not_moved(self) -> str | None:
+        """Why the tensors behind the weight cannot be stored in another order and the forward replaced, or None if they can."""
         if reason := self.why_not_readable():
             return reason
         if is_offloaded(self.module):
             return f"the weight of {self.name} is offloaded"
-        if self.weight.is_inference():
+        if any(tensor.is_inference() for tensor in self.stored.tensors):
             return f"the weight of {self.name} was made in inference mode"
         if "forward" in self.module.__dict__:
             return f"the forward of {self.name} is replaced"
+        return None
+
+    def why_not_plain(self) -> str | None:
+        """Why channels cannot be moved in the weight, or None if they can: :meth:`why_not_moved`, and floats alone."""
+        if reason := self.why_not_moved():
+            return reason
+        if self.stored.scale is not None:
+            return f"the weight of {self.name} is a {type(self.weight).__name__}"
         return None
 
     def effective_norms(self, dtype: torch.dtype | None, wide: torch.dtype) -> Tensor:
@@ -165,7 +179,9 @@ class Projection:
         """
         if self.why_not_readable() is None:
             with loaded(self.module):
-                return weight_norms(self.linear_weight(), 0 if self.side == "in" else 1, wide)
+                stored = self.stored
+                matrix = stored.matrix.t() if self.transposed else stored.matrix
+                return weight_norms(matrix, 0 if self.side == "in" else 1, wide, stored.scale)
         known = known_weight(self.module)
         if known is not None:
             matrix = known.t() if self.transposed else known
@@ -229,20 +245,6 @@ def linear_weight_count(module: nn.Module) -> int:
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``rows @ weight + bias`` for ``[N, in]`` and ``[in, out]``: the kernel of F.linear with a third of its dispatches."""
     return torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
-
-
-def weight_norms(matrix: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Norms along one axis of a matrix, in pieces: on a CPU torch first makes a copy of all that it is given in ``dtype``."""
-    if matrix.dtype == dtype or not matrix.is_cpu:
-        return torch.linalg.vector_norm(matrix, dim=dim, dtype=dtype)
-    length, count = matrix.shape[dim], matrix.shape[1 - dim]
-    lines = min(max(1, _NORM_WEIGHTS // length), count)
-    room, norms = (torch.empty(n, dtype=dtype, device=matrix.device) for n in (lines * length, count))
-    for start in range(0, count, lines):
-        piece = matrix.narrow(1 - dim, start, min(lines, count - start))
-        wide = room[: piece.numel()].view(piece.shape).copy_(piece)
-        torch.linalg.vector_norm(wide, dim=dim, out=norms[start : start + lines])
-    return norms
 
 
 def as_integers(tensor: Tensor) -> Tensor:
@@ -395,8 +397,12 @@ class FFN:
         return self.dtype or torch.float32
 
     def why_not_plain(self) -> str | None:
-        """The first reason why a projection's weights cannot be moved, or None."""
+        """The first reason why channels cannot be moved in a projection's weights, or None."""
         return next((reason for p in self.projections if (reason := p.why_not_plain())), None)
+
+    def why_not_moved(self) -> str | None:
+        """The first reason why a projection's weights cannot be stored in another order, or None."""
+        return next((reason for p in self.projections if (reason := p.why_not_moved())), None)
 
     def channel_tensors(self) -> list[ChannelTensor]:
         """Every tensor that holds something of each channel."""

@@ -15,6 +15,7 @@ from .eager import CompiledParts, without_wrappers
 from .errors import AdapterError, ConfigError
 from .executors.gathered import gathered_fits
 from .experts import Experts
+from .formats import tensors_behind
 from .layout import FFN
 from .methods.budget import budget_ratios, ffn_sizes
 from .partition import Sizes
@@ -192,7 +193,11 @@ def storage(tensor: Tensor) -> int:
 
 def shared_storages(model: nn.Module) -> Counter[int]:
     """How many places in the model use each parameter storage."""
-    uses = Counter(storage(p) for _, p in model.named_parameters(remove_duplicate=False))
+    uses = Counter(
+        storage(tensor)
+        for _, p in model.named_parameters(remove_duplicate=False)
+        for tensor in tensors_behind(p) or (p,)
+    )
     uses[0] = 0
     return uses
 

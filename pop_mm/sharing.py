@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import Experts
+from .formats import tensors_behind
 from .layout import FFN
 
 _MAPS = Path("/proc/self/maps")  # Linux has it
@@ -28,7 +29,8 @@ def fixed_weights(model: nn.Module, records: Iterable[FFN | Experts]) -> dict[st
     reasons = {}
     suspects: dict[str, list[int]] = {}
     for record in records:
-        weights = [p for module in record.modules for p in module.parameters(False) if _is_plain(p)]
+        found = (t for module in record.modules for p in module.parameters(False) for t in tensors_behind(p))
+        weights = list(filter(_is_loaded, found))
         reason = next((why for p in weights if (why := _why_fixed(p, regions)) is not None), None)
         if reason is not None:
             reasons[record.name] = f"the weights of {record.name} are in {reason}"
@@ -45,8 +47,8 @@ def fixed_weights(model: nn.Module, records: Iterable[FFN | Experts]) -> dict[st
     return reasons
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) is nn.Parameter and tensor.layout is torch.strided and tensor.device.type != "meta"
+def _is_loaded(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.device.type != "meta"
 
 
 def _address(tensor: Tensor) -> int:
@@ -124,8 +126,9 @@ def _other_users(model: nn.Module, suspects: Mapping[str, list[int]]) -> dict[in
     for module in _all_modules() if addresses else ():
         if module not in own:
             for parameter in list(module.__dict__.get("_parameters", {}).values()):
-                if parameter is not None and _is_plain(parameter) and _address(parameter) in addresses:
-                    found.setdefault(_address(parameter), type(module).__name__)
+                for tensor in () if parameter is None else filter(_is_loaded, tensors_behind(parameter)):
+                    if _address(tensor) in addresses:
+                        found.setdefault(_address(tensor), type(module).__name__)
     return found
 
 

@@ -16,6 +16,7 @@ from .errors import AdapterError, SessionError
 from .executors.rows import RowsExecutor
 from .executors.rows_record import why_not as why_not_rows
 from .experts import Experts
+from .formats import tensors_behind
 from .groups import InputGroup
 from .layout import FFN, PLAIN_TYPES
 from .methods.budget import Weights, threshold_shares
@@ -172,12 +173,18 @@ def _chooser(
             return "masked", "asked for"
         reason = why_not_rows(record, tuple(types))
         own = 2 if isinstance(record, InputGroup) and _plainly_tied(record) else 1
-        if reason is None and any(shared[storage(p)] > own for m in record.modules for p in m.parameters(False)):
+        if reason is None and _is_shared(record, shared, own):
             reason = f"{record.name} shares its weights with another module"
         reason = reason or fixed.get(record.name)
         return ("rows", "plain weights") if reason is None else ("masked", reason)
 
     return choose
+
+
+def _is_shared(record: Record, shared: Mapping[int, int], own: int) -> bool:
+    """Whether memory of its weights is used in more than ``own`` places."""
+    parameters = (p for module in record.modules for p in module.parameters(False))
+    return any(shared[storage(tensor)] > own for p in parameters for tensor in tensors_behind(p))
 
 
 def _plainly_tied(group: InputGroup) -> bool:

@@ -18,6 +18,7 @@ from .asking import is_ours
 from .eager import is_compiled
 from .executors.moved import Versions
 from .experts import Experts
+from .formats import tensors_behind
 from .groups import InputGroup
 from .layout import FFN, as_integers
 
@@ -58,12 +59,16 @@ class Watch:
         self._parents: list[Any] = [parent for parent, _, _ in self._places]
         self._children = [name for _, name, _ in self._places]
         self._modules = [child for *_, child in self._places]
-        self._slots = [
+        self._slots: list[tuple[str, dict[str, Any], str]] = [
             (f"{type(m).__name__}.{name}", tensors, name)
             for m in self._watched
             for tensors in (m._parameters, m._buffers)
             for name in tensors
         ]
+        for where, tensors, name in list(self._slots):  # tensors that a weight is made of
+            attributes = vars(weight) if (weight := tensors[name]) is not None else {}
+            for inner in map(id, tensors_behind(weight) if attributes else ()):
+                self._slots += [(f"{where}.{key}", attributes, key) for key, t in attributes.items() if id(t) == inner]
         self._dicts: list[Any] = [tensors for _, tensors, _ in self._slots]
         self._names = [name for *_, name in self._slots]
         self._composed = [m for record in records for m in record.modules if m._modules]

@@ -243,7 +243,13 @@ def _of_weight(module: Any) -> torch.Tensor:
 
 
 TORCHAO = [
-    _packed("int8 weight-only", "torchao", _torchao("Int8WeightOnlyConfig"), _of_weight),
+    _packed(
+        "int8 weight-only",
+        "torchao",
+        _torchao("Int8WeightOnlyConfig"),
+        _of_weight,
+        note="thresholds read it by rows: fast ([int8](quantised.md))",
+    ),
     _packed(
         "int4 weight-only",
         "torchao",

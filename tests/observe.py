@@ -194,6 +194,9 @@ def partitions(session):
 
 def _stored(tensor):
     """How a tensor lies in memory, and its gradient."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()  # a subclass that packs its numbers
+        return [(name, id(getattr(tensor, name)), _stored(getattr(tensor, name))) for name in names]
     grad = tensor.grad
     return tensor.stride(), tensor.storage_offset(), None if grad is None else (id(grad), grad.stride(), _bits(grad))
 

@@ -155,3 +155,29 @@ def test_a_step_can_be_captured():
     threshold_x.fill_(0.2)
     graph.replay()
     assert_close(out, reference.ffn(weights, x, threshold_x, threshold_h)[0], torch.bfloat16)
+
+
+def int8(make, rows, outputs):
+    """Entries, and a scale for each output."""
+    return (make(rows, outputs) * 300).float().clamp(-127, 127).round().to(torch.int8), make(outputs).abs().float() / 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [True, False])
+def test_int8_weights_are_those_of_the_reference(dtype, gated):
+    make = maker(dtype)
+    exact = dtype is torch.float32  # rounding between moves some across in the other
+    x, threshold_x, threshold_h = make(37), on_device(0.1), on_device(0.05 if exact else -1.0)
+    made = [int8(make, 37, 61), int8(make, 37, 61), int8(make, 61, 37)][0 if gated else 1 :]
+    views = [(matrix, make(len(scale))) for matrix, scale in made]
+    gate = views[0] if gated else None
+    weights = FFNWeights.alone(gate, views[-2], views[-1], "silu", None, [scale for _, scale in made])
+    kept = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    found = GPURowsFFN(weights, dtype)(x, threshold_x, threshold_h, kept)
+    expected, counts = reference.ffn(weights, x, threshold_x, threshold_h)
+    assert_close(found, expected, dtype)
+    assert kept.tolist() == counts.tolist() and (not exact or 0 < counts[1] < 61)
+    matrices, scales = views[:-1], [scale for _, scale in made[:-1]]
+    told, _ = reference.rows(matrices, x[None], threshold_x, None, scales)
+    for y, other in zip(GPURowsLinear(matrices, dtype, scales)(x, threshold_x), told, strict=True):
+        assert_close(y, other, dtype)

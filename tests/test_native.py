@@ -111,6 +111,6 @@ def test_ffns_by_rows_are_those_of_a_compiled_library(folder, dtype, monkeypatch
     sources = library.sources(dtype)
     found = []
     for made in (ctypes.CDLL(str(ship(sources, best()))), compiler.load(sources)):
-        monkeypatch.setattr("pop_mm.ops.rows.library", lambda _, made=made: Library(made, dtype))
+        monkeypatch.setattr("pop_mm.ops.rows.library", lambda *_, made=made: Library(made, dtype))
         found.append(RowsFFN(weights)(x, torch.tensor([0.4]), torch.tensor([0.1])))
     assert torch.equal(*found)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import pop_mm.kernels as kernels
 from modes import EXPERT_LAYOUTS, LAYOUTS, generate, pruned, threads_of_torch, without_library
 from observe import prompt
-from pop_mm import layout
 from pop_mm.executors.order import ChannelOrder, zone_swaps
+from pop_mm.formats import norms
 from pop_mm.layout import as_integers, swap_channels
 from pop_mm.partition import Sizes, partition
 from tiny_models import tiny
@@ -166,18 +166,18 @@ def test_autograd_notices_that_weights_moved(library):
 @pytest.mark.parametrize("dim", [0, 1])
 def test_norms_of_weights_are_taken_in_pieces(monkeypatch, dim, dtype):
     """Torch copies all that it is given in float32, which is twice a bfloat16 weight's memory."""
-    monkeypatch.setattr(layout, "_NORM_WEIGHTS", 1000)
+    monkeypatch.setattr(norms, "_NORM_WEIGHTS", 1000)
     own, sizes = torch.linalg.vector_norm, []
     monkeypatch.setattr(
         torch.linalg, "vector_norm", lambda piece, **how: (sizes.append(piece.numel()), own(piece, **how))[1]
     )
     matrix = torch.randn(110, 90, generator=torch.Generator().manual_seed(0)).to(dtype)
     wide = torch.float32
-    found = layout.weight_norms(matrix, dim, wide)
+    found = norms.weight_norms(matrix, dim, wide)
     torch.testing.assert_close(found, matrix.to(wide).square().sum(dim).sqrt())
     assert sum(sizes) == matrix.numel()
     assert max(sizes) <= 1000
-    long = layout.weight_norms(
+    long = norms.weight_norms(
         torch.ones(2000, 3, dtype=dtype).transpose(0, dim), dim, wide
     )  # one line is more than a piece
     assert long.tolist() == pytest.approx([2000**0.5] * 3)
@@ -186,4 +186,4 @@ def test_norms_of_weights_are_taken_in_pieces(monkeypatch, dim, dtype):
 def test_norms_of_weights_are_taken_where_they_are():
     matrix = torch.ones(4, 3, dtype=torch.bfloat16)
     with torch.device("meta"):  # as with a default device that is a GPU
-        assert layout.weight_norms(matrix, 0, torch.float32).tolist() == [2, 2, 2]
+        assert norms.weight_norms(matrix, 0, torch.float32).tolist() == [2, 2, 2]

@@ -340,7 +340,7 @@ def test_other_instruction_sets_choose_alike(monkeypatch, dtype, options):
     x[3], x[5] = 0.0, -x[5]
     threshold_x, threshold_h = thresholds(weights, x)
     expected, kept = run_ffn(weights, x, threshold_x, threshold_h)
-    monkeypatch.setattr("pop_mm.ops.rows.library", lambda _: other)
+    monkeypatch.setattr("pop_mm.ops.rows.library", lambda *_: other)
     found, other_kept = run_ffn(weights, x, threshold_x, threshold_h)
     assert other_kept == kept
     assert_close(found, expected, dtype)
@@ -352,7 +352,7 @@ def test_other_instruction_sets_choose_alike(monkeypatch, dtype, options):
 def test_every_number_of_two_bytes_is_read_and_rounded_right(monkeypatch, dtype, options):
     """Times one it is itself; and sums are rounded as torch rounds them."""
     other = library.make(dtype, options)
-    monkeypatch.setattr("pop_mm.ops.rows.library", lambda _: other)
+    monkeypatch.setattr("pop_mm.ops.rows.library", lambda *_: other)
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
     one, nothing = torch.ones(1, dtype=dtype), torch.tensor([-1.0])
     (found,) = RowsLinear([(every[None], None)])(one, nothing)

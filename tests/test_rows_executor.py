@@ -361,7 +361,7 @@ def test_hooks_of_others_are_respected(model, name):
 
 
 def test_without_a_compiler_it_is_masked(model, monkeypatch):
-    monkeypatch.setattr(library, "_library", lambda _: "none was found")
+    monkeypatch.setattr(library, "_library", lambda *_: "none was found")
     with thresholds(model) as session:
         generate(model, prompt(1, LENGTH))
         assert not turned(model)

@@ -31,7 +31,7 @@ from ..waiting import bar_if_long
 from .direct import direct_forward_fits
 from .masked import MaskedExecutor
 from .moved import before_moves
-from .rows_linears import RowsLinears, detached
+from .rows_linears import RowsLinears, blocks, input_major
 from .rows_record import RowsRecord
 
 
@@ -134,9 +134,17 @@ class RowsExecutor:
             nonlocal kernel
             kernel = None
             if wanted:
-                views = [detached(view) for p in ffn.projections for view in p.narrow_views(ffn.size)]
+                whole, factors, dtype = input_major([p.module for p in ffn.projections])
+                views = [
+                    part for view, p in zip(whole, ffn.projections, strict=True) for part in blocks(view, p.blocks)
+                ]
+                scales = None
+                if factors is not None:
+                    pairs = zip(factors, ffn.projections, strict=True)
+                    scales = [part for scale, p in pairs for part in scale.chunk(p.blocks)]
                 gate = views[0] if len(views) == 3 else None
-                kernel = RowsFFN(FFNWeights.alone(gate, views[-2], views[-1], name, norms[0]), room)
+                weights = FFNWeights.alone(gate, views[-2], views[-1], name, norms[0], scales)
+                kernel = RowsFFN(weights, room, dtype)
 
         mine.makers.append(make)
         x_bound, h_bound, kept = mine.x, mine.h, mine.kept

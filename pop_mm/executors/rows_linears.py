@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from ..formats import stored
 from ..kernels import View
 from ..ops.rows import RowsLinear
 from .rows_record import RowsRecord, is_transposed
@@ -45,9 +47,8 @@ class RowsLinears:
     def _make(self, wanted: bool) -> None:
         self._kernel = self._x = None
         if wanted:
-            weights: list[Any] = [(m.weight, getattr(m, "bias", None), is_transposed(m)) for m in self.modules]
-            views = [detached((w if transposed else w.t(), bias)) for w, bias, transposed in weights]
-            self._kernel = RowsLinear(views, self._executor.room)
+            views, scales, dtype = input_major(self.modules)
+            self._kernel = RowsLinear(views, self._executor.room, dtype, scales)
 
     def alone(self) -> bool:
         """Whether nobody else looks at what the modules are given: then a step need not mask it."""
@@ -89,10 +90,32 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def input_major(modules: Sequence[nn.Module]) -> tuple[list[View], list[Tensor] | None, torch.dtype]:
+    """Weights as they are stored, ``[in, out]``, with biases; what scales their outputs, ``[out]``, if it is; and the dtype."""
+    views, scales = [], []
+    for module in modules:
+        weight: Any = module.weight
+        found = stored(weight)
+        assert found is not None, "why_not() was not asked"
+        matrix = found.matrix if is_transposed(module) else found.matrix.t()
+        views.append(detached((matrix, module._parameters.get("bias"))))
+        scales += [] if found.scale is None else [found.scale.view(-1)]
+    return views, scales or None, weight.dtype
+
+
+def blocks(view: View, count: int) -> list[View]:
+    """A view's outputs in so many parts: gate and up where they are fused."""
+    if count == 1:
+        return [view]
+    weight, bias = view
+    biases = [None] * count if bias is None else bias.chunk(count)
+    return list(zip(weight.chunk(count, 1), biases, strict=True))
+
+
 def detached(view: View) -> View:
     """Without gradients."""
     weight, bias = view
     return weight.detach(), None if bias is None else bias.detach()
 
 
-__all__ = ["RowsLinears", "detached"]
+__all__ = ["RowsLinears", "blocks", "detached", "input_major"]

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..classes import same_class
 from ..experts import Experts
+from ..formats import tensors_behind
 from ..groups import InputGroup
 from ..interrupts import uninterrupted
 from ..layout import FFN, Projection
@@ -35,18 +36,19 @@ def why_not(record: FFN | Experts | InputGroup, plain_types: Sequence[type[nn.Mo
             reason = f"the experts of {record.name} are on several devices"
     else:
         projections = _projections(record, plain_types)
-        reason = next((why for p in projections if (why := p.why_not_plain())), None)
+        reason = next((why for p in projections if (why := p.why_not_moved())), None)
     if reason is not None:
         return reason
-    tensors = [p for module in record.modules for p in module.parameters(False)]
+    parameters = [p for module in record.modules for p in module.parameters(False)]
+    tensors = [tensor for p in parameters for tensor in tensors_behind(p)]
     if any(p.device.type not in ("cpu", "meta") for p in tensors):
         return f"the weights of {record.name} are on {record.device}"
-    dtypes = {p.dtype for p in tensors}
-    if len(dtypes) > 1:
+    stored = {p.dtype for p in map(matrix_of, parameters) if p.dim() > 1}
+    if len({p.dtype for p in parameters}) > 1 or len(stored) > 1:
         return f"the weights of {record.name} have several dtypes"
-    if (reason := library.why_not(dtypes.pop())) is not None:
+    if (reason := library.why_not(parameters[0].dtype, stored.pop())) is not None:
         return f"there are no compiled kernels: {reason}"
-    for weight in (p for p in tensors if p.dim() > 1 and p.device.type != "meta"):
+    for weight in (p for p in map(matrix_of, parameters) if p.dim() > 1 and p.device.type != "meta"):
         if not weight.is_contiguous() and (reason := why_not_turned(weight)):
             return f"a weight of {record.name} cannot be turned: {reason}"
     turning = [p for p in _turning(record) if p.device.type != "meta"]
@@ -68,8 +70,13 @@ def is_transposed(module: nn.Module) -> bool:
     return same_class(type(module), "transformers.pytorch_utils:Conv1D")
 
 
-def _turning(record: FFN | Experts | InputGroup) -> list[nn.Parameter]:
-    """The weights that are not stored input-major by their class."""
+def matrix_of(parameter: Tensor) -> Tensor:
+    """The tensor behind a weight that holds its entries; of biases and norms, themselves."""
+    return tensors_behind(parameter)[0]
+
+
+def _turning(record: FFN | Experts | InputGroup) -> list[Tensor]:
+    """The matrices of weights that are not stored input-major by their class."""
     if isinstance(record, Experts):
         module: Any = record.module
         return [] if module.is_transposed else [getattr(module, record.input_name), module.down_proj]
@@ -77,7 +84,7 @@ def _turning(record: FFN | Experts | InputGroup) -> list[nn.Parameter]:
         pairs = [(p.module, p.transposed) for p in record.projections]
     else:
         pairs = [(module, is_transposed(module)) for module in record.modules]
-    return [module.weight for module, transposed in pairs if not transposed]  # type: ignore[misc]
+    return [matrix_of(module.weight) for module, transposed in pairs if not transposed]  # type: ignore[arg-type]
 
 
 class RowsRecord:
@@ -113,8 +120,8 @@ class RowsRecord:
         return sum(parameter.nbytes for parameter in _turning(self.record))
 
     @property
-    def turned(self) -> list[nn.Parameter]:
-        """The weights that are stored in another order now."""
+    def turned(self) -> list[Tensor]:
+        """The matrices that are stored in another order now."""
         return [turned.parameter for turned, _ in self._turned]
 
     @property
@@ -133,8 +140,8 @@ class RowsRecord:
         self.ready = True
 
     @uninterrupted()
-    def back(self) -> list[nn.Parameter]:
-        """Store the weights as they were, but for those whose data somebody has replaced; the parameters that have moved."""
+    def back(self) -> list[Tensor]:
+        """Store the weights as they were, but for those whose data somebody has replaced; the matrices that have moved."""
         self.ready = False
         for make in self.makers:
             make(False)
@@ -162,4 +169,4 @@ class RowsRecord:
         self.vectors = [0, 0]
 
 
-__all__ = ["RowsRecord", "is_transposed", "why_not"]
+__all__ = ["RowsRecord", "is_transposed", "matrix_of", "why_not"]

@@ -1,4 +1,7 @@
-"""The C sources of this folder as libraries, one for each dtype, shipped or compiled on first use: :mod:`pop_mm.native`."""
+"""The C sources of this folder as libraries, shipped or compiled on first use: :mod:`pop_mm.native`.
+
+There is one for each dtype of a model, and one more for each that int8 weights can have, for models with such weights.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,26 @@ OPTIONS = {
     torch.float16: "-DFLOAT16",
     torch.float64: "-DFLOAT64",
 }
+INT8 = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of models whose weights may be int8
 _FILES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "histogram.c", "transpose.c"))
 _HEADERS = (*(Path(__file__).with_name(name) for name in ("scalar.h", "activate.h")), *kernels.HEADERS)
 
 
-def sources(dtype: torch.dtype, options: Sequence[str] = ()) -> native.Sources:
-    """What the library for a dtype of :data:`OPTIONS` is made of; with more options for the compiler."""
-    return native.Sources(f"ops_{str(dtype).removeprefix('torch.')}", _FILES, _HEADERS, (OPTIONS[dtype], *options))
+def sources(dtype: torch.dtype, options: Sequence[str] = (), weights: torch.dtype | None = None) -> native.Sources:
+    """What the library for a dtype of :data:`OPTIONS` is made of; with more options for the compiler.
+
+    ``weights`` is the weights' dtype: int8, or None for that of the model.
+    """
+    own: tuple[str, ...]
+    name, own = f"ops_{str(dtype).removeprefix('torch.')}", (OPTIONS[dtype],)
+    if weights is torch.int8:
+        name, own = f"{name}_int8", (*own, "-DINT8")
+    return native.Sources(name, _FILES, _HEADERS, (*own, *options))
+
+
+def every_source() -> list[native.Sources]:
+    """Of all libraries."""
+    return [*map(sources, OPTIONS), *(sources(dtype, weights=torch.int8) for dtype in INT8)]
 
 
 class Library:
@@ -49,24 +65,29 @@ class Library:
             room.argtypes, room.restype = [INTEGER] * 4, INTEGER
 
 
-def library(dtype: torch.dtype) -> Library | None:
-    """The compiled functions for a dtype of :data:`OPTIONS`, or None where they cannot be had."""
-    made = _library(dtype)
+def library(dtype: torch.dtype, weights: torch.dtype | None = None) -> Library | None:
+    """The compiled functions for a dtype of :data:`OPTIONS` (and of the weights), or None where they cannot be had."""
+    made = _library(dtype, weights)
     return None if isinstance(made, str) else made
 
 
-def why_not(dtype: torch.dtype) -> str | None:
+def why_not(dtype: torch.dtype, weights: torch.dtype | None = None) -> str | None:
     """Why there are no compiled functions for a dtype, or None if there are."""
-    made = _library(dtype)
+    made = _library(dtype, weights)
     return made if isinstance(made, str) else None
 
 
-def make(dtype: torch.dtype, options: Sequence[str] = ()) -> Library | str:
+def make(dtype: torch.dtype, options: Sequence[str] = (), weights: torch.dtype | None = None) -> Library | str:
     """The library for a dtype, with more options for the compiler; or why there is none."""
     if dtype not in OPTIONS:
         return f"there is none for {dtype}"
-    found = native.load(sources(dtype, options))
+    weights = None if weights is dtype else weights
+    if weights is not None and (weights is not torch.int8 or dtype not in INT8):
+        return f"there is none for {dtype} with weights of {weights}"
+    found = native.load(sources(dtype, options, weights))
     return found if isinstance(found, str) else Library(found, dtype)
 
 
-_library = cache(make)
+@cache
+def _library(dtype: torch.dtype, weights: torch.dtype | None) -> Library | str:
+    return make(dtype, weights=weights)

@@ -50,15 +50,22 @@ def magnitudes(x: Tensor, norms: Tensor | None = None) -> Tensor:
     return found if norms is None else found * norms
 
 
-def chosen_product(x: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight + bias`` for ``[in]`` and ``[in, out]``, of the chosen entries alone; summed wide, rounded once."""
+def chosen_product(
+    x: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
+    """``x @ weight * scale + bias`` for ``[in]`` and ``[in, out]``, of the chosen entries alone; summed wide, rounded once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x[chosen].to(wide) @ weight[chosen].to(wide)
+    out = out if scale is None else out * scale
     return (out if bias is None else out + bias.to(wide)).to(x.dtype)
 
 
 def rows(
-    matrices: Sequence[View], x: Tensor, threshold: Tensor, norms: Tensor | None = None
+    matrices: Sequence[View],
+    x: Tensor,
+    threshold: Tensor,
+    norms: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Products of several matrices with the kept entries of one vector, or of one vector each.
 
@@ -72,6 +79,8 @@ def rows(
         ``[1]`` or ``[matrices]``, float32.
     norms : Tensor, optional
         Like ``x``, float32: factors of the magnitudes.
+    scales : sequence of Tensor, optional
+        ``[out_i]``, float32: of weights that are int8, the factor of each output.
 
     Returns
     -------
@@ -81,8 +90,9 @@ def rows(
         ``[1]``, int64: entries of ``x`` that were kept.
     """
     chosen = kept(magnitudes(x, norms), threshold[:, None])
-    pairs = zip(x.expand(len(matrices), -1), chosen.expand(len(matrices), -1), matrices, strict=True)
-    return [chosen_product(vector, mask, *view) for vector, mask, view in pairs], chosen.sum().view(1)
+    factors = [None] * len(matrices) if scales is None else scales
+    parts = zip(x.expand(len(matrices), -1), chosen.expand(len(matrices), -1), matrices, factors, strict=True)
+    return [chosen_product(vector, mask, *view, factor) for vector, mask, view, factor in parts], chosen.sum().view(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +109,8 @@ class FFNWeights:
         A key of :data:`pop_mm.kernels.activations.ACTIVATIONS`.
     norms : Tensor or None
         ``[E, D]``, float32: factors of the magnitudes of h, as a rule ``||W_down[:, j]||``.
+    scales : sequence of Tensor or None
+        In the order of :attr:`views`, ``[E, D]``, ``[E, D]`` and ``[E, H]``, float32: of int8 weights, the factor of each output.
     """
 
     gate: View | None
@@ -106,21 +118,36 @@ class FFNWeights:
     down: View
     activation: str = "silu"
     norms: Tensor | None = None
+    scales: Sequence[Tensor] | None = None
 
     @staticmethod
-    def alone(gate: View | None, up: View, down: View, activation: str, norms: Tensor | None = None) -> FFNWeights:
-        """One FFN, of matrices and biases without the leading axis."""
+    def alone(
+        gate: View | None,
+        up: View,
+        down: View,
+        activation: str,
+        norms: Tensor | None = None,
+        scales: Sequence[Tensor] | None = None,
+    ) -> FFNWeights:
+        """One FFN, of matrices, biases and scales without the leading axis."""
 
         def stacked(view: View) -> View:
             return view[0][None], None if view[1] is None else view[1][None]
 
         first = None if gate is None else stacked(gate)
-        return FFNWeights(first, stacked(up), stacked(down), activation, None if norms is None else norms[None])
+        factors = None if scales is None else [scale[None] for scale in scales]
+        return FFNWeights(
+            first, stacked(up), stacked(down), activation, None if norms is None else norms[None], factors
+        )
 
     @property
     def views(self) -> tuple[View, ...]:
         """All weights, down last."""
         return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+
+    def scales_of(self, expert: int) -> list[Tensor | None]:
+        """Those of one of them, in the order of :attr:`views`."""
+        return [None] * len(self.views) if self.scales is None else [scale[expert] for scale in self.scales]
 
 
 def ffn(
@@ -147,9 +174,10 @@ def ffn(
         ``[2]``, int64: entries kept of ``x`` and of ``h``.
     """
     chosen_x = kept(magnitudes(x), threshold_x)
+    *inward, outward = weights.scales_of(expert)
     parts = [
-        chosen_product(x, chosen_x, weight[expert], None if bias is None else bias[expert])
-        for weight, bias in weights.views[:-1]
+        chosen_product(x, chosen_x, weight[expert], None if bias is None else bias[expert], scale)
+        for (weight, bias), scale in zip(weights.views[:-1], inward, strict=True)
     ]
     wide = torch.promote_types(x.dtype, torch.float32)
     active = ACTIVATIONS[weights.activation](parts[0].to(wide)).to(x.dtype)
@@ -157,7 +185,7 @@ def ffn(
     norms = None if weights.norms is None else weights.norms[expert]
     chosen_h = kept(magnitudes(h, norms), threshold_h[expert])
     weight, bias = weights.down
-    y = chosen_product(h, chosen_h, weight[expert], None if bias is None else bias[expert])
+    y = chosen_product(h, chosen_h, weight[expert], None if bias is None else bias[expert], outward)
     return y, torch.stack([chosen_x.sum(), chosen_h.sum()])
 
 

@@ -48,35 +48,34 @@ static int64_t choose(const T *x, int64_t n, const float *norms, float threshold
 
 /* Rows to read of one matrix; their sums stand at `slot`. Jobs with the same slot follow each other. */
 typedef struct {
-    const T *weight;
+    const W *weight;
     int64_t stride, outputs;
     const int32_t *row;
     const S *value;
     int64_t rows, slot;
 } Job;
 
-#define STEP (2 * WIDTH)
-
-/* sums[o] += value[t] * r[t][o], t = 0, 1 ...; whole steps as widen_two() orders them. What comes next is asked for on the way,
+/* sums[o] += value[t] * r[t][o], t = 0, 1 ...; whole steps as widen_step() orders them. What comes next is asked for on the way,
  * into the second cache: the first one has fewer requests under way at once, and needs its room for the sums. */
 static inline __attribute__((always_inline)) void add_some(
-    const T *const *r, const T *const *next, const S *value, const int count, int64_t n, S *restrict sums) {
+    const W *const *r, const W *const *next, const S *value, const int count, int64_t n, S *restrict sums) {
     int64_t o = 0;
     for (; o + STEP <= n; o += STEP) {
-        Sums a = load_sums(sums + o), b = load_sums(sums + o + WIDTH);
+        Sums a[VECTORS];
+        _Pragma("GCC unroll 4") for (int i = 0; i < VECTORS; i++) a[i] = load_sums(sums + o + i * WIDTH);
         _Pragma("GCC unroll 16") for (int t = 0; t < count; t++) {
-            Sums u, v;
-            widen_two(r[t] + o, &u, &v);
-            a += u * value[t], b += v * value[t];
+            Sums v[VECTORS];
+            widen_step(r[t] + o, v);
+            _Pragma("GCC unroll 4") for (int i = 0; i < VECTORS; i++) a[i] += v[i] * value[t];
         }
-        store_sums(sums + o, a), store_sums(sums + o + WIDTH, b);
+        _Pragma("GCC unroll 4") for (int i = 0; i < VECTORS; i++) store_sums(sums + o + i * WIDTH, a[i]);
         _Pragma("GCC unroll 16") for (int t = 0; next && t < count; t++)
-            for (int64_t line = 0; line < STEP * (int64_t)sizeof(T); line += LINE)
+            for (int64_t line = 0; line < STEP * (int64_t)sizeof(W); line += LINE)
                 __builtin_prefetch((const char *)(next[t] + o) + line, 0, 2);
     }
     for (; o < n; o++) {
         S v = sums[o];
-        for (int t = 0; t < count; t++) v += from_T(r[t][o]) * value[t];
+        for (int t = 0; t < count; t++) v += from_W(r[t][o]) * value[t];
         sums[o] = v;
     }
 }
@@ -93,7 +92,7 @@ static void put_in_order(S *sums, int64_t n) {
 static void add_rows(const Job *job, int64_t from, int64_t to, S *restrict sums) {
     for (int64_t first = 0; first < job->outputs; first += BLOCK) {
         const int64_t n = job->outputs - first < BLOCK ? job->outputs - first : BLOCK;
-        const T *r[AT_ONCE], *next[AT_ONCE];
+        const W *r[AT_ONCE], *next[AT_ONCE];
         for (int64_t j = from, some; j < to; j += some) {
             some = to - j >= AT_ONCE ? AT_ONCE : to - j >= 4 ? 4 : 1;
             for (int64_t t = 0; t < some; t++) {
@@ -157,8 +156,11 @@ static void collect(const Job *jobs, int64_t count, int64_t all, const S *sums, 
     if (!found) memset(out, 0, n * sizeof(S));
 }
 
-/* Add a bias (or null) and round, as a linear module does */
-static inline S finish(S sum, const T *bias, int64_t i) { return from_T(to_T(bias ? sum + from_T(bias[i]) : sum)); }
+/* Multiply with the output's scale, add a bias (each may be null) and round, as a linear module does */
+static inline S finish(S sum, const float *scale, const T *bias, int64_t i) {
+    if (scale) sum *= scale[i];
+    return from_T(to_T(bias ? sum + from_T(bias[i]) : sum));
+}
 
 static inline int64_t padded(int64_t n) { return (n + 31) / 16 * 16; } /* with a vector more, in whole cache lines */
 
@@ -174,7 +176,9 @@ static Own own(char *room, int64_t me, int64_t inputs, int64_t sums) {
 }
 
 typedef struct {
-    const T *weight, *bias; /* [inputs, outputs]; [outputs] or null */
+    const W *weight; /* [inputs, outputs] */
+    const T *bias;   /* [outputs] or null */
+    const float *scale; /* likewise */
     int64_t stride, outputs;
 } Matrix;
 
@@ -214,7 +218,7 @@ void rows(const Matrix *matrices, int64_t count, int64_t lists, const T *x, int6
                 int64_t n = (to < slot + matrices[i].outputs ? to : slot + matrices[i].outputs) - a;
                 n = n < PIECE ? n : PIECE;
                 collect(jobs, count, all, own(room, 0, all_lists, outputs).sums, step, slot, a - slot, n, sums);
-                for (int64_t o = 0; o < n; o++) y[a + o] = to_T(finish(sums[o], matrices[i].bias, a - slot + o));
+                for (int64_t o = 0; o < n; o++) y[a + o] = to_T(finish(sums[o], matrices[i].scale, matrices[i].bias, a - slot + o));
                 a += n;
             }
     }
@@ -222,8 +226,9 @@ void rows(const Matrix *matrices, int64_t count, int64_t lists, const T *x, int6
 
 /* FFNs of one shape at equal distances: the experts of a layer, or one FFN (experts = 1). */
 typedef struct {
-    const T *gate, *up, *down;                   /* [H, D], or null; [H, D]; [D, H]: of the first */
+    const W *gate, *up, *down;                   /* [H, D], or null; [H, D]; [D, H]: of the first */
     const T *gate_bias, *up_bias, *down_bias;    /* or null */
+    const float *gate_scale, *up_scale, *down_scale; /* or null; [experts, D], [experts, D], [experts, H] */
     const float *norms;                          /* null, or [experts, D] */
     int64_t gate_stride, up_stride, down_stride; /* elements from row to row */
     int64_t gate_step, up_step, down_step;       /* from expert to expert */
@@ -280,15 +285,17 @@ void ffn(const FFN *f, int64_t count, const int64_t *ids, const void *weights, i
             if (e < 0 || e >= f->experts) continue;
             const T *gate_bias = f->gate_bias ? f->gate_bias + e * f->gate_bias_step : 0;
             const T *up_bias = f->up_bias ? f->up_bias + e * f->up_bias_step : 0;
+            const float *gate_scale = f->gate_scale ? f->gate_scale + e * D : 0;
+            const float *up_scale = f->up_scale ? f->up_scale + e * D : 0;
             for (int64_t piece; a < to; a += piece) {
                 S g[PIECE + LANES], u[PIECE + LANES];
                 T h[PIECE];
                 piece = to - a < PIECE ? to - a : PIECE;
                 collect(jobs, inward * count, all, first, step, (2 * c + 1) * D, a, piece, u);
-                for (int64_t i = 0; i < piece; i++) u[i] = finish(u[i], up_bias, a + i);
+                for (int64_t i = 0; i < piece; i++) u[i] = finish(u[i], up_scale, up_bias, a + i);
                 if (f->gate) {
                     collect(jobs, inward * count, all, first, step, 2 * c * D, a, piece, g);
-                    for (int64_t i = 0; i < piece; i++) g[i] = finish(g[i], gate_bias, a + i);
+                    for (int64_t i = 0; i < piece; i++) g[i] = finish(g[i], gate_scale, gate_bias, a + i);
                     activate(f->activation, g, piece);
                     for (int64_t i = 0; i < piece; i++) h[i] = to_T(from_T(to_T(g[i])) * u[i]);
                 } else {
@@ -324,14 +331,15 @@ void ffn(const FFN *f, int64_t count, const int64_t *ids, const void *weights, i
             for (int64_t c = 0; c < count; c++) {
                 if (number[c] < 0 || number[c] >= f->experts) continue;
                 const T *bias = f->down_bias ? f->down_bias + number[c] * f->down_bias_step : 0;
+                const float *scale = f->down_scale ? f->down_scale + number[c] * H : 0;
                 collect(down, segments, all, first, step, c * H, a, n, sums);
                 if (!weights)
-                    for (int64_t i = 0; i < n; i++) total[i] = finish(sums[i], bias, a + i);
+                    for (int64_t i = 0; i < n; i++) total[i] = finish(sums[i], scale, bias, a + i);
                 else if (wide)
-                    for (int64_t i = 0; i < n; i++) total[i] += finish(sums[i], bias, a + i) * ((const S *)weights)[c];
+                    for (int64_t i = 0; i < n; i++) total[i] += finish(sums[i], scale, bias, a + i) * ((const S *)weights)[c];
                 else
                     for (int64_t i = 0; i < n; i++)
-                        total[i] += from_T(to_T(finish(sums[i], bias, a + i) * from_T(((const T *)weights)[c])));
+                        total[i] += from_T(to_T(finish(sums[i], scale, bias, a + i) * from_T(((const T *)weights)[c])));
             }
             for (int64_t i = 0; i < n; i++) y[a + i] = to_T(total[i]);
         }

@@ -20,16 +20,23 @@ from .library import Library, library
 from .reference import FFNWeights
 
 
-def why_not(weights: Sequence[View]) -> str | None:
-    """Why the compiled functions cannot read these, ``[..., in, out]`` each, or None if they can."""
+def why_not(weights: Sequence[View], dtype: torch.dtype | None = None) -> str | None:
+    """Why the compiled functions cannot read these, ``[..., in, out]`` each, or None if they can.
+
+    Parameters
+    ----------
+    dtype : torch.dtype, optional
+        Of inputs, biases and outputs; by default that of the weights.
+    """
     from .library import why_not as why_no_library
 
-    tensors = [t for view in weights for t in view if t is not None]
-    dtype = tensors[0].dtype
-    if any(not t.is_cpu for t in tensors):
+    stored, biases = weights[0][0].dtype, [bias for _, bias in weights if bias is not None]
+    dtype = stored if dtype is None else dtype
+    if any(not t.is_cpu for t in (*(weight for weight, _ in weights), *biases)):
         return "the weights are not on the CPU"
-    if len({t.dtype for t in tensors}) > 1:
-        return f"the weights have several dtypes: {', '.join(sorted({str(t.dtype) for t in tensors}))}"
+    if len(found := {weight.dtype for weight, _ in weights}) > 1 or any(bias.dtype is not dtype for bias in biases):
+        dtypes = found | {bias.dtype for bias in biases}
+        return f"the weights have several dtypes: {', '.join(sorted(map(str, dtypes)))}"
     for weight, bias in weights:
         rows, columns = weight.shape[-2:]
         if not weight.numel():
@@ -38,7 +45,7 @@ def why_not(weights: Sequence[View]) -> str | None:
             return f"a weight is not stored input-major: {tuple(weight.shape)} with strides {weight.stride()}"
         if bias is not None and columns > 1 and bias.stride(-1) != 1:
             return f"a bias is not contiguous: {tuple(bias.shape)} with strides {bias.stride()}"
-    return why_no_library(dtype)
+    return why_no_library(dtype, stored)
 
 
 class Room:
@@ -62,19 +69,24 @@ class _Step:
     Attributes
     ----------
     dtype : torch.dtype
+        Of inputs and outputs.
     columns : int
         Inputs.
     """
 
-    def __init__(self, views: Sequence[View], room: Room | None) -> None:
-        found = library(views[0][0].dtype)
+    def __init__(self, views: Sequence[View], room: Room | None, dtype: torch.dtype | None, scales: object) -> None:
+        stored = views[0][0].dtype
+        self.dtype = stored if dtype is None else dtype
+        found = library(self.dtype, stored)
         if found is None:
-            raise RuntimeError(f"there are no compiled rows: {why_not(views)}")
+            raise RuntimeError(f"there are no compiled rows: {why_not(views, dtype)}")
+        if (stored is torch.int8) != (scales is not None):
+            raise RuntimeError(f"weights of {stored} are given with{'out' if scales is None else ''} scales")
         self._library: Library = found
         self._views = views  # kept, as the memory is
         self._room = room or Room()
         self._sizes: dict[tuple[int, ...], int] = {}
-        self.dtype, self.columns = views[0][0].dtype, views[0][0].shape[-2]
+        self.columns = views[0][0].shape[-2]
 
     def takes(self, x: Tensor) -> bool:
         """Whether it can compute this: one token on the CPU, of the weights' dtype, that no gradient is wanted of."""
@@ -95,12 +107,25 @@ class RowsLinear(_Step):
         For which :func:`why_not` finds no reason: ``[in, out_i]`` and a bias ``[out_i]``.
     room : Room, optional
         To be shared with others.
+    dtype : torch.dtype, optional
+        Of inputs, biases and outputs; by default that of the weights.
+    scales : sequence of Tensor, optional
+        ``[out_i]`` each, float32 and contiguous: of weights that are int8, the factor of each output.
     """
 
-    def __init__(self, matrices: Sequence[View], room: Room | None = None) -> None:
-        super().__init__(matrices, room)
+    def __init__(
+        self,
+        matrices: Sequence[View],
+        room: Room | None = None,
+        dtype: torch.dtype | None = None,
+        scales: Sequence[Tensor] | None = None,
+    ) -> None:
+        super().__init__(matrices, room, dtype, scales)
+        self._scales = scales  # kept, as the memory is
+        factors = [0] * len(matrices) if scales is None else [scale.data_ptr() for scale in scales]
         self._blocks = [
-            pack("=4q", w.data_ptr(), 0 if b is None else b.data_ptr(), w.stride(0), w.shape[1]) for w, b in matrices
+            pack("=5q", w.data_ptr(), 0 if b is None else b.data_ptr(), factor, w.stride(0), w.shape[1])
+            for (w, b), factor in zip(matrices, factors, strict=True)
         ]
         self._all = b"".join(self._blocks)
         self._outputs = [weight.shape[1] for weight, _ in matrices]
@@ -164,20 +189,23 @@ class RowsFFN(_Step):
     Parameters
     ----------
     weights : FFNWeights
-        For whose views :func:`why_not` finds no reason. Norms: float32 on the CPU, contiguous.
+        For whose views :func:`why_not` finds no reason. Norms and scales: float32 on the CPU, contiguous.
     room : Room, optional
         To be shared with others.
+    dtype : torch.dtype, optional
+        Of inputs, biases and outputs; by default that of the weights.
     """
 
-    def __init__(self, weights: FFNWeights, room: Room | None = None) -> None:
-        super().__init__(weights.views, room)
+    def __init__(self, weights: FFNWeights, room: Room | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(weights.views, room, dtype, weights.scales)
         views = (weights.gate or (None, None), weights.up, weights.down)
         matrices, biases = [weight for weight, _ in views], [bias for _, bias in views]
         experts, self._hidden, self._size = weights.up[0].shape
-        self._norms = weights.norms
+        self._kept = weights.norms, weights.scales  # as the memory is
+        scales = [None] * (3 - len(weights.scales or ())) + list(weights.scales or ())
         self._ffn = pack(
-            "=20q",
-            *(0 if t is None else t.data_ptr() for t in (*matrices, *biases, weights.norms)),
+            "=23q",
+            *(0 if t is None else t.data_ptr() for t in (*matrices, *biases, *scales, weights.norms)),
             *(0 if t is None else t.stride(1) for t in matrices),
             *(0 if t is None else t.stride(0) for t in (*matrices, *biases)),
             *(self._hidden, self._size, experts, list(ACTIVATIONS).index(weights.activation)),

@@ -1,6 +1,8 @@
-/* The dtype of a model, T, and that of its sums, S: float32, bfloat16 and float16 are summed in float, float64 in double.
+/* The dtype of a model, T, that of its sums, S, and that of its weights, W: float32, bfloat16 and float16 are summed in float,
+ * float64 in double. Weights are of the model's dtype, or int8 with a float for each output, which its sum is multiplied with.
  *
- * A source that includes this is compiled once for each dtype, with -DFLOAT32, -DBFLOAT16, -DFLOAT16 or -DFLOAT64.
+ * A source that includes this is compiled once for each dtype, with -DFLOAT32, -DBFLOAT16, -DFLOAT16 or -DFLOAT64, and once
+ * more with -DINT8 for each but the last.
  */
 #include <math.h>
 #ifdef __x86_64__
@@ -49,7 +51,6 @@ static inline Words words(const T *from) {
 static inline S from_T(T value) { return from_bfloat16(value); }
 static inline T to_T(S value) { return to_bfloat16(value); }
 static inline Sums widen(const T *from) { return (Sums)(words(from) << 16); }
-#define INTERLEAVED 1
 
 #else /* float16: exponents are moved by a product, which makes subnormals right too */
 static inline S from_T(T value) {
@@ -82,15 +83,45 @@ static inline Sums widen(const T *from) {
 #endif
 #endif
 
-/* The next 2 * WIDTH elements by two vectors. INTERLEAVED: those with even numbers come first, which saves half the loads. */
-#ifndef INTERLEAVED
+/* The next STEP weights by VECTORS vectors. INTERLEAVED: by two, those with even numbers first, which saves half the loads. */
+#if defined BFLOAT16 && !defined INT8
+#define INTERLEAVED 1
+#else
 #define INTERLEAVED 0
 #endif
-static inline void widen_two(const T *from, Sums *a, Sums *b) {
+#ifdef INT8
+typedef int8_t W;
+#define VECTORS 4 /* with AVX-512 a cache line */
+static inline S from_W(W value) { return value; }
+#if defined __AVX512F__
+static inline Sums widen_weights(const W *from) {
+    return (Sums)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)from)));
+}
+#elif defined __AVX2__
+static inline Sums widen_weights(const W *from) {
+    return (Sums)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)from)));
+}
+#else
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+static inline Sums widen_weights(const W *from) {
+    Bytes v;
+    memcpy(&v, from, sizeof v);
+    return __builtin_convertvector(v, Sums);
+}
+#endif
+#else
+typedef T W;
+#define VECTORS 2
+static inline S from_W(W value) { return from_T(value); }
+static inline Sums widen_weights(const W *from) { return widen(from); }
+#endif
+enum { STEP = VECTORS * WIDTH };
+
+static inline __attribute__((always_inline)) void widen_step(const W *from, Sums *to) {
 #if INTERLEAVED
     const Words pairs = (Words)load(from);
-    *a = (Sums)(pairs << 16), *b = (Sums)(pairs & 0xffff0000u);
+    to[0] = (Sums)(pairs << 16), to[1] = (Sums)(pairs & 0xffff0000u);
 #else
-    *a = widen(from), *b = widen(from + WIDTH);
+    _Pragma("GCC unroll 4") for (int i = 0; i < VECTORS; i++) to[i] = widen_weights(from + i * WIDTH);
 #endif
 }

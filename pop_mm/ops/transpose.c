@@ -7,11 +7,11 @@
 #include "scalar.h"
 
 #define TILE 64 /* elements */
-#define LINE (64 / (int64_t)sizeof(T))
+#define LINE (64 / (int64_t)sizeof(W))
 
-static void tile(const T *restrict from, int64_t from_stride, const T *next, T *restrict to,
+static void tile(const W *restrict from, int64_t from_stride, const W *next, W *restrict to,
                  int64_t to_stride, int64_t rows, int64_t columns) {
-    T kept[TILE][TILE];
+    W kept[TILE][TILE];
     if (rows == TILE && columns == TILE) {
         for (int64_t i = 0; i < TILE; i++) {
             for (int64_t j = 0; j < TILE; j += LINE) __builtin_prefetch(next + i * from_stride + j);
@@ -25,16 +25,16 @@ static void tile(const T *restrict from, int64_t from_stride, const T *next, T *
 }
 
 /* to[m][j][i] = from[m][i][j]: `count` matrices of [rows, columns], their steps and strides in elements */
-void transpose(const T *from, int64_t from_step, int64_t from_stride, T *to, int64_t to_step, int64_t to_stride, int64_t count,
+void transpose(const W *from, int64_t from_step, int64_t from_stride, W *to, int64_t to_step, int64_t to_stride, int64_t count,
                int64_t rows, int64_t columns, int threads) {
     const int64_t down = (rows + TILE - 1) / TILE, across = (columns + TILE - 1) / TILE;
     _Pragma("omp parallel for num_threads(threads) schedule(static)")
     for (int64_t t = 0; t < count * across; t++) { /* a thread writes whole rows */
-        const T *source = from + t / across * from_step + t % across * TILE;
-        T *target = to + t / across * to_step + t % across * TILE * to_stride;
+        const W *source = from + t / across * from_step + t % across * TILE;
+        W *target = to + t / across * to_step + t % across * TILE * to_stride;
         const int64_t left = columns - t % across * TILE;
         for (int64_t i = 0; i < down; i++) {
-            const T *here = source + i * TILE * from_stride, *next = i + 2 < down ? here + TILE * from_stride : here;
+            const W *here = source + i * TILE * from_stride, *next = i + 2 < down ? here + TILE * from_stride : here;
             tile(here, from_stride, next, target + i * TILE, to_stride, rows - i * TILE < TILE ? rows - i * TILE : TILE,
                  left < TILE ? left : TILE);
         }

@@ -62,11 +62,13 @@ def products_kernel(
 
 
 @triton.jit
-def _total(partial, step, splits, bias, o, outputs, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of all parts in a fixed order, and a bias."""
+def _total(partial, step, splits, scale, bias, o, outputs, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of all parts in a fixed order, times the outputs' scales, and a bias."""
     total = tl.zeros([BLOCK], ACCUMULATE)
     for split in range(splits):
         total += tl.load(partial + split * step + o, mask=o < outputs, other=0.0)
+    if scale is not None:
+        total *= tl.load(scale + o, mask=o < outputs, other=0.0)
     if bias is not None:
         total += tl.load(bias + o, mask=o < outputs, other=0.0).to(ACCUMULATE)
     return total
@@ -75,6 +77,7 @@ def _total(partial, step, splits, bias, o, outputs, ACCUMULATE: tl.constexpr, BL
 @triton.jit
 def finish_kernel(
     partial,  # [splits, outputs]
+    scale,  # [outputs] float32, of int8 weights; None: none
     bias,  # [outputs] or None
     out,  # out: [outputs]
     splits,
@@ -84,13 +87,15 @@ def finish_kernel(
 ):
     """A linear module's output."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = _total(partial, outputs, splits, bias, o, outputs, ACCUMULATE, BLOCK)
+    total = _total(partial, outputs, splits, scale, bias, o, outputs, ACCUMULATE, BLOCK)
     tl.store(out + o, total.to(out.dtype.element_ty), mask=o < outputs)
 
 
 @triton.jit
 def hidden_kernel(
     partial,  # [splits, 2, size]: gate, up; ungated [splits, 1, size]
+    gate_scale,  # [size] float32 or None
+    up_scale,
     gate_bias,  # [size] or None
     up_bias,
     h,  # out: [size]
@@ -105,10 +110,12 @@ def hidden_kernel(
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     narrow = h.dtype.element_ty
     if GATED:
-        g = _total(partial, 2 * size, splits, gate_bias, o, size, ACCUMULATE, BLOCK).to(narrow).to(ACCUMULATE)
-        u = _total(partial + size, 2 * size, splits, up_bias, o, size, ACCUMULATE, BLOCK).to(narrow).to(ACCUMULATE)
+        g = _total(partial, 2 * size, splits, gate_scale, gate_bias, o, size, ACCUMULATE, BLOCK)
+        g = g.to(narrow).to(ACCUMULATE)
+        u = _total(partial + size, 2 * size, splits, up_scale, up_bias, o, size, ACCUMULATE, BLOCK)
+        u = u.to(narrow).to(ACCUMULATE)
         u = _activate(g, ACTIVATION).to(narrow).to(ACCUMULATE) * u
     else:
-        u = _total(partial, size, splits, up_bias, o, size, ACCUMULATE, BLOCK).to(narrow).to(ACCUMULATE)
+        u = _total(partial, size, splits, up_scale, up_bias, o, size, ACCUMULATE, BLOCK).to(narrow).to(ACCUMULATE)
         u = _activate(u, ACTIVATION)
     tl.store(h + o, u.to(narrow), mask=o < size)

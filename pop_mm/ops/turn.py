@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .library import library
+from .library import Library, library
 
 LARGE_PAGES = True  # on Linux, where it lets programs ask: rows that lie apart are read a tenth faster or more
 
@@ -24,9 +24,9 @@ def is_turned(weight: Tensor) -> bool:
     return weight.transpose(-1, -2).is_contiguous()
 
 
-def why_not(parameter: nn.Parameter) -> str | None:
+def why_not(parameter: Tensor) -> str | None:
     """Why a weight ``[out, in]`` or ``[E, out, in]`` cannot be turned, or None if it can."""
-    if type(parameter) is not nn.Parameter:
+    if type(parameter) not in (Tensor, nn.Parameter):
         return f"it is a {type(parameter).__name__}"
     if parameter.device.type == "meta":
         return "it is not loaded"
@@ -49,23 +49,24 @@ class Turned:
 
     Attributes
     ----------
-    parameter : nn.Parameter
+    parameter : Tensor
     """
 
-    parameter: nn.Parameter
+    parameter: Tensor
 
     def back(self) -> None:
         """Store the weight as it was: the same values, strides and size of the storage. It may have been changed meanwhile."""
         _move(self.parameter, turned=False)
 
 
-def turn(parameter: nn.Parameter) -> Turned | None:
+def turn(parameter: Tensor) -> Turned | None:
     """Store a weight input-major; a gradient of the same strides moves along.
 
     Parameters
     ----------
-    parameter : nn.Parameter
-        ``[out, in]`` or ``[E, out, in]``, for which :func:`why_not` finds no reason. Nobody else may share its memory.
+    parameter : Tensor
+        ``[out, in]`` or ``[E, out, in]``, for which :func:`why_not` finds no reason: a parameter, or a tensor behind one. Nobody
+        else may share its memory.
 
     Returns
     -------
@@ -86,7 +87,7 @@ def turn(parameter: nn.Parameter) -> Turned | None:
 
 
 @torch.no_grad()
-def _move(parameter: nn.Parameter, turned: bool) -> None:
+def _move(parameter: Tensor, turned: bool) -> None:
     """Give parameter and gradient memory of their own, in the one order or the other: both, or neither if one fails."""
     moved: list[Tensor] = [parameter]
     if (grad := parameter.grad) is not None and grad.layout is torch.strided and grad.stride() == parameter.stride():
@@ -101,7 +102,7 @@ def _stored(tensor: Tensor, turned: bool) -> Tensor:
     """A copy of ``[..., out, in]`` with contiguous outputs if ``turned``, else with contiguous inputs."""
     source = tensor if turned else tensor.transpose(-1, -2)
     target = torch.empty_like(source.transpose(-1, -2), memory_format=torch.contiguous_format)
-    if turned and LARGE_PAGES and target.is_cpu and (found := library(target.dtype)) is not None:
+    if turned and LARGE_PAGES and target.is_cpu and (found := _library(target.dtype)) is not None:
         found.want_large_pages(target.data_ptr(), target.numel() * target.element_size())
     transpose(source, target)
     return target.transpose(-1, -2) if turned else target
@@ -109,7 +110,7 @@ def _stored(tensor: Tensor, turned: bool) -> Tensor:
 
 def transpose(source: Tensor, target: Tensor) -> None:
     """Write ``[..., n, m]`` to ``[..., m, n]``, both with contiguous rows; by the compiled library where there is one."""
-    found = library(source.dtype) if source.is_cpu and source.numel() else None
+    found = _library(source.dtype) if source.is_cpu and source.numel() else None
     if found is None or source.stride(-1) != 1 or target.stride(-1) != 1:
         target.copy_(source.transpose(-1, -2))
         return
@@ -124,3 +125,8 @@ def transpose(source: Tensor, target: Tensor) -> None:
         *source.shape[-2:],
         torch.get_num_threads(),
     )
+
+
+def _library(dtype: torch.dtype) -> Library | None:
+    """The library that moves weights of a dtype; int8 ones are the same in the library of any model's dtype."""
+    return library(torch.float32, torch.int8) if dtype is torch.int8 else library(dtype)
