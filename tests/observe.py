@@ -159,6 +159,8 @@ def _rows(matrix):
 
 
 def _bits(tensor):
+    if not isinstance(tensor, torch.Tensor):  # the mesh of a shard
+        return str(tensor)
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
         names, rest = tensor.__tensor_flatten__()  # a subclass that packs its numbers
         return [(name, _bits(getattr(tensor, name))) for name in names], str(rest)

@@ -1,10 +1,15 @@
 """What people hold instead of a model: pruned as the model in it is, or refused with what to pass."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
 from modes import EXPERT_LAYOUTS, STEPS, backends, fresh, generate, left_padded, pruned, with_experts
 from observe import prompt, same_afterwards
@@ -380,6 +385,45 @@ def test_what_is_no_model_is_refused_by_name(kind):
     for use in (lambda: prune(thing, 0.4), lambda: adapter_for(thing), lambda: check(thing)):
         with pytest.raises(AdapterError, match=message):
             use()
+
+
+@pytest.fixture
+def one_process():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def shard(model, mesh, name):
+    owner, _, weight = name.rpartition(".")
+    owner = model.get_submodule(owner)
+    setattr(owner, weight, nn.Parameter(distribute_tensor(getattr(owner, weight).detach(), mesh, [Shard(0)])))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "weight", "said"),
+    [
+        ("llama", "tp", "model.layers.1.mlp.up_proj.weight", "tensor parallelism, tp_size=2"),
+        ("mixtral", "ep", "model.layers.0.mlp.experts.down_proj", "expert parallelism, ep_size=2"),
+        ("llama", "fsdp", "lm_head.weight", "FSDP, fsdp_size=2"),
+        ("llama", "pp", None, "pipeline parallelism, pp_size=2"),
+    ],
+)
+@pytest.mark.parametrize("settings", [{"budget": 0.65}, {"ratio": 0.3}, {"budget": 1}], ids=str)
+def test_a_model_that_is_spread_over_processes_is_refused_by_name(
+    one_process, model_type, kind, weight, said, settings
+):
+    model = tiny(model_type)
+    model.config.distributed_config = SimpleNamespace(**{f"{kind}_size": 2})  # as transformers notes it
+    if weight is None:
+        model.model.layers[1] = PipelineIdentityLayer()
+        found = "model.layers.1 is another process's"
+    else:
+        shard(model, init_device_mesh("cpu", (1,)), weight)
+        found = f"the weight {weight} is a shard"
+    with same_afterwards(model), pytest.raises(AdapterError, match=f"spread over processes .{said}.: {found}"):
+        prune(model, **settings)
 
 
 def test_processors_are_refused_by_name():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -17,6 +18,8 @@ from .limits import Limits
 from .line import Line
 from .model import Generation, ServedModel
 from .prompt import longest
+
+_PARSES_BY_TOOLS = "tools" in inspect.signature(ChatCompletionHandler._streaming).parameters  # not in transformers 5.20
 
 
 class Streamer(DirectStreamer):  # type: ignore[misc]
@@ -71,9 +74,10 @@ class Answer(ChatCompletionHandler):  # type: ignore[misc]
         """
         served = self._served
         given = (self._id, served.model, served.reader, served.name, self._inputs, self._generation_config())
+        tools = {"tools": self._asked.tools} if _PARSES_BY_TOOLS else {}
         if not self._asked.stream:
-            return await self._non_streaming(*given, gen_manager=self, tools=self._asked.tools)
-        response = self._streaming(*given, gen_manager=self, tools=self._asked.tools)
+            return await self._non_streaming(*given, gen_manager=self, **tools)
+        response = self._streaming(*given, gen_manager=self, **tools)
         assert self._job is not None
         await asyncio.wrap_future(self._job.ready)
         return Stream(self, self._events(response.body_iterator))
