@@ -2,7 +2,8 @@
 
 All variants take turns in one run; a figure is the median of in-round ratios. *Share of 1/bytes*: the speed-up over the dense
 kernel, times the bytes that are read as a share of all: 1.0 is what reading less allows. FFNs are compared with the compiled FFN
-on weights as checkpoints store them; experts with the faster of those kernels and of rows that reads all. Needs a quiet machine.
+on weights as checkpoints store them; experts with the faster of those kernels and of rows that reads all; int8 weights with rows
+that reads all of them, beside the compiled FFN on weights of the model's dtype. Needs a quiet machine.
 """
 
 from __future__ import annotations
@@ -48,24 +49,26 @@ DENSE, ALL = "dense", "rows, all"
 
 
 class Shape(NamedTuple):
-    """Sizes, dtype, experts of a token (None: an FFN), and the least share of 1/bytes at :data:`JUDGED`."""
+    """Sizes, dtype, experts of a token (None: an FFN), the least share of 1/bytes at :data:`JUDGED`; whether weights are int8."""
 
     hidden: int
     size: int
     dtype: torch.dtype
     experts: int | None
     target: float
+    int8: bool = False
 
     @property
     def name(self) -> str:
         """For tables."""
         what = "FFN" if self.experts is None else f"{self.experts} experts of"
-        return f"{what} {self.hidden} x {self.size} {str(self.dtype).removeprefix('torch.')}"
+        stored = ", int8" if self.int8 else ""
+        return f"{what} {self.hidden} x {self.size} {str(self.dtype).removeprefix('torch.')}{stored}"
 
     @property
     def bytes(self) -> int:
         """Of a layer's weights that a token reads if all are."""
-        return 3 * self.hidden * self.size * self.dtype.itemsize * (self.experts or 1)
+        return 3 * self.hidden * self.size * (1 if self.int8 else self.dtype.itemsize) * (self.experts or 1)
 
 
 SHAPES = (
@@ -74,8 +77,14 @@ SHAPES = (
     Shape(4096, 14336, torch.bfloat16, None, 0.97),
     Shape(2048, 768, torch.bfloat16, 8, 0.92),
     Shape(4096, 14336, torch.bfloat16, 2, 0.92),
+    Shape(2048, 8192, torch.bfloat16, None, 0.85, int8=True),
+    Shape(4096, 14336, torch.bfloat16, None, 0.85, int8=True),
 )
-QUICK = (Shape(64, 96, torch.float32, None, 0.88), Shape(64, 48, torch.bfloat16, 3, 0.92))
+QUICK = (
+    Shape(64, 96, torch.float32, None, 0.88),
+    Shape(64, 48, torch.bfloat16, 3, 0.92),
+    Shape(64, 96, torch.bfloat16, None, 0.85, int8=True),
+)
 
 
 class Layer:
@@ -115,6 +124,23 @@ class Layer:
         if self._alone:
             return self.rows(x, threshold_x, threshold_h, kept)
         return self.rows.experts(x, self._ids, self._router, threshold_x, threshold_h, kept)
+
+
+class Int8Layer(Layer):
+    """The same weights once more as int8 with a scale for each output, input-major."""
+
+    def __init__(self, shape: Shape, matvec: Matvec, scratch: Scratch, room: Room) -> None:
+        super().__init__(shape, matvec, scratch, room)
+        matrices, scales = [], []
+        for weight in self._plain:
+            scale = weight.float().abs().amax(-1) / 127
+            matrices.append((weight / scale.unsqueeze(-1)).round_().to(torch.int8))
+            scales.append(scale.contiguous())
+            turn(matrices[-1])
+        views = [(matrix.transpose(1, 2), None) for matrix in matrices]
+        gate, up, down = views
+        norms = torch.ones(len(self._plain[0]), shape.size)
+        self.rows = RowsFFN(FFNWeights(gate, up, down, "silu", norms, scales), room, shape.dtype)
 
 
 def record(weights: Sequence[Tensor]) -> FFN:
@@ -168,7 +194,7 @@ def measure(shape: Shape, rounds: int, evict: Evictor, size: int, matvec: Matvec
     """All variants of a shape, and the speed of plain reads."""
     count = min(max(1 if shape.experts else 2, -(-size // shape.bytes)), 16)
     scratch, room = Scratch(), Room()
-    layers = [Layer(shape, matvec, scratch, room) for _ in range(count)]
+    layers = [(Int8Layer if shape.int8 else Layer)(shape, matvec, scratch, room) for _ in range(count)]
     x = torch.randn(shape.hidden).to(shape.dtype)
     check(layers[0], x)
 
@@ -182,7 +208,7 @@ def measure(shape: Shape, rounds: int, evict: Evictor, size: int, matvec: Matvec
 
     experts = shape.experts or 1
     variants = {DENSE: timed(lambda: [layer.dense(x) for layer in layers])}
-    shares = {DENSE: 1.0}
+    shares = {DENSE: shape.dtype.itemsize if shape.int8 else 1.0}
     for rho, kappa in ((1.0, 1.0), *SHARES):
         bounds = [
             (
@@ -204,7 +230,7 @@ def measure(shape: Shape, rounds: int, evict: Evictor, size: int, matvec: Matvec
 
         variants[name] = timed(run)
     times = alternate(variants, rounds, evict)
-    base = min((DENSE, ALL), key=times.median) if shape.experts else DENSE
+    base = ALL if shape.int8 else min((DENSE, ALL), key=times.median) if shape.experts else DENSE
     rows = []
     for name, share in shares.items():
         seconds = times.median(name) / count
@@ -217,7 +243,8 @@ def check(layer: Layer, x: Tensor) -> None:
     """Raise if rows that reads all computes something else than the dense kernel."""
     nothing = torch.full((len(layer.hidden(x)),), -1.0)
     found, right = layer.chosen(x, nothing[:1], nothing).float(), layer.dense(x).float()
-    if not torch.allclose(found, right, rtol=0, atol=100 * torch.finfo(x.dtype).eps * float(right.abs().max())):
+    near = 0.05 if isinstance(layer, Int8Layer) else 100 * torch.finfo(x.dtype).eps
+    if not torch.allclose(found, right, rtol=0, atol=near * float(right.abs().max())):
         raise RuntimeError(f"rows compute something else: off by {float((found - right).abs().max()):.2g}")
 
 

@@ -6,8 +6,9 @@
 Each variant is attached, generates twice and is left. A step is the median time between two tokens of the second answer, whose
 prompt finds the weights turned; *prefill* is that prompt's forward with what the session adds to it. *Limit* is Amdahl's:
 T / (T - F + F b) with T a dense step on our kernels, F the time of its modules that are read by rows, and b the share of their
-bytes that was read. *Turn* is the time it took to turn the weights, once a session, and *leave* to turn them back. Needs a quiet
-machine.
+bytes that was read. *Turn* is the time it took to turn the weights, once a session, and *leave* to turn them back. With
+``--weights int8`` a copy of the model, quantised by torchao, takes turns too: dense by torchao, and with thresholds. Needs a
+quiet machine.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pop_mm.bench.prompts import Prompts
 from pop_mm.bench.source import Source
 from pop_mm.bench.timing import generate_timed
 from pop_mm.patching import Patches
+from pop_mm.quantise import quantised_copy
 
 DENSE, OURS, JUDGED = "dense", "dense, our kernels", "thresholds 0.65"
 SETTINGS: dict[str, dict[str, Any] | None] = {
@@ -44,7 +46,10 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "POP 20 %": {"ratio": 0.2},
     "POP 40 %": {"ratio": 0.4},
 }
+INT8_DENSE, INT8 = "int8, torchao", "int8, thresholds 0.65"
+OF_INT8: dict[str, dict[str, Any] | None] = {INT8_DENSE: None, INT8: {"budget": 0.65}}
 TARGETS = {"smollm2-135m": 2.1, "llama3.2-1b": 1.9}  # of 0.65 over dense, 128 tokens in and out
+INT8_TARGETS = {"llama3.2-1b": 2.5}  # the same of int8
 PREFILL, OF_LIMIT, SECONDS = 1.05, 0.95, 2.0
 
 
@@ -116,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--random-weights", action="store_true")
     parser.add_argument("--layers", type=int, help="of the config, fewer than published")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--weights", choices=("auto", "int8"), default="auto", help="int8: a quantised copy too")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--only", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="VARIANT")
@@ -130,27 +136,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = Source(args.config or args.model, bool(args.config), args.layers, args.dtype)
     model, tokenizer = source.load(torch.device("cpu"))
     chosen = [name for name in SETTINGS if name in args.only or name in (DENSE, OURS)]
-    found = {name: Found() for name in chosen}
+    variants = {name: (model, SETTINGS[name]) for name in chosen}
+    if args.weights == "int8":
+        small = quantised_copy(model, "int8")
+        variants |= {name: (small, settings) for name, settings in OF_INT8.items()}
+    found = {name: Found() for name in variants}
     limit_of: list[float] = []
     for number in range(args.rounds):
         prompts = [Prompts(model, tokenizer, seed).ids(number, 1, args.prompt) for seed in (0, 1)]
         limit_of.append(rows_share(model, prompts[1]))
-        for name in chosen:
-            run(model, SETTINGS[name], prompts, args.new_tokens, found[name])
+        for name, (of, settings) in variants.items():
+            run(of, settings, prompts, args.new_tokens, found[name])
     title = f"{source.label}, {model.dtype}, {args.prompt} tokens in, {args.new_tokens} out, {args.rounds} rounds"
     table = Table(title=title.replace("torch.", ""))
     for name in ("variant", "tokens/s", "step ms", "over dense", "over ours", "limit", "of limit", "prefill ms"):
         table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=True)
     for name in ("of dense", "turn s", "leave s"):
         table.add_column(name, justify="right", no_wrap=True)
-    share, verdicts = statistics.median(limit_of), []
+    share = statistics.median(limit_of)
+    verdicts: list[Verdict] = []
     for name, mine in found.items():
         over, ours, prefill = (
             ratios(found[DENSE].step, mine.step),
             ratios(found[OURS].step, mine.step),
             ratios(mine.prefill, found[DENSE].prefill),
         )
-        limit = 1 / (1 - share + share * mine.share) if mine.share < 1 else None
+        limit = 1 / (1 - share + share * mine.share) if mine.share < 1 and name not in OF_INT8 else None
         step, gain = statistics.median(mine.step), statistics.median(ours)
         table.add_row(
             name,
@@ -165,10 +176,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{statistics.median(mine.turn):.2f}" if mine.turn else "-",
             f"{statistics.median(mine.leave):.2f}",
         )
+        if name == INT8 and (args.prompt, args.new_tokens) == (128, 128):
+            speed, target = statistics.median(over), INT8_TARGETS.get(source.name)
+            said = f"int8: {speed:.2f} over dense {model.dtype}, at least {target}".replace("torch.", "")
+            verdicts.append(Verdict(said, None if target is None else speed >= target))
         if name == JUDGED and limit is not None:
             target = TARGETS.get(source.name) if (args.prompt, args.new_tokens) == (128, 128) else None
             speed = statistics.median(over)
-            verdicts = [
+            verdicts += [
                 Verdict(f"{speed:.2f} over dense, at least {target}", None if target is None else speed >= target),
                 Verdict(f"{gain / limit:.2f} of the limit, at least {OF_LIMIT}", gain / limit >= OF_LIMIT),
                 Verdict(
