@@ -221,7 +221,7 @@ def _answers(name: str, module: nn.Module, vectors: Tensor, dtypes: list[torch.d
     refused = None
     for dtype in dtypes:
         try:
-            with _asked(module):
+            with asked(module):
                 answers = module(vectors.to(dtype).unsqueeze(0))
         except Exception as error:  # whatever the package says to a dtype that it does not take
             refused = refused or error
@@ -238,7 +238,7 @@ def _answers(name: str, module: nn.Module, vectors: Tensor, dtypes: list[torch.d
 
 
 @contextmanager
-def _asked(module: nn.Module) -> Iterator[None]:
+def asked(module: nn.Module) -> Iterator[None]:
     """Within: the module is in eval mode (dropout of an adapter that was added later), and sessions look away."""
     training = [part for part in module.modules() if part.training]
     _local.asking = True

@@ -15,6 +15,7 @@ from torch import nn
 from . import kernels
 from .accel.attention import SingleTokenAttention
 from .accel.few import FewTokens
+from .accel.layers import FewTokensLayers
 from .accel.linears import FewTokensLinears
 from .accel.norms import FewTokensNorms
 from .adapters import Adapter, adapter_for
@@ -149,10 +150,14 @@ class Attachment(ABC):
             self._inplace.count_on(before)
         self._gathered = GatheredExecutor(self._engine, self._tracker)
         self._fast = bool({"inplace", "gathered", "rows"} & set(self._backends))
-        self._besides: list[FewTokens] = []  # what else a few tokens run by the compiled library
+        self._besides: list[FewTokens] = []  # what else a few tokens run by the library; layers come first
         if self._matvec is not None:
             kinds = (FewTokensLinears, SingleTokenAttention, FewTokensNorms)
-            self._besides = [kind(self._matvec, self._few, self._inplace.static) for kind in kinds]
+            common = (self._matvec, self._few, self._inplace.static)
+            self._besides = [
+                FewTokensLayers(*common, self._tracker, self._masked.by_rows)
+            ]  # first: it looks for others' forwards
+            self._besides += [kind(*common) for kind in kinds]
         modules = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
         self._expert_configs: list[Any] = list({id(module.config): module.config for module in modules}.values())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..kernels.attention import Attention
+from ..ops.layer import attention, attention_takes
 from .few import FewTokens, Forward
 
 _NOT_PLAIN = ("position_bias", "softcap", "cache")  # options that ask for more than softmax(q K^T) V
@@ -24,7 +24,7 @@ class SingleTokenAttention(FewTokens):
     def forward_of(self, module: nn.Module) -> Forward | None:
         """None for modules that do not ask transformers' interface."""
         few, static, own_forward = self.few, self.static, type(module).forward
-        with_kernel = with_own_interface(own_forward, self.library.attention)
+        with_kernel = with_own_interface(own_forward)
         if with_kernel is None:
             return None
 
@@ -35,7 +35,7 @@ class SingleTokenAttention(FewTokens):
         return forward
 
 
-def with_own_interface(forward: Any, attention: Attention) -> FunctionType | None:
+def with_own_interface(forward: Any) -> FunctionType | None:
     """The same code, where the interface's name stands for one in which "sdpa" is ours; None if it asks no interface.
 
     Its other names are those of now: what somebody puts into the module's namespace later is not seen.
@@ -50,7 +50,7 @@ def with_own_interface(forward: Any, attention: Attention) -> FunctionType | Non
     if shared is not ALL_ATTENTION_FUNCTIONS or shared.get("sdpa") is not sdpa_attention_forward:
         return None
     own = AttentionInterface()
-    own["sdpa"] = _instead_of(sdpa_attention_forward, shared, attention)
+    own["sdpa"] = _instead_of(sdpa_attention_forward, shared)
     names = {**forward.__globals__, _INTERFACE: own}
     code = forward.__code__.replace()  # of its own: torch.compile keeps what belongs to the names by code object
     copy = FunctionType(code, names, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -58,13 +58,13 @@ def with_own_interface(forward: Any, attention: Attention) -> FunctionType | Non
     return copy
 
 
-def _instead_of(stock: Callable[..., Any], shared: Mapping[str, Any], attention: Attention) -> Callable[..., Any]:
+def _instead_of(stock: Callable[..., Any], shared: Mapping[str, Any]) -> Callable[..., Any]:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
         now = shared["sdpa"]  # somebody may have registered another one
         plain = attention_mask is None and not any(options.get(name) is not None for name in _NOT_PLAIN)
-        if now is not stock or not plain or options.get("dropout") or not attention.takes(query, key, value):
+        if now is not stock or not plain or options.get("dropout") or not attention_takes(query, key, value):
             found: tuple[Tensor, None] = now(module, query, key, value, attention_mask, **options)
             return found
         scale = options.get("scaling")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.norm import KINDS
+from ..ops.layer import KINDS, norm, norm_takes
 from .few import FewTokens, Forward
 
 
@@ -25,11 +25,11 @@ class FewTokensNorms(FewTokens):
         kind = self._kind(module, weight.detach(), getattr(module, eps))
         if kind is None:
             return None
-        few, static, norm, own_forward = self.few, self.static, self.library.norm, type(module).forward
+        few, static, own_forward = self.few, self.static, type(module).forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:  # a gated norm takes more than one argument
             weight = parameters["weight"]
-            if static.active or len(args) != 1 or kwargs or not few() or not norm.takes(args[0], weight):
+            if static.active or len(args) != 1 or kwargs or not few() or not norm_takes(args[0], weight):
                 return own_forward(module, *args, **kwargs)
             return norm(args[0], weight, getattr(module, eps), kind)
 
@@ -41,7 +41,7 @@ class FewTokensNorms(FewTokens):
         x = torch.randn(2, weight.numel(), generator=torch.Generator().manual_seed(0), device="cpu")
         x[1] *= eps**0.5  # where eps matters
         x = x.to(weight.dtype)
-        if not self.library.norm.takes(x, weight):
+        if not norm_takes(x, weight):
             return None
         try:
             expected = module.forward(x)
@@ -49,7 +49,7 @@ class FewTokensNorms(FewTokens):
             return None
         if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != x.dtype:
             return None
-        found = [self.library.norm(x, weight, eps, kind) for kind in range(len(KINDS))]
+        found = [norm(x, weight, eps, kind) for kind in range(len(KINDS))]
         kind = min(range(len(KINDS)), key=lambda kind: float((found[kind] - expected).abs().sum()))
         near = 4 * torch.finfo(x.dtype).eps
         return kind if torch.allclose(found[kind], expected, rtol=near, atol=near * eps) else None

@@ -19,14 +19,12 @@ from torch import Tensor
 from .. import native
 from ..errors import ConfigError
 from ..partition import Sizes
-from .attention import Attention
 from .functions import DTYPES, INT, INTEGER, POINTER, function, functions, untraced
-from .norm import RMSNorm
 
 HEADERS = (Path(__file__).with_name("vectors.h"),)
 SOURCES = native.Sources(
     "kernels",
-    tuple(Path(__file__).with_name(f"{name}.c") for name in ("attention", "matvec", "moves", "norm", "statistics")),
+    tuple(Path(__file__).with_name(f"{name}.c") for name in ("matvec", "moves", "statistics")),
     HEADERS,
 )
 LeaveOut = Callable[[Tensor, Tensor | None], None]  # of a step's activations, where ``valid`` ones have a say
@@ -103,8 +101,6 @@ class Matvec:
     ----------
     exchange : Exchange
     energy : Energy
-    attention : Attention
-    norm : RMSNorm
         From the same library.
     ffn : dict of dtype to function
         For :class:`pop_mm.kernels.ffn.FFNStep`.
@@ -112,7 +108,6 @@ class Matvec:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.exchange, self.energy = Exchange(library), Energy(library)
-        self.attention, self.norm = Attention(library), RMSNorm(library)
         matvec = (ctypes.c_char_p, INTEGER, POINTER, *[INTEGER] * 3, POINTER, POINTER, INT)
         self._functions = functions(library, "matvec", *matvec)
         self._choices = functions(library, "choose", ctypes.c_char_p, POINTER, INTEGER, POINTER, POINTER)

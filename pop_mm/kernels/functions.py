@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}  # that most functions come in, and how C names them
-POINTER, INTEGER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+POINTER, INTEGER, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 
 # torch.compile lets go of tensors of a traced frame once their addresses have been taken, before C has used them
 untraced = torch.compiler.disable(recursive=False)

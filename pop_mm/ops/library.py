@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .. import kernels, native
-from ..kernels.functions import INT, INTEGER, POINTER, function
+from ..kernels.functions import DOUBLE, INT, INTEGER, POINTER, function
 
 OPTIONS = {
     torch.float32: "-DFLOAT32",
@@ -22,7 +22,7 @@ OPTIONS = {
     torch.float64: "-DFLOAT64",
 }
 INT8 = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of models whose weights may be int8
-_FILES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "histogram.c", "transpose.c"))
+_FILES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "histogram.c", "transpose.c", "layer.c"))
 _HEADERS = (*(Path(__file__).with_name(name) for name in ("scalar.h", "activate.h")), *kernels.HEADERS)
 
 
@@ -60,6 +60,9 @@ class Library:
         self.histogram = function(found, "histogram", POINTER, *[INTEGER] * 3, *[POINTER] * 3, INT)
         self.transpose = function(found, "transpose", *[POINTER, INTEGER, INTEGER] * 2, *[INTEGER] * 3, INT)
         self.want_large_pages = function(found, "want_large_pages", POINTER, INTEGER)
+        self.attend = function(found, "attend", ctypes.c_char_p, *[POINTER] * 5, INT)
+        self.rotate = function(found, "rotate", *[POINTER] * 3, INTEGER, INTEGER)
+        self.rms_norm = function(found, "rms_norm", *[POINTER] * 3, INTEGER, INTEGER, DOUBLE, INT)
         self.rows_room, self.ffn_room = found.rows_room, found.ffn_room
         for room in (self.rows_room, self.ffn_room):
             room.argtypes, room.restype = [INTEGER] * 4, INTEGER

@@ -1,0 +1,246 @@
+"""Decoder layers of the common kind, for one token: what is between their matrices, without a frame of Python for each part.
+
+Common is: norm, attention with q, k, v and o projections and a rotation, norm, FFN or experts, each added to what it was given. A
+layer is taken if it has these parts and, as far as random tokens can tell, computes from them what is computed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..asking import asked
+from ..executors.static import StaticSteps
+from ..kernels import Matvec
+from ..ops.layer import attention, attention_takes, rotate
+from ..patching import Patches
+from ..phase import PhaseTracker
+from .few import FewTokens, Forward
+
+_LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NORMS = ("q_norm", "k_norm")  # of the heads, which some have
+_KNOWN = {"past_key_values", "position_embeddings", "position_ids", "use_cache", "cache_position"}
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The modules of a layer, and what its attention says of itself."""
+
+    layer: nn.Module
+    attn: Any
+    head: int
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Parts | None:
+        """None for a layer that has other parts."""
+        found: Any = layer
+        if set(layer._modules) != set(_LAYER):
+            return None
+        attn = found.self_attn
+        if attn is None or not {*_ATTENTION} <= set(attn._modules) <= {*_ATTENTION, *_NORMS}:
+            return None
+        sizes = [getattr(attn, name, None) for name in ("head_dim", "layer_idx")]
+        if any(type(size) is not int for size in sizes) or not isinstance(getattr(attn, "scaling", None), float):
+            return None
+        if {*attn._modules} & {*_NORMS} not in (set(), {*_NORMS}) or attn._parameters or layer._parameters:
+            return None
+        outputs = [getattr(getattr(attn, name), "out_features", 0) for name in _ATTENTION[:3]]
+        if any(size % attn.head_dim for size in outputs) or outputs[1] != outputs[2] or not all(outputs):
+            return None
+        return cls(layer, attn, attn.head_dim)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Those that are not called as modules."""
+        found: Any = self.layer
+        return (found.input_layernorm, found.self_attn, found.post_attention_layernorm, *self.attn._modules.values())
+
+    def kind(self) -> object:
+        """What layers have in common that are probed together."""
+        modules = [module for name, module in self.layer.named_modules() if not name.startswith("mlp.")]
+        plain = (int, float, str, bool)
+        return tuple(
+            (type(m), *((k, v) for k, v in vars(m).items() if isinstance(v, plain) and k != "layer_idx"))
+            for m in modules
+        )
+
+    def attend(self, x: Tensor, cache: Any, cos: Tensor, sin: Tensor) -> Tensor:
+        """What the attention makes of the normalised ``x``, ``[1, 1, H]``."""
+        attn, size = self.attn, self.head
+        query = attn.q_proj.forward(x).view(1, 1, -1, size)
+        key = attn.k_proj.forward(x).view(1, 1, -1, size)
+        value = attn.v_proj.forward(x).view(1, 1, -1, size)
+        if "q_norm" in attn._modules:
+            query, key = attn.q_norm.forward(query), attn.k_norm.forward(key)
+        rotate(query, cos, sin)
+        rotate(key, cos, sin)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, attn.layer_idx)
+        if attention_takes(query, key, value):
+            out = attention(query, key, value, attn.scaling)
+        else:
+            out = nn.functional.scaled_dot_product_attention(
+                query, key, value, scale=attn.scaling, enable_gqa=True
+            ).transpose(1, 2)
+        return attn.o_proj.forward(out.reshape(1, 1, -1))
+
+    def run(self, hidden: Tensor, cache: Any, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """The whole layer on one token, ``[1, 1, H]``."""
+        layer: Any = self.layer
+        hidden = hidden + attend(layer.input_layernorm.forward(hidden), cache, cos, sin)
+        return hidden + layer.mlp(layer.post_attention_layernorm.forward(hidden))
+
+
+class FewTokensLayers(FewTokens):
+    """Decoder layers in a step of one token.
+
+    Parameters
+    ----------
+    tracker : PhaseTracker
+    by_rows : mapping
+        Module -> what leaves out its entries itself in a fast step, and hooks it for all others.
+    """
+
+    def __init__(
+        self,
+        library: Matvec,
+        few: Callable[[], bool],
+        static: StaticSteps,
+        tracker: PhaseTracker,
+        by_rows: Mapping[nn.Module, Any],
+    ) -> None:
+        super().__init__(library, few, static)
+        self._tracker, self._by_rows = tracker, by_rows
+        self._probed: dict[object, bool] = {}
+
+    def forward_of(self, module: nn.Module) -> Forward | None:
+        """None for anything else."""
+        parts = Parts.of(module)
+        if parts is None:
+            return None
+        replaced = [part for part in parts.modules if "forward" in part.__dict__ and part not in self._by_rows]
+        if replaced or not self._is_common(parts):
+            return None
+        own_forward, tracker, static, config = type(module).forward, self._tracker, self.static, parts.attn.config
+        mine = [self._by_rows[part] for part in parts.modules if part in self._by_rows]
+        hooks = [h for part in parts.modules for h in (part._forward_hooks, part._forward_pre_hooks)]
+        stock = _sdpa()
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            current = tracker.current
+            if (
+                current is not None
+                and current.few
+                and len(args) == 1
+                and not static.active
+                and (not mine or current.fast)
+                and sum(map(len, hooks)) == len(mine)
+                and config._attn_implementation == "sdpa"
+                and _sdpa() is stock
+            ):
+                hidden, cache = args[0], kwargs.get("past_key_values")
+                angles = kwargs.get("position_embeddings")
+                if _is_plain(kwargs) and _takes(parts, hidden, angles):
+                    return parts.run(hidden, cache, *angles, parts.attend)
+            return own_forward(module, *args, **kwargs)
+
+        return forward
+
+    def _is_common(self, parts: Parts) -> bool:
+        kind = parts.kind()
+        if kind not in self._probed:
+            try:
+                with asked(parts.layer):
+                    self._probed[kind] = agrees(parts)
+            except Exception:  # one that wants more, or returns something else, is left to its own forward
+                self._probed[kind] = False
+        return self._probed[kind]
+
+
+def _sdpa() -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS.get("sdpa")
+
+
+def _is_plain(kwargs: dict[str, Any]) -> bool:
+    """Whether nothing is asked for but the next token: no mask, no other outputs."""
+    return all(value is None or value is False or name in _KNOWN for name, value in kwargs.items())
+
+
+def _takes(parts: Parts, hidden: Tensor, angles: Any) -> bool:
+    """One token without a gradient, and one angle for each entry of a head."""
+    if not isinstance(angles, tuple) or len(angles) != 2:
+        return False
+    cos, sin = angles
+    return (
+        hidden.is_cpu
+        and hidden.dim() == 3
+        and hidden.shape[0] == hidden.shape[1] == 1
+        and not hidden.requires_grad
+        and cos.dtype is sin.dtype is hidden.dtype
+        and cos.numel() == sin.numel() == cos.shape[-1] == parts.head
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+    )
+
+
+@torch.no_grad()
+def agrees(parts: Parts) -> bool:
+    """Whether the layer computes what :meth:`Parts.run` does: its attention alone, then with stand-ins for attention and FFN."""
+    from transformers import DynamicCache
+
+    layer: Any = parts.layer
+    attn, dtype = parts.attn, layer.input_layernorm.weight.dtype
+    size = layer.input_layernorm.weight.numel()
+    made = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=made).to(dtype)
+
+    x = random(1, 1, size)
+    query = attn.q_proj.forward(x)
+    spread = 3 / float(query.float().std() * parts.head**0.5 * attn.scaling)  # of scores, so that rotations matter
+    past = [(spread * random(1, attn.k_proj.out_features // parts.head, 3, parts.head)).to(dtype) for _ in range(2)]
+    angles = (random(1, 1, parts.head), random(1, 1, parts.head))
+    caches = [DynamicCache() for _ in range(2)]
+    for cache in caches:
+        cache.update(*(tensor.clone() for tensor in past), attn.layer_idx)
+    inputs = {"position_embeddings": angles, "attention_mask": None, "past_key_values": caches[0]}
+    expected = type(attn).forward(attn, hidden_states=x.clone(), position_ids=torch.tensor([[3]]), **inputs)[0]
+    found = parts.attend(x.clone(), caches[1], *angles)
+    stored = [cache.layers[attn.layer_idx] for cache in caches]
+    if not (
+        _near(found, expected) and _near(stored[1].keys, stored[0].keys) and _near(stored[1].values, stored[0].values)
+    ):
+        return False
+    with _stand_ins(layer):
+        expected = type(layer).forward(layer, x.clone(), position_ids=torch.tensor([[3]]), use_cache=True, **inputs)
+        found = parts.run(x.clone(), None, *angles, lambda given, *_: given * 0.5)
+    return _near(found, expected)
+
+
+@contextmanager
+def _stand_ins(layer: Any) -> Any:
+    """Attention and FFN that only scale what they are given."""
+    with Patches() as patches:
+        patches.replace(layer.self_attn, "forward", lambda *args, hidden_states, **_: (hidden_states * 0.5, None))
+        patches.replace(layer.mlp, "forward", lambda given, *_: given * -2)
+        yield
+
+
+def _near(found: Any, expected: Any) -> bool:
+    if not isinstance(expected, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    bound = 8 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    return bool(torch.allclose(found.double(), expected.double(), rtol=0, atol=bound))
+
+
+__all__ = ["FewTokensLayers", "Parts", "agrees"]

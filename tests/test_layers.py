@@ -1,0 +1,164 @@
+"""Decoder layers of one token without a frame for each part: what they compute, and when they are left to themselves."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+
+import pop_mm
+from modes import generate, left_padded
+from observe import differences, fingerprint, prompt
+from pop_mm.accel.layers import Parts, agrees
+from tiny_models import tiny
+
+COMMON = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+SETTINGS = {"dense": {"ratio": 0.0, "kernels": "compiled"}, "pop": {"ratio": 0.4}, "thresholds": {"budget": 0.6}}
+
+
+@pytest.fixture
+def tokens(monkeypatch):
+    """Layers that were run here, one entry for each."""
+    found, original = [], Parts.run
+
+    def run(self, *args):
+        found.append(self.layer)
+        return original(self, *args)
+
+    monkeypatch.setattr(Parts, "run", run)
+    return found
+
+
+def first_layer(model):
+    return model.model.layers[0]
+
+
+@pytest.mark.parametrize("model_type", COMMON)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_common_layers_are_recognised(model_type, dtype):
+    assert agrees(Parts.of(first_layer(tiny(model_type, dtype))))
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "phi3", "olmo2", "gpt2", "gpt_neox"])
+def test_layers_with_other_parts_are_not(model_type):
+    model = tiny(model_type)
+    assert not any(Parts.of(module) for module in model.modules())
+
+
+class WithoutResidual(LlamaDecoderLayer):
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, **kwargs) - hidden_states
+
+
+class Loud(LlamaDecoderLayer):
+    def forward(self, hidden_states, **kwargs):
+        return (super().forward(hidden_states, **kwargs),)
+
+
+class Unrotated(LlamaAttention):
+    def forward(self, hidden_states, position_embeddings, **kwargs):
+        cos, sin = position_embeddings
+        return super().forward(hidden_states, position_embeddings=(torch.ones_like(cos), 0 * sin), **kwargs)
+
+
+class Doubled(LlamaAttention):
+    def forward(self, hidden_states, **kwargs):
+        found, weights = super().forward(hidden_states, **kwargs)
+        return 2 * found, weights
+
+
+@pytest.mark.parametrize("kind", [WithoutResidual, Loud, Unrotated, Doubled])
+def test_layers_that_compute_something_else_are_not(kind):
+    layer = first_layer(tiny("llama"))
+    (layer if issubclass(kind, LlamaDecoderLayer) else layer.self_attn).__class__ = kind
+    assert not agrees(Parts.of(layer))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("model_type", COMMON)
+def test_a_session_decodes_as_without_them(settings, model_type, tokens):
+    model = tiny(model_type, torch.float64 if settings == "thresholds" else torch.float32)
+    before, found = fingerprint(model), {}
+    for by_parts in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not by_parts:
+                patch.setattr(Parts, "of", lambda layer: None)
+            with pop_mm.prune(model, **SETTINGS[settings]):
+                tokens.clear()
+                found[by_parts] = generate(model, prompt(), 4)
+        assert len(tokens) == by_parts * 3 * model.config.num_hidden_layers
+    assert torch.equal(found[True][0], found[False][0])
+    close = 1e-12 if settings == "thresholds" else 1e-4
+    torch.testing.assert_close(found[True][1], found[False][1], rtol=0, atol=close)
+    assert differences(before, fingerprint(model)) == []
+
+
+@pytest.mark.parametrize("case", ["two rows", "padding", "eager", "static cache", "autograd", "stock"])
+def test_anything_else_is_left_to_the_layers(case, tokens):
+    model = tiny("llama")
+    if case == "eager":
+        model.set_attn_implementation("eager")
+    ids, mask = left_padded(prompt(2), (3, 0)) if case == "padding" else (prompt(2 if case == "two rows" else 1), None)
+    options = {"cache_implementation": "static"} if case == "static cache" else {}
+    with pop_mm.prune(model, ratio=0.4, kernels="stock" if case == "stock" else "compiled"):
+        tokens.clear()
+        if case == "autograd":
+            cache = model(ids, use_cache=True).past_key_values
+            assert model(ids[:, :1], past_key_values=cache).logits.requires_grad
+        else:
+            generate(model, ids, 3, attention_mask=mask, **options)
+    assert not tokens
+
+
+@pytest.mark.parametrize("path", ["self_attn", "self_attn.q_proj", "self_attn.o_proj", "input_layernorm"])
+@pytest.mark.parametrize("settings", ["pop", "thresholds"])
+def test_hooks_of_the_parts_are_called(path, settings, tokens):
+    model, calls = tiny("llama"), []
+    with pop_mm.prune(model, **SETTINGS[settings]):
+        module = first_layer(model).get_submodule(path)
+        handle = module.register_forward_hook(lambda *_: calls.append(1))
+        tokens.clear()
+        generate(model, prompt(), 4)
+        handle.remove()
+        assert len(calls) == 4 and first_layer(model) not in tokens
+
+
+def test_outputs_that_are_asked_for_come(tokens):
+    model = tiny("llama")
+    with pop_mm.prune(model, ratio=0.4, kernels="compiled"), torch.no_grad():
+        found = []
+        for asked in ({}, {"output_hidden_states": True}):
+            cache = model(prompt(), use_cache=True).past_key_values
+            found.append(model(prompt()[:, :1], past_key_values=cache, **asked))
+    assert len(found[1].hidden_states) == model.config.num_hidden_layers + 1
+    torch.testing.assert_close(found[0].logits, found[1].logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["self_attn", "self_attn.v_proj", "post_attention_layernorm"])
+def test_a_part_whose_forward_somebody_replaced_is_called(where, tokens):
+    model, calls = tiny("llama"), []
+    module = first_layer(model).get_submodule(where)
+    own = type(module).forward.__get__(module)
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    module.forward = forward
+    with pop_mm.prune(model, ratio=0.4, kernels="compiled"):
+        assert not calls
+        tokens.clear()
+        generate(model, prompt(), 4)
+    assert len(calls) == 4 and first_layer(model) not in tokens and tokens
+
+
+@pytest.mark.parametrize("cache", [None, "sliding"])
+def test_caches_of_other_kinds(cache, tokens):
+    model = tiny("mistral", torch.float64)
+    model.config.sliding_window = 6 if cache else None
+    found = []
+    for settings in ({"kernels": "compiled"}, {"kernels": "stock"}):
+        with pop_mm.prune(model, ratio=0.4, **settings) if cache is None or settings else nullcontext():
+            found.append(generate(model, prompt(), 6))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-9)
