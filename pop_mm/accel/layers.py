@@ -70,16 +70,16 @@ class Parts:
             for m in modules
         )
 
-    def attend(self, x: Tensor, cache: Any, cos: Tensor, sin: Tensor) -> Tensor:
-        """What the attention makes of the normalised ``x``, ``[1, 1, H]``."""
+    def attend(self, x: Tensor, cache: Any, cos: Tensor, sin: Tensor, group: Any = None) -> Tensor:
+        """What the attention makes of ``x``, ``[1, 1, H]``; ``group`` computes q, k and v in one call where it can."""
         attn, size = self.attn, self.head
-        query = attn.q_proj.forward(x).view(1, 1, -1, size)
-        key = attn.k_proj.forward(x).view(1, 1, -1, size)
-        value = attn.v_proj.forward(x).view(1, 1, -1, size)
+        found = None if group is None else group.together(x)
+        if found is None:
+            found = [project.forward(x) for project in (attn.q_proj, attn.k_proj, attn.v_proj)]
+        query, key, value = (part.view(1, 1, -1, size) for part in found)
         if "q_norm" in attn._modules:
             query, key = attn.q_norm.forward(query), attn.k_norm.forward(key)
-        rotate(query, cos, sin)
-        rotate(key, cos, sin)
+        rotate(query, key, cos, sin)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, attn.layer_idx)
@@ -91,10 +91,12 @@ class Parts:
             ).transpose(1, 2)
         return attn.o_proj.forward(out.reshape(1, 1, -1))
 
-    def run(self, hidden: Tensor, cache: Any, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    def run(
+        self, hidden: Tensor, cache: Any, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor], *more: Any
+    ) -> Tensor:
         """The whole layer on one token, ``[1, 1, H]``."""
         layer: Any = self.layer
-        hidden = hidden + attend(layer.input_layernorm.forward(hidden), cache, cos, sin)
+        hidden = hidden + attend(layer.input_layernorm.forward(hidden), cache, cos, sin, *more)
         return hidden + layer.mlp(layer.post_attention_layernorm.forward(hidden))
 
 
@@ -131,6 +133,9 @@ class FewTokensLayers(FewTokens):
         own_forward, tracker, static, config = type(module).forward, self._tracker, self.static, parts.attn.config
         mine = [self._by_rows[part] for part in parts.modules if part in self._by_rows]
         hooks = [h for part in parts.modules for h in (part._forward_hooks, part._forward_pre_hooks)]
+        group = self._by_rows.get(parts.attn.q_proj)
+        if group is not None and list(group.modules) != [getattr(parts.attn, name) for name in _ATTENTION[:3]]:
+            group = None
         stock = _sdpa()
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -148,7 +153,7 @@ class FewTokensLayers(FewTokens):
                 hidden, cache = args[0], kwargs.get("past_key_values")
                 angles = kwargs.get("position_embeddings")
                 if _is_plain(kwargs) and _takes(parts, hidden, angles):
-                    return parts.run(hidden, cache, *angles, parts.attend)
+                    return parts.run(hidden, cache, *angles, parts.attend, group)
             return own_forward(module, *args, **kwargs)
 
         return forward

@@ -48,19 +48,25 @@ def norm(x: Tensor, weight: Tensor, eps: float, kind: int) -> Tensor:
 
 
 @untraced
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate the heads of one token in place, rounded as transformers' ``apply_rotary_pos_emb`` rounds.
 
     Parameters
     ----------
-    x : Tensor
-        ``[..., H, d]``, contiguous.
+    query, key : Tensor
+        ``[..., H, d]`` and ``[..., G, d]``, contiguous.
     cos, sin : Tensor
-        ``[..., d]`` of one token, contiguous, of x's dtype.
+        ``[..., d]`` of one token, contiguous, of the same dtype.
     """
-    found = library(x.dtype)
+    found, size = library(query.dtype), query.shape[-1]
     assert found is not None
-    found.rotate(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), x.numel() // x.shape[-1], x.shape[-1])
+    angles = (cos.data_ptr(), sin.data_ptr())
+    first, second = query.data_ptr(), key.data_ptr()
+    if second == first + query.nbytes:  # they lie in one piece
+        found.rotate(first, *angles, (query.numel() + key.numel()) // size, size)
+        return
+    found.rotate(first, *angles, query.numel() // size, size)
+    found.rotate(second, *angles, key.numel() // size, size)
 
 
 def attention_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
