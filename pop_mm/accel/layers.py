@@ -151,7 +151,7 @@ class FewTokensLayers(FewTokens):
                 and _sdpa() is stock
             ):
                 hidden, cache = args[0], kwargs.get("past_key_values")
-                angles = kwargs.get("position_embeddings")
+                angles: Any = kwargs.get("position_embeddings")
                 if _is_plain(kwargs) and _takes(parts, hidden, angles):
                     return parts.run(hidden, cache, *angles, parts.attend, group)
             return own_forward(module, *args, **kwargs)
