@@ -196,6 +196,8 @@ def partitions(session):
 
 def _stored(tensor):
     """How a tensor lies in memory, and its gradient."""
+    if not isinstance(tensor, torch.Tensor):  # the mesh of a shard
+        return str(tensor)
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()  # a subclass that packs its numbers
         return [(name, id(getattr(tensor, name)), _stored(getattr(tensor, name))) for name in names]
