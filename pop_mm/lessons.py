@@ -49,17 +49,18 @@ class Lessons:
     """The latest decode steps that the units of one FFN have learned from, in order.
 
     Lessons are unlearned by going back to what was known before one, and learning again what is still in the cache. So every 32nd
-    lesson of single steps, and every forward of several, comes with what was known before; the latest two of these are kept, and
-    the lessons since.
+    lesson of single steps, and every forward of several, comes with what was known before; the first and the latest two of these
+    are kept, and the lessons since the latter.
     """
 
-    def __init__(self, lessons: list[Lesson] | None = None, lost: int = 0) -> None:
+    def __init__(self, lessons: list[Lesson] | None = None, lost: int = 0, first: Lesson | None = None) -> None:
         self._lessons = lessons or []
         self._lost = lost  # tokens of the cache up to which lessons are no longer kept
+        self._first = first  # an answer is often cropped off as a whole
 
     def copy(self) -> Lessons:
         """An independent copy."""
-        return Lessons(list(self._lessons), self._lost)
+        return Lessons(list(self._lessons), self._lost, self._first)
 
     def none(self) -> Lessons:
         """Of a cache whose lessons so far cannot be unlearned."""
@@ -79,11 +80,18 @@ class Lessons:
             if len(known) > 1:
                 self._lost = self._lessons[known[1] - 1].end
                 del self._lessons[: known[1]]
-        self._lessons.append(Lesson(before, h, step, start, start + step.length))
+        lesson = Lesson(before, h, step, start, start + step.length)
+        if not self.taught_until:
+            self._first = lesson
+        self._lessons.append(lesson)
+
+    def _is_before_all(self, length: int) -> bool:
+        """Whether a cache of ``length`` tokens holds none that taught anything."""
+        return self._first is not None and length <= self._first.start
 
     def check_crop(self, length: int) -> None:
         """Raise :class:`PhaseError` if a cache of ``length`` tokens has lost lessons that are no longer kept."""
-        if length < self._lost:
+        if length < self._lost and not self._is_before_all(length):
             raise PhaseError(
                 f"The cache was cropped to {length} tokens, but what experts without a partition learned from its decode steps "
                 f"can only be forgotten from token {self._lost} on. Copy the cache before these steps and call "
@@ -97,6 +105,11 @@ class Lessons:
         """
         if not self._lessons or length >= self._lessons[-1].end:
             return None
+        if self._is_before_all(length):
+            assert self._first is not None and self._first.before is not None
+            before = self._first.before
+            self._lessons, self._lost, self._first = [], 0, None
+            return before, []
         first = next(number for number, lesson in enumerate(self._lessons) if lesson.end > length)
         first = max(number for number, lesson in enumerate(self._lessons[: first + 1]) if lesson.before is not None)
         again = [lesson.up_to(length) for lesson in self._lessons[first:]]

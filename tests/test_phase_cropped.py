@@ -298,6 +298,31 @@ def test_cropped_steps_teach_nothing(model, backend, batch, wrong):
 @pytest.mark.parametrize("model_type", ["mixtral"])
 @backends
 @torch.no_grad()
+def test_a_long_answer_that_is_cropped_off_as_a_whole_taught_nothing(model, backend):
+    """However many of its steps taught something: what was known before the first of them is kept."""
+    ids, settings = prompt(1, 2, seed=2), {"min_tokens": 200}
+    with pruned(model, backend, **settings) as session:
+        cache = new_cache(model)
+        first = feed(model, cache, ids)
+        expected = decode(model, cache, first, 4), seen(session)
+        feed(model, cache, ids[:, :1])
+        for token in prompt(1, 99, seed=5)[0]:
+            feed(model, cache, token.view(1, 1))
+        cache.crop(-104)
+        assert cache.get_seq_length() == 2
+        found = decode(model, cache, first, 4), seen(session)
+        near(found[0], expected[0])
+        same(found[1], expected[1])
+        for token in prompt(1, 99, seed=5)[0]:
+            feed(model, cache, token.view(1, 1))
+        cache.crop(-60)
+        with pytest.raises(PhaseError, match=r"can only be forgotten from token \d+ on"):
+            feed(model, cache, ids[:, :1])
+
+
+@pytest.mark.parametrize("model_type", ["mixtral"])
+@backends
+@torch.no_grad()
 def test_experts_placed_by_cropped_steps_are_placed_anew(model, backend):
     """A partition learned from cropped steps has been used in place before it is unlearned."""
     ids, settings = prompt(1, 2, seed=2), {"min_tokens": 2}
