@@ -18,6 +18,7 @@ from pop_mm.ratio import LayerWeights
 from .inputs import ATTENTION, InputPaths
 
 Kind = Literal["dense", "moe", "vlm"]
+_EPSILONS = ("eps", "variance_epsilon")
 
 
 @dataclass(frozen=True)
@@ -318,11 +319,9 @@ def join(*parts: str) -> str:
 def _weight_count(module: nn.Module, counted: set[nn.Module]) -> int:
     """Weights in a module without biases, norms and embeddings; what stands for a linear module counts as that one.
 
-    Norms go by their name: every architecture has a class of its own, and some hold matrices.
-
     Modules in ``counted``, with all they hold, count nothing; every module that is seen is added to it.
     """
-    if module in counted or isinstance(module, nn.Embedding) or "Norm" in type(module).__name__:
+    if module in counted or isinstance(module, nn.Embedding) or _is_norm(module):
         return 0
     counted.add(module)
     if (compiled := module._modules.get("_orig_mod")) is not None:  # torch.compile returned this module
@@ -332,3 +331,13 @@ def _weight_count(module: nn.Module, counted: set[nn.Module]) -> int:
         return int(out) * int(inputs)
     own = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2)
     return own + sum(_weight_count(child, counted) for child in module.children())
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module without others in it keeps from dividing by zero: so every norm does, of torch or of an architecture.
+
+    Some norms hold matrices, such as those of Cohere and Chameleon, with one row for each head.
+    """
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return True
+    return not module._modules and any(isinstance(getattr(module, name, None), float) for name in _EPSILONS)

@@ -108,6 +108,11 @@ class DeepseekV3Adapter(_MoEAdapter):
     """DeepSeek, GLM-4-MoE, Kimi and many more: ``layers.N.mlp.{experts, shared_experts}``, or a dense ``layers.N.mlp``."""
 
     ffns = (FFNPaths("mlp.shared_experts", role="shared_expert"), FFNPaths())
+    not_weights = (
+        *_MoEAdapter.not_weights,
+        "input_layernorm.mlp",
+        "post_attention_layernorm.mlp",
+    )  # gates of AXK2's norms
 
 
 @register_adapter("aria_text")

@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .classes import is_a
 from .errors import SampleError
 from .folders import cache_folder
 from .smollm2 import build as _build_smollm2
@@ -121,6 +122,11 @@ SAMPLES: dict[str, Sample] = {
 }
 
 
+_UNREACHED = (
+    "huggingface_hub.errors:LocalEntryNotFoundError",
+    "huggingface_hub.errors:OfflineModeIsEnabled",
+    "httpx:ConnectError",
+)
 _CHOICE = f"Give a folder, a hub id that this machine can reach, or a sample: {', '.join(sorted(SAMPLES))}."
 
 
@@ -353,16 +359,21 @@ def _loading(what: str, model: str) -> Iterator[None]:
 
 def _hub_reason(model: str, error: BaseException) -> str | None:
     """What keeps the hub from giving a model, or None if the error is about something else."""
-    names, said, cause = set(), "", error
+    kinds: list[type] = []
+    said, cause = "", error
     while cause is not None and len(said) < 10_000:
-        names |= {kind.__name__ for kind in type(cause).__mro__}
+        kinds.append(type(cause))
         said += f" {cause}"
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+
+    def raised(*known: str) -> bool:
+        return any(is_a(kind, *known) for kind in kinds)
+
     log_in = "`hf auth login`"
-    if "GatedRepoError" in names or "gated repo" in said:
+    if raised("huggingface_hub.errors:GatedRepoError") or "gated repo" in said:
         return f"it is gated; ask for access at https://huggingface.co/{model}, then log in with {log_in}"
-    if "RepositoryNotFoundError" in names or "not a valid model identifier" in said:
+    if raised("huggingface_hub.errors:RepositoryNotFoundError") or "not a valid model identifier" in said:
         return f"the hub has no such model, or it is private (log in with {log_in})"
-    if names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"} or "connect" in said:
+    if raised(*_UNREACHED) or "connect" in said:
         return "it is not in the local hub cache and the hub cannot be reached"
     return None
