@@ -192,22 +192,25 @@ class Experts:
     # one expert -----------------------------------------------------------------------------------------------------
 
     def channel_tensors(self) -> list[ChannelTensor]:
-        """Every tensor that holds something of each channel."""
+        """Every tensor that holds something of each channel. The matrices of expert None are those of all, ``[E, ...]``."""
         shape, axis = self._blocks
         outputs = int(self._transposed)
 
+        def of(tensor: Tensor, expert: int | None) -> Tensor:
+            return tensor if expert is None else tensor[expert]
+
         def of_inputs(tensor: Tensor, expert: int | None) -> Iterator[Matrix]:
-            weight = tensor[expert].unflatten(outputs, shape)
+            weight = of(tensor, expert).unflatten(outputs - 2, shape)
             for block in range(shape[axis]):
-                yield weight.select(outputs + axis, block), outputs
+                yield weight.select(outputs - 3 + axis, block), outputs
 
         def of_biases(tensor: Tensor, expert: int | None) -> Iterator[Matrix]:
-            bias = tensor[expert].unflatten(0, shape)
+            bias = of(tensor, expert).unflatten(-1, shape)
             for block in range(shape[axis]):
-                yield bias.select(axis, block).unsqueeze(1), 0
+                yield bias.select(axis - 2, block).unsqueeze(-1), 0
 
         def of_down(tensor: Tensor, expert: int | None) -> Iterator[Matrix]:
-            yield tensor[expert], int(not self._transposed)
+            yield of(tensor, expert), int(not self._transposed)
 
         matrices = {self.input_name: of_inputs, "down_proj": of_down}
         if self.module.has_bias:

@@ -51,7 +51,7 @@ class ChannelTensor(NamedTuple):
     tensor : Tensor
     matrices : callable
         ``matrices(tensor, expert)``: views in which a row or a column is a channel, of this tensor or of one of its shape (its
-        gradient); ``expert`` is None for a dense FFN.
+        gradient); ``expert`` is None for a dense FFN. In views of all experts these axes are the last two.
     """
 
     name: str

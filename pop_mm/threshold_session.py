@@ -230,6 +230,9 @@ class ThresholdSession(Session):
         if self._watch is not None:
             self._watch.moved(tensors)
 
+    def _put_back(self) -> Mapping[nn.Module, Callable[[], None]]:
+        return {**super()._put_back(), **self._rows.backs}
+
     def _backend(self, name: str) -> Any:
         return self._rows if name == "rows" else super()._backend(name)
 

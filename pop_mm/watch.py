@@ -7,7 +7,8 @@ and one line of each weight of an FFN, since writing to ``weight.data`` leaves n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from operator import attrgetter, is_
 from typing import Any
 
@@ -20,7 +21,7 @@ from .executors.moved import Versions
 from .experts import Experts
 from .formats import tensors_behind
 from .groups import InputGroup
-from .layout import FFN, as_integers
+from .layout import FFN, Matrix, as_integers
 
 _version = attrgetter("_version")
 _data_ptr = torch.Tensor.data_ptr
@@ -40,6 +41,8 @@ class Watch:
         Those that are pruned.
     versions : Versions
         Gets the version counters of now; the session writes those that it causes there.
+    positions : callable
+        Where the original channels of an FFN stand in its weights now, ``[U, D]``; None if they are in their own places.
     besides : iterable of nn.Module
         Modules outside the FFNs whose forwards the session has replaced.
 
@@ -50,7 +53,12 @@ class Watch:
     """
 
     def __init__(
-        self, model: nn.Module, records: Iterable[Any], versions: Versions, besides: Iterable[nn.Module] = ()
+        self,
+        model: nn.Module,
+        records: Iterable[Any],
+        versions: Versions,
+        positions: Callable[[Any], Tensor | None],
+        besides: Iterable[nn.Module] = (),
     ) -> None:
         records = list(records)
         watched = dict.fromkeys(module for record in records for module in _modules(record))
@@ -74,6 +82,7 @@ class Watch:
         self._composed = [m for record in records for m in record.modules if m._modules]
         self._ffns = [record for record in records if not isinstance(record, InputGroup)]
         self._versions = versions
+        self._positions = positions
         self.replaced: str | None = None
         self._callers = list(dict.fromkeys([model, *(child for *_, child in self._places), *besides]))
         self._calls: list[Any] = [vars(module) for module in self._callers for _ in _CALLS]
@@ -95,7 +104,7 @@ class Watch:
         self._versions.of.clear()
         self._versions.of.update(zip(map(id, self._counted), map(_version, self._counted), strict=True))
         self._settings = self._settings_now()
-        self._sums = self._sums_now()
+        self._sums = dict(zip(self._ffns, self._sums_now(self._ffns), strict=True))
 
     def moved(self, tensors: Iterable[Tensor]) -> None:
         """The session has given these tensors other memory."""
@@ -155,14 +164,15 @@ class Watch:
         """Whether a module that is made of others has other settings, or other hooks (peft's for the adapter of each row)."""
         return self._settings_now() != self._settings
 
-    def rewritten(self) -> list[FFN | Experts]:
-        """FFNs whose weights, where they are the same tensors as before, hold other values in the lines that are looked at."""
+    def rewritten(self, records: Iterable[FFN | Experts] | None = None) -> list[FFN | Experts]:
+        """Of these FFNs, or all: those whose weights, where they are the same tensors as before, hold other numbers."""
         places = zip(self._addressed, map(_data_ptr, self._addressed), self._addresses, strict=True)
         same = {id(tensor) for tensor, now, before in places if now == before}
+        wanted = self._ffns if records is None else list(records)
         return [
             record
-            for record, now, before in zip(self._ffns, self._sums_now(), self._sums, strict=True)
-            if any(key in same and before.get(key, total) != total for key, total in now.items())
+            for record, now in zip(wanted, self._sums_now(wanted), strict=True)
+            if any(key in same and self._sums[record].get(key, total) != total for key, total in now.items())
         ]
 
     def _settings_now(self) -> list[Any]:
@@ -176,17 +186,18 @@ class Watch:
         return [*settings, *([*module._forward_pre_hooks, *module._forward_hooks] for module in modules)]
 
     @torch.no_grad()
-    def _sums_now(self) -> list[dict[int, int]]:
-        """By FFN, id of a weight -> the sum of one line of it as integers: the same in every order of the channels."""
+    def _sums_now(self, records: Sequence[FFN | Experts]) -> list[dict[int, int]]:
+        """By FFN, id of a weight -> a sum over numbers of it, as integers, each times its place in the original order."""
         alike: dict[Any, list[tuple[int, int, Tensor]]] = {}
-        for number, record in enumerate(self._ffns):
-            for key, line in _lines(record):
-                alike.setdefault((line.shape, line.dtype, line.device), []).append((number, key, as_integers(line)))
-        sums: list[dict[int, int]] = [{} for _ in self._ffns]
-        for lines in alike.values():
-            together = torch.stack([line for *_, line in lines]).flatten(1).sum(1)
-            for (number, key, _), total in zip(lines, together.tolist(), strict=True):
-                sums[number][key] = int(total)
+        for number, record in enumerate(records):
+            for key, numbers in _numbers(record, self._positions(record)):
+                alike.setdefault((numbers.shape, numbers.dtype, numbers.device), []).append((number, key, numbers))
+        sums: list[dict[int, int]] = [{} for _ in records]
+        for several in alike.values():
+            together = torch.stack([numbers for *_, numbers in several]).flatten(1)
+            factors = torch.arange(1, 2 * together.shape[1], 2, device=together.device)
+            for (number, key, _), total in zip(several, (together * factors).sum(1).tolist(), strict=True):
+                sums[number][key] = sums[number].get(key, 0) * 31 + int(total)
         return sums
 
 
@@ -237,22 +248,47 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
     yield from getattr(hook, "hooks", [] if hook is None else [hook])
 
 
-def _lines(record: FFN | Experts) -> Iterator[tuple[int, Tensor]]:
-    """Of each weight, what it holds of all channels for one input or output; whole biases; of adapters some numbers."""
-    axes: dict[int, int]  # id of a weight -> its other axis
-    if isinstance(record, Experts):
-        outputs = 2 if record.module.is_transposed else 1
-        axes = {id(record.down): outputs, id(getattr(record.module, record.input_name)): 3 - outputs}
-    else:
-        axes = {id(getattr(p.module, "weight", None)): 1 - p.axis for p in record.projections}
-    biases = {id(tensor) for module in record.modules for tensor in module._parameters.values()}
-    for tensor in {id(t): t for module in record.modules for t in module.parameters() if _is_readable(t)}.values():
-        if id(tensor) in axes and tensor.dim() > 1:
-            yield id(tensor), tensor.select(axes[id(tensor)], 0)
-        elif id(tensor) in biases:
-            yield id(tensor), tensor
-        else:
-            yield id(tensor), tensor.reshape(-1)[:: max(1, tensor.numel() // _SAMPLE)]
+def _numbers(record: FFN | Experts, positions: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """Of each weight a number of every channel, in original order, and in turn of every input or output of the FFN.
+
+    Of what holds nothing of the channels some numbers.
+    """
+    units, size = record.experts or 1, record.size
+    looked_at = set()
+    for weight, matrices in _channel_weights(record):
+        looked_at.add(id(weight))
+        unit, place, turn = _places_of(units, size, weight.device)
+        place = place if positions is None else positions.to(weight.device)
+        for matrix, axis in matrices(weight.detach(), None):
+            rows = as_integers(matrix if axis == 0 else matrix.transpose(-1, -2))
+            rows = rows if rows.dim() == 3 else rows.unsqueeze(0)
+            yield id(weight), rows[unit, place, turn % rows.shape[-1]]
+    own = {id(tensor) for module in record.modules for tensor in module._parameters.values()}  # biases of down
+    parts = dict.fromkeys(part for module in record.modules for part in module.modules())
+    held = {id(t): t for part in parts for t in part._parameters.values() if t is not None and id(t) not in looked_at}
+    for tensor in filter(_is_readable, held.values()):
+        step = 1 if id(tensor) in own else max(1, tensor.numel() // _SAMPLE)
+        yield id(tensor), as_integers(tensor).reshape(-1)[::step]
+
+
+def _channel_weights(
+    record: FFN | Experts,
+) -> Iterator[tuple[Tensor, Callable[[Tensor, int | None], Iterable[Matrix]]]]:
+    """Readable weights and biases that hold something of every channel."""
+    whole = isinstance(record, Experts) or all(
+        isinstance(getattr(p.module, "weight", 0), Tensor) for p in record.projections
+    )
+    for found in record.channel_tensors() if whole else ():
+        if _is_readable(found.tensor):
+            yield found.tensor, found.matrices
+
+
+@cache
+def _places_of(units: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """``[U, 1]``, ``[U, D]`` and ``[U, D]``: the unit, the channel and the running number of each channel."""
+    with torch.inference_mode(False):
+        turn = torch.arange(units * size, device=device).view(units, size)
+        return torch.arange(units, device=device).unsqueeze(1), turn % size, turn
 
 
 def _is_readable(tensor: Tensor) -> bool:

@@ -532,6 +532,9 @@ CALLS = [
     _call(_INSIDE, "Weights packed, parametrised or pruned", "masked", "changes", "refused once channels have moved"),
     _call(_INSIDE, "Adapters added, switched, disabled, merged", "masked", "changes", "", "peft"),
     _call(_INSIDE, "The forward of a module replaced", "masked", "changes", "refused where the session has its own"),
+    _call(_INSIDE, "Hooks added to parts of an FFN", "masked", "hooks", "as hooks of before the session"),
+    _call(_INSIDE, "Pre-hooks that change a masked input", "refused", "hooks", "register them before the session"),
+    _call(_INSIDE, "`parameters()`, as a vector and back", "fast", "taken_weights", "in the model's own order"),
     _call(_INSIDE, "Parts compiled", "fast", "precompiled", "run eagerly from the next forward on"),
     _call(_INSIDE, "The model itself compiled", "refused", "precompiled", "compile it before the session"),
     _call(

@@ -167,6 +167,16 @@ def _bits(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def standing(model):
+    """Parameters by name as they stand in the modules: ``parameters()`` gives them back their own order in a session."""
+    return {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
 def of_experts(session):
     """The reports of a session's routed experts, in the order of execution."""
     return [ffn for ffn in session.report.ffns if ffn.plan.ffn.role == "expert"]

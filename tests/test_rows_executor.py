@@ -8,7 +8,7 @@ import torch
 from test_thresholds import LAYOUTS, same, thresholds
 
 from modes import EXPERT_LAYOUTS, IMPLEMENTATIONS, LENGTH, MODES, dense_run, generate, with_experts
-from observe import Wrapped, differences, fingerprint, prompt, same_afterwards
+from observe import Wrapped, differences, fingerprint, prompt, same_afterwards, standing
 from pop_mm import SessionError
 from pop_mm.executors import rows_record
 from pop_mm.methods import thresholds as methods
@@ -196,11 +196,11 @@ def test_compiled_counts_are_those_of_torch(dtype, weights, monkeypatch):
 
 
 def stored(model):
-    return {name: (p.stride(), p.detach().clone()) for name, p in model.named_parameters()}
+    return {name: (p.stride(), p.detach().clone()) for name, p in standing(model).items()}
 
 
 def turned(model):
-    return sum(not p.is_contiguous() for p in model.parameters())
+    return sum(not p.is_contiguous() for p in standing(model).values())
 
 
 def assert_stored(found, expected):

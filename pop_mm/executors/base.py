@@ -56,6 +56,14 @@ def dense_ffn(engine: Engine, index: int) -> FFN:
     return cast(FFN, engine.ffns[index])
 
 
+def hooks_on_parts(ffn: FFN) -> list[dict[int, Any]]:
+    """Hooks on the parts of an FFN, which see its channels, and run only if the parts are called one by one."""
+    parts = [*ffn.modules, *([] if ffn.activation is None else [ffn.activation])]
+    if ffn.holder is not None:
+        parts += [part for part in ffn.holder.modules() if part is not ffn.holder]
+    return [hooks for part in dict.fromkeys(parts) for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+
+
 def voices(forward: Forward) -> Tensor | None:
     """Which sequences of a step of one token each have a say in a choice that they share, ``[B]``; None for all, or one alone."""
     return None if forward.valid is None or forward.rows == 1 else forward.valid[:, 0]

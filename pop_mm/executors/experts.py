@@ -100,6 +100,11 @@ class MaskedExperts:
             None  # [E, D]: where each expert's original channels are, if not in their own places
         )
         self._activate: Callable[[Tensor], Tensor]  # what is between the projections
+        activation = getattr(self._module, "act_fn", None)
+        self._hooks: list[Any] = []
+        if isinstance(activation, nn.Module):
+            self._hooks = [activation._forward_hooks, activation._forward_pre_hooks]
+        self._own_hooks = 0
         self._local = threading.local()
         self._patches = Patches()
 
@@ -122,10 +127,16 @@ class MaskedExperts:
         else:
             self._activate = module.act_fn.forward
             self._patches.hook(module.act_fn.register_forward_hook(lambda _, __, h: self._look(h)))
+            self._own_hooks = 1
 
     def detach(self) -> None:
         """Give the module back as it was."""
         self._patches.undo()
+
+    @property
+    def _is_hooked(self) -> bool:
+        """Whether somebody else has hooks on the activation, which see the channels."""
+        return sum(map(len, self._hooks)) != self._own_hooks
 
     @property
     def forward(self) -> Forward:

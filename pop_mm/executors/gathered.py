@@ -18,7 +18,7 @@ from ..layout import FFN, Projection
 from ..partition import Partition
 from ..patching import Patches
 from ..phase import Forward, PhaseTracker
-from .base import current_forward, dense_ffn
+from .base import current_forward, dense_ffn, hooks_on_parts
 from .direct import direct_forward_fits
 
 
@@ -74,8 +74,7 @@ class GatheredExecutor:
         holder = ffn.holder
         assert holder is not None
         own_forward = type(holder).forward
-        bypassed = [*ffn.modules, ffn.activation]
-        hooks = [h for m in bypassed if m is not None for h in (m._forward_hooks, m._forward_pre_hooks)]
+        hooks = hooks_on_parts(ffn)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             current = tracker.current

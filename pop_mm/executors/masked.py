@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..asking import asking
 from ..engine import Engine
 from ..errors import SessionError
+from ..layout import as_integers
 from ..patching import Patches
 from ..phase import Forward, PhaseTracker
 from .base import Turns, current_forward
@@ -77,6 +78,8 @@ class MaskedExecutor:
                 return None
             forward = current_forward(tracker, record)
             found = mask(turns.next(forward), which, forward, args[0])
+            if next(reversed(module._forward_pre_hooks)) != handle.id:
+                _hold_to(record.name, module, found)
             return None if found is args[0] else (found, *args[1:])
 
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -86,7 +89,8 @@ class MaskedExecutor:
                     return None
             return masked(args)
 
-        self._patches.hook(module.register_forward_pre_hook(before))
+        handle = module.register_forward_pre_hook(before)
+        self._patches.hook(handle)
 
     def _mask_head(self, index: int, which: str, forward: Forward, x: Tensor) -> Tensor:
         """:meth:`Engine.mask`; an lm_head that is given the last positions alone is masked as one that is given all."""
@@ -110,6 +114,24 @@ class MaskedExecutor:
         self._patches.undo()
         self._turns.clear()
         self.by_rows.clear()
+
+
+def _hold_to(name: str, module: nn.Module, x: Tensor) -> None:
+    """Refuse this call of a module if hooks that were added behind the session's give it anything else than ``x``."""
+    left = as_integers(x).clone()
+
+    def check(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        handle.remove()
+        if output is None:  # it failed
+            return
+        if args[0].shape != left.shape or args[0].dtype != x.dtype or not torch.equal(as_integers(args[0]), left):
+            raise SessionError(
+                f"A forward pre-hook that was added to a {type(module).__name__} of {name} inside the session changes what the "
+                "module is given, behind the session, which chooses what to leave out of it. Remove the hook, leave the session, "
+                "and register it before a new one, which then comes behind the hook."
+            )
+
+    handle = module.register_forward_hook(check, prepend=True, always_call=True)
 
 
 __all__ = ["MaskedExecutor"]

@@ -18,9 +18,7 @@ from ..errors import SessionError
 from ..experts import Experts
 from ..layout import FFN, Matrix, as_integers, swap_channels
 from ..patching import Patches
-
-_LIKE = 0.7  # cosine of what was made of a weight, where few channels tell
-_FEWEST = 64  # numbers that can be alike by more than chance
+from .likeness import origin
 
 
 class Versions:
@@ -49,34 +47,6 @@ class _Held(NamedTuple):
     stored: Tensor  # shares its memory and its version counter, and stays what it is if ``parameter.data`` is replaced
     matrices: Callable[[Tensor, int | None], Iterable[Matrix]]
     place: tuple[dict[str, Any], str]  # the module's parameters, and its name there
-
-
-class _Likeness:
-    """How like two lists of numbers are, which come in pieces."""
-
-    def __init__(self) -> None:
-        self._product = self._a = self._b = 0.0
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """One more piece of each."""
-        self._product += float((a * b).sum())
-        self._a += float(a.square().sum())
-        self._b += float(b.square().sum())
-
-    @property
-    def cosine(self) -> float:
-        """Without its sign; 0 of zeros."""
-        return abs(self._product) / (self._a * self._b) ** 0.5 if self._a and self._b else 0.0
-
-    @property
-    def rest(self) -> float:
-        """Share of the squares of the first that is left of it without its multiple of the second."""
-        return 1 - self.cosine**2
-
-
-def _magnitudes(values: Tensor) -> Tensor:
-    sizes = values.abs()
-    return sizes - sizes.mean() if sizes.numel() else sizes
 
 
 class MovedWeights:
@@ -192,28 +162,10 @@ class MovedWeights:
                 continue  # packed by somebody
             if tensor.data_ptr() == held.stored.data_ptr():
                 continue
-            standing, own, magnitudes, own_magnitudes = _Likeness(), _Likeness(), _Likeness(), _Likeness()
-            channels = numbers = 0
-            for expert, at in positions.items():
-                moved = (at != torch.arange(len(at), device=at.device)).nonzero().flatten()
-                channels += len(moved)
-                pairs = zip(held.matrices(tensor.detach(), expert), held.matrices(held.stored, expert), strict=True)
-                for (after, axis), (before, _) in pairs:
-                    found = after.index_select(axis, moved.to(after.device)).to(before.device, torch.float64)
-                    here = before.index_select(axis, moved).double()
-                    there = before.index_select(axis, at[moved]).double()
-                    numbers += found.numel()
-                    standing.add(found, here)
-                    own.add(found, there)
-                    magnitudes.add(_magnitudes(found), _magnitudes(here))
-                    own_magnitudes.add(_magnitudes(found), _magnitudes(there))
-            narrowest = max(torch.finfo(t.dtype).eps for t in (tensor, held.stored))
-            if standing.rest < own.rest and standing.rest <= max(16 * narrowest**2, 1e-12):
+            made_of = origin(tensor.detach(), held.stored, held.matrices, positions)
+            if made_of == "moved":
                 self._held.append(_Held(held.name, tensor, tensor.detach(), held.matrices, held.place))
-            elif numbers >= _FEWEST and any(
-                a.cosine - b.cosine > min(_LIKE, 8 / max(channels, 1) ** 0.5)
-                for a, b in ((standing, own), (magnitudes, own_magnitudes))
-            ):
+            elif made_of == "unclear":
                 self._versions.packed = self._versions.packed or held.name
 
     def release(self) -> None:

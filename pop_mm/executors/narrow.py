@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..channel_engine import ChannelEngine
 from ..events import tells
+from ..experts import Experts
 from ..kernels import MOST_TOKENS, Matvec
 from ..kernels.ffn import Scratch
+from ..layout import FFN
 from ..patching import Patches
 from ..phase import Forward, PhaseTracker
 from ..state import PromptState
@@ -59,6 +61,10 @@ class NarrowExecutor:
         Of each FFN, those of the resident prompt.
     static : StaticSteps
         For steps that are compiled.
+    backs : dict of nn.Module to callable
+        Puts the channels of a module's weights back, for somebody who takes them.
+    before_back : callable
+        Told of FFNs whose channels are about to be put back so.
     """
 
     name = "inplace"
@@ -80,6 +86,8 @@ class NarrowExecutor:
         self.candidates: dict[int, ResidentCandidates] = {}
         self.static = StaticSteps(engine)
         self.scratch = Scratch()
+        self.backs: dict[nn.Module, Callable[[], None]] = {}
+        self.before_back: Callable[[FFN | Experts], None] = lambda _: None
         self._ffns: dict[int, NarrowFFN] = {}
         self._experts: dict[int, NarrowExperts] = {}
         self._static_loaded = False
@@ -140,6 +148,8 @@ class NarrowExecutor:
         def canonical(*_: Any) -> None:
             self.unpack()
             self._resident = None
+            if mine.moved.holds:
+                self.before_back(record)
             mine.restore()
             current = self.tracker.current
             if current is not None:  # a hook moves weights within a forward (accelerate's do)
@@ -147,6 +157,12 @@ class NarrowExecutor:
 
         for module in record.modules:
             before_moves(module, canonical, self._patches)
+            self.backs[module] = canonical
+
+    def positions(self, record: FFN | Experts) -> Tensor | None:
+        """``[U, D]``: where the original channels of each unit stand in its weights; None where they are in their own places."""
+        every: dict[int, NarrowFFN | NarrowExperts] = {**self._ffns, **self._experts}
+        return next((mine.positions for index, mine in every.items() if self.engine.ffns[index] is record), None)
 
     @property
     def touched(self) -> bool:
@@ -208,6 +224,8 @@ class NarrowExecutor:
         if not forward.fast or forward.length > 1:
             return False
         self.unpack()
+        if not all(ffn.is_placed and not ffn.is_hooked for ffn in self._ffns.values()):
+            return False
         if not self._static_loaded:  # only here: most sessions never compile
             for index, here in self.candidates.items():
                 self.static.load(index, here.weight, here.ranks)
@@ -244,7 +262,8 @@ class NarrowExecutor:
 
     def _place_ffns(self, state: PromptState) -> None:
         self.static.flush()
-        parts = {index: self.engine.partition(index, state) for index in self._ffns}
+        placed = {index: ffn for index, ffn in self._ffns.items() if not ffn.is_hooked}
+        parts = {index: self.engine.partition(index, state) for index in placed}
         missing = {index: part for index, part in parts.items() if not self._ffns[index].has(part)}
         if missing:
             zones = [part.zones()[0] for part in missing.values()]
@@ -252,7 +271,7 @@ class NarrowExecutor:
             on_host = torch.cat([z.to(zones[0].device) for z in zones]).cpu().split([len(z) for z in zones])
             for (index, part), zone in zip(missing.items(), on_host, strict=True):
                 self._ffns[index].move(part, zone)
-        for index, ffn in self._ffns.items():
+        for index, ffn in placed.items():
             ranks, weight = ffn.ranks, state.ffns[index].candidate_weight
             assert weight is not None
             weight = weight[0, ranks]
@@ -261,11 +280,18 @@ class NarrowExecutor:
             self.candidates[index] = ResidentCandidates(ranks, weight, leave_out, slot)
         self._static_loaded = False
 
+    def put_back(self, ffn: NarrowFFN) -> None:
+        """Give an FFN's channels their own places within a forward, because somebody looks at them."""
+        if ffn.is_placed or ffn.order.moved:
+            self.unpack()
+            with self.moving():
+                ffn.restore()
+
     @tells("reordering")
     def _pack(self) -> None:
         with self.moving():
             for ffn in self._ffns.values():
-                if ffn.down.pays():
+                if ffn.is_placed and ffn.down.pays():
                     self._packed = True
                     ffn.down.pack()
 

@@ -81,6 +81,11 @@ class NarrowExperts(MaskedExperts):
         self.moved.release()
         self._positions = None
 
+    @property
+    def positions(self) -> Tensor | None:
+        """``[E, D]``: the position of each original channel; None if all are in their own places."""
+        return self._positions
+
     def forget_resident(self) -> None:
         """Another prompt decodes from now on: every expert has to be placed anew."""
         self._placed.clear()
@@ -89,7 +94,9 @@ class NarrowExperts(MaskedExperts):
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``: every forward of the experts."""
         forward = self.forward
-        if forward.fast:
+        if self._is_hooked:
+            self.restore()
+        elif forward.fast:
             state = self._state(forward)
             if state.all_ready or self._ready(state, ids):
                 return self.moved.guarded(self._narrow(forward, state, hidden, ids, weights))
@@ -129,7 +136,7 @@ class NarrowExperts(MaskedExperts):
     def prepare_traced(self, forward: Forward) -> bool:
         """Place every expert, if this decode step can be a compiled one: one token, and all experts have partitions."""
         state = self._state(forward)
-        if forward.rows > 1 or self._module._is_expert_parallel or not state.all_ready:
+        if forward.rows > 1 or self._module._is_expert_parallel or not state.all_ready or self._is_hooked:
             return False
         for expert in range(self._record.count if len(self._placed) < self._record.count else 0):
             if expert not in self._placed:

@@ -14,7 +14,7 @@ from ..partition import Partition
 from ..patching import Patches
 from ..phase import Forward
 from ..state import PromptState
-from .base import current_forward, dense_ffn, voices
+from .base import current_forward, dense_ffn, hooks_on_parts, voices
 from .direct import direct_forward, direct_forward_fits, down_input, static_linear
 from .fused import compiled_forward, triton_forward
 from .moved import MovedWeights
@@ -53,6 +53,7 @@ class NarrowFFN:
         self.moved = MovedWeights(self._ffn, executor.versions)
         self.order = ChannelOrder(self._ffn.size, self._ffn.device, self.moved.exchange)
         self.down = PackedDown(self._ffn.down, self._sizes.width, self.moved)
+        self._hooks = hooks_on_parts(self._ffn)
 
     def attach(self, patches: Patches) -> None:
         """Replace the forwards of its modules."""
@@ -80,6 +81,16 @@ class NarrowFFN:
         return self._placed is not None and self._placed.partition is part
 
     @property
+    def is_hooked(self) -> bool:
+        """Whether somebody has hooks on its parts. They are to see all channels, in the order that the model has outside."""
+        return any(self._hooks)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether R and C of a prompt stand at the front."""
+        return self._placed is not None
+
+    @property
     def ranks(self) -> Tensor:
         """``[|C|]``: which of the candidates in ascending order stands at each place behind R."""
         assert self._placed is not None
@@ -98,7 +109,8 @@ class NarrowFFN:
         with self._executor.moving():
             self.move(part, part.zones()[0].cpu())
 
-    def _positions(self) -> Tensor | None:
+    @property
+    def positions(self) -> Tensor | None:
         """``[1, D]``: the position of each original channel; None if all are in their own places."""
         return self.order.position_of.unsqueeze(0) if self.order.moved else None
 
@@ -114,7 +126,9 @@ class NarrowFFN:
             if static.active:
                 return static_linear(projection, width, x, compiled)
             current = tracker.current
-            if current is not None and current.fast:
+            if self.is_hooked:
+                self._executor.put_back(self)
+            elif current is not None and current.fast and self.is_placed:
                 return narrow(x)
             return own_forward(module, x)
 
@@ -137,9 +151,9 @@ class NarrowFFN:
             current = current_forward(tracker, ffn)
             if current.partial:
                 return narrow(self._front_of_prompt(current, h))
-            if not current.fast:
+            if not current.fast or not self.is_placed:
                 if not sizes.dense:
-                    h = engine.mask(index, "h", current, h, self._positions())
+                    h = engine.mask(index, "h", current, h, self.positions)
                 return guarded(own_forward(module, h))
             if has_candidates:
                 if h.requires_grad:
@@ -154,7 +168,7 @@ class NarrowFFN:
         """Rank and move an FFN's channels within a prefill: of ``[..., D]`` activations those of R and C, ``[..., K]``."""
         order, width = self.order, self._sizes.width
         before, rows = order.position_of, h.flatten(0, -2)
-        self._engine.observe(self._index, forward, self._engine.step(forward, h.device), rows, self._positions())
+        self._engine.observe(self._index, forward, self._engine.step(forward, h.device), rows, self.positions)
         self._place_prompt(forward.state)
         places = before[order.front(width)]
         return rows.gather(1, places.expand(len(rows), -1)).view(*h.shape[:-1], width)
@@ -165,7 +179,7 @@ class NarrowFFN:
         assert forward.probes is not None
         rows, probes = x.reshape(-1, x.shape[-1]), forward.probes.to(x.device)
         h = down_input(ffn, rows[probes], sizes.channels)
-        self._engine.observe(self._index, forward, self._engine.step(forward, x.device), h, self._positions(), probes)
+        self._engine.observe(self._index, forward, self._engine.step(forward, x.device), h, self.positions, probes)
         self._place_prompt(forward.state)
         h = down_input(ffn, rows, sizes.width)
         return linear(h, *ffn.down.narrow_views(sizes.width)[0]).view(x.shape)
@@ -212,8 +226,7 @@ class NarrowFFN:
         holder = ffn.holder
         assert holder is not None
         own_forward = type(holder).forward
-        bypassed = [*(p.module for p in ffn.projections), ffn.activation]
-        hooks = [h for m in bypassed if m is not None for h in (m._forward_hooks, m._forward_pre_hooks)]
+        hooks = self._hooks
         zero_dropped = self._zero_dropped() if sizes.candidates else None
         compute = self._direct_forward(zero_dropped)
         static, down, guarded = self._executor.static, self.down, self.moved.guarded
@@ -226,7 +239,7 @@ class NarrowFFN:
             current = tracker.current
             if current is not None and current.probes is not None and not any(hooks):
                 return self._probed_prompt(current, x)
-            if current is None or not current.fast or any(hooks):
+            if current is None or not current.fast or any(hooks) or not self.is_placed:
                 return own_forward(holder, x, *args, **kwargs)
             if down.packed is not packed:
                 packed = down.packed

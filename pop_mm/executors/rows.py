@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..events import tells
 from ..experts import Experts
@@ -28,6 +28,7 @@ from ..phase import Forward, PhaseTracker
 from ..state import PromptState
 from ..threshold_engine import ThresholdEngine
 from ..waiting import bar_if_long
+from .base import hooks_on_parts
 from .direct import direct_forward_fits
 from .masked import MaskedExecutor
 from .moved import before_moves
@@ -53,6 +54,8 @@ class RowsExecutor:
         Spent turning weights.
     step : int
         Number of the step that runs.
+    backs : dict of nn.Module to callable
+        Puts the weights of a module back, for somebody who takes them.
     """
 
     name = "rows"
@@ -70,6 +73,7 @@ class RowsExecutor:
         self.room = Room()
         self.seconds = 0.0
         self.step = 0
+        self.backs: dict[nn.Module, Callable[[], None]] = {}
         self._masked = masked
         self._on_move = on_move
         self._records: dict[int, RowsRecord] = {}
@@ -95,6 +99,8 @@ class RowsExecutor:
         tied = getattr(record, "tied", None)
         for module in (*record.modules, *([] if tied is None else [tied])):
             before_moves(module, canonical, self._patches)
+            if tied is None:  # an embedding is a model's first weight, at which everybody looks for its device
+                self.backs[module] = canonical
 
     def _attach_modules(self, index: int, record: FFN | InputGroup, mine: RowsRecord) -> None:
         holder = record.holder if isinstance(record, FFN) and _is_one_call(record) else None
@@ -123,11 +129,7 @@ class RowsExecutor:
         name = activation_name(ffn.activation)
         assert holder is not None and name is not None
         own_forward = type(holder).forward
-        ours = [p.module._forward_pre_hooks for p in ffn.projections]
-        others = [p.module._forward_hooks for p in ffn.projections]
-        if ffn.activation is not None:
-            others += [ffn.activation._forward_hooks, ffn.activation._forward_pre_hooks]
-        count = len(ours)
+        hooks, ours = hooks_on_parts(ffn), len(ffn.projections)
         kernel: RowsFFN | None = None
 
         def make(wanted: bool) -> None:
@@ -157,8 +159,7 @@ class RowsExecutor:
                 or kernel is None
                 or args
                 or kwargs
-                or sum(map(len, ours)) != count
-                or any(others)
+                or sum(map(len, hooks)) != ours
                 or not kernel.takes(x)
             ):
                 return own_forward(holder, x, *args, **kwargs)

@@ -52,7 +52,7 @@ class RowsExperts(MaskedExperts):
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """``[T, H]``, ``[T, k]``, ``[T, k]`` to ``[T, H]``: every forward of the experts."""
         kernel = self._whole or self._inward
-        if kernel is None or not self.forward.fast or not kernel.takes(hidden):
+        if kernel is None or not self.forward.fast or self._is_hooked or not kernel.takes(hidden):
             return super().__call__(hidden, ids, weights)
         mine, chosen = self._mine, ids[0]
         mine.vectors[0] += 1
