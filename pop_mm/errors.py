@@ -38,3 +38,7 @@ class NonFiniteError(PopError, ArithmeticError):
 
 class SampleError(PopError):
     """A sample or model cannot be found, fetched or loaded."""
+
+
+class EngineError(PopError, RuntimeError):
+    """Another engine's model or settings have something that pop_mm did not take over, so that engine must not start."""

@@ -1,0 +1,219 @@
+"""Which modules of a vLLM model the planned inputs are, and how their inputs are masked. Whatever is not found is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, RowParallelLinear, UnquantizedLinearMethod
+
+from ...config import PopConfig
+from ...errors import EngineError
+from ...layout import weight_norms
+from .masked import MaskedChannels, MaskedEntries, MaskedInput
+from .planned import Planned, PlannedInput
+from .shard import Shard
+
+Mask = Callable[[Tensor], Tensor]
+
+
+class Masking(LinearMethodBase):  # type: ignore[misc]
+    """vLLM's own way to multiply with a module's weight, on an input of which entries are left out.
+
+    Parameters
+    ----------
+    inner : LinearMethodBase
+        That way.
+    mask : callable
+        From the input to the input with zeros.
+    """
+
+    def __init__(self, inner: LinearMethodBase, mask: Mask) -> None:
+        self.inner = inner
+        self.mask = mask
+
+    def create_weights(self, *arguments: Any, **settings: Any) -> None:
+        """As ``inner``."""
+        self.inner.create_weights(*arguments, **settings)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Refuse: norms and choices are those of the weights that were loaded first."""
+        raise EngineError(
+            "Weights cannot be loaded again under pop_mm, whose choices rest on the norms of the first ones. Start another "
+            "engine."
+        )
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``inner``, on what the mask leaves of ``x``."""
+        return self.inner.apply(layer, self.mask(x), bias)
+
+
+@contextmanager
+def column_norms(names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Within: norms of the columns of the modules that load plain weights, by name, ``[width]`` float32.
+
+    They are read before vLLM packs weights for its CPU kernels and drops what was loaded.
+    """
+    found: dict[str, Tensor] = {}
+    process = UnquantizedLinearMethod.process_weights_after_loading
+
+    def read(self: UnquantizedLinearMethod, layer: Any) -> None:
+        if getattr(layer, "prefix", None) in names:
+            found[layer.prefix] = weight_norms(layer.weight.data, 0, torch.float32)
+        process(self, layer)
+
+    UnquantizedLinearMethod.process_weights_after_loading = read
+    try:
+        yield found
+    finally:
+        UnquantizedLinearMethod.process_weights_after_loading = process
+
+
+def take_over(
+    model: nn.Module,
+    planned: Planned,
+    config: PopConfig,
+    norms: Mapping[str, Tensor],
+    complain: Callable[[str], None],
+    masker: Callable[[MaskedInput[Any]], Mask],
+) -> list[MaskedInput[Any]]:
+    """Mask every planned input of a vLLM model.
+
+    Parameters
+    ----------
+    norms : mapping of str to Tensor
+        From :func:`column_norms`.
+    complain : callable
+        As for :class:`MaskedInput`.
+    masker : callable
+        From a masked input to what is done with the tensor that its modules are given.
+
+    Raises
+    ------
+    EngineError
+        A module is missing, is quantised, shares its product with others, or has another width. Nothing has changed then.
+    """
+    modules = dict(model.named_modules())
+    _refuse_experts(modules)
+    packed: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", None) or {}
+    found = [(each, _find(each, modules, packed, type(model).__name__)) for each in planned.inputs]
+    taken: set[nn.Module] = set()
+    for each, own in found:
+        for module in own:
+            _check(each, module)
+            if module in taken:
+                raise EngineError(
+                    f"{module.prefix} is given the inputs of two parts of the model, so nothing can be left out of it."
+                )
+            taken.add(module)
+    masked = []
+    for each, own in found:
+        state = _masked(each, own[-1], config, norms, complain)
+        for module in own:
+            module.quant_method = Masking(module.quant_method, masker(state))
+        masked.append(state)
+    return masked
+
+
+def _refuse_experts(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if any("FusedMoE" in base.__name__ or "RoutedExperts" in base.__name__ for base in type(module).__mro__):
+            raise EngineError(
+                f"{name} is a {type(module).__name__}: vLLM computes routed experts in one kernel, which pop_mm cannot reach "
+                "into. Serve the model with transformers, or leave pop_mm's settings out."
+            )
+
+
+def _find(
+    planned: PlannedInput, modules: Mapping[str, nn.Module], packed: Mapping[str, Sequence[str]], model: str
+) -> list[Any]:
+    """Modules of vLLM that are given an input: they have transformers' names, or those of several that vLLM joins."""
+    found: dict[nn.Module, None] = {}
+    for name in planned.modules:
+        prefix, _, leaf = name.rpartition(".")
+        module = modules.get(name)
+        for joint, parts in packed.items():
+            if module is None and leaf in parts and {f"{prefix}.{part}" for part in parts} <= set(planned.modules):
+                module = modules.get(f"{prefix}.{joint}")
+        if module is None:
+            raise EngineError(
+                f"{name} of the transformers model has no counterpart in vLLM's {model}, so {planned.record} would be served "
+                "dense. Serve the model with transformers, or leave pop_mm's settings out."
+            )
+        found[module] = None
+    return list(found)
+
+
+def _check(planned: PlannedInput, module: Any) -> None:
+    """Whether what a module is given is the planned input, and its product is with a plain weight."""
+    name = getattr(module, "prefix", planned.record)
+    if not isinstance(module, LinearBase):
+        raise EngineError(
+            f"{name} is a {type(module).__name__} in vLLM, and not one of its linear layers: it cannot be masked."
+        )
+    if type(module.quant_method) is not UnquantizedLinearMethod:
+        raise EngineError(
+            f"{name} is multiplied by {type(module.quant_method).__name__}, not as a plain weight (it is quantised, or wrapped), "
+            "so its channels' norms are unknown. Serve plain weights, or leave pop_mm's settings out."
+        )
+    if module.input_size != planned.size:
+        raise EngineError(
+            f"{name} takes {module.input_size} inputs in vLLM and {planned.size} in transformers: they differ."
+        )
+    if planned.which == "h" and not isinstance(module, RowParallelLinear):
+        raise EngineError(f"{name} is a {type(module).__name__} in vLLM; a down projection is a RowParallelLinear.")
+
+
+def _masked(
+    planned: PlannedInput,
+    module: Any,
+    config: PopConfig,
+    norms: Mapping[str, Tensor],
+    complain: Callable[[str], None],
+) -> MaskedInput[Any]:
+    shard = _shard(module)
+    own = norms.get(module.prefix) if planned.which == "h" else None
+    if planned.which == "h" and own is None:
+        raise EngineError(
+            f"The weights of {module.prefix} were not loaded as plain ones, so its channels' norms are unknown. Use the default "
+            "--load-format, or leave pop_mm's settings out."
+        )
+    if planned.sizes is None:
+        return MaskedEntries(module.prefix, shard, complain, planned.share, own)
+    assert own is not None
+    weight = torch.ones_like(own) if config.scorer == "activation" else own
+    return MaskedChannels(module.prefix, shard, complain, planned.sizes, config.channel_method, weight)
+
+
+def _shard(module: Any) -> Shard:
+    size = module.input_size
+    width = module.input_size_per_partition if isinstance(module, RowParallelLinear) else size
+    if width == size:
+        return Shard(0, size, size)
+    assert width * get_tensor_model_parallel_world_size() == size
+    return Shard(get_tensor_model_parallel_rank() * width, width, size, _gather, _sum)
+
+
+def _gather(values: Tensor) -> Tensor:
+    return get_tp_group().all_gather(values, -1)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Sum over ranks; of integers by the group for the CPU, which knows them."""
+    if values.is_floating_point():
+        return tensor_model_parallel_all_reduce(values)
+    group, values = get_tp_group().cpu_group, values.clone()
+    torch.distributed.all_reduce(values, group=group)
+    return values
+
+
+__all__ = ["Mask", "Masking", "column_norms", "take_over"]
