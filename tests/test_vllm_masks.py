@@ -11,6 +11,7 @@ import torch
 from pop_mm import PopConfig
 from pop_mm.engines.vllm.masked import MaskedChannels, MaskedEntries
 from pop_mm.engines.vllm.planned import plan_inputs
+from pop_mm.engines.vllm.rows import ChosenRows, Room
 from pop_mm.engines.vllm.running import Running
 from pop_mm.engines.vllm.settings import check_engine, settings_of
 from pop_mm.engines.vllm.shard import Shard
@@ -18,6 +19,7 @@ from pop_mm.engines.vllm.tokens import tokens_of
 from pop_mm.errors import AdapterError, ConfigError, EngineError
 from pop_mm.methods import get_method
 from pop_mm.methods.thresholds import PASS_ALL, histogram, quantile
+from pop_mm.ops.library import library
 from pop_mm.partition import partition
 from pop_mm.planning import plan_ffns
 from tiny_models import tiny
@@ -351,3 +353,21 @@ def test_what_the_engine_was_asked_for_and_has_no_way(changes, said):
     check_engine(engine_settings())
     with pytest.raises(EngineError, match=re.escape(said)):
         check_engine(engine_settings(**changes))
+
+
+@pytest.mark.skipif(library(torch.float32) is None, reason="no compiled rows")
+def test_one_running_request_reads_chosen_rows_and_gets_what_the_mask_leaves():
+    weight = torch.rand(WIDTH) + 0.5
+    found, matrix = entries(0.4, weight), torch.randn(WIDTH, 7, generator=torch.Generator().manual_seed(3))
+    rows = ChosenRows(found, matrix, Room())
+    prompt, one = forward(("a", 7, 0, 7, [0, 1])), forward(("a", 1, 7, 7, [0, 1]))
+    two = forward(("a", 1, 7, 7, [0, 1]), ("b", 1, 7, 7, [2, 3]))
+    found.leave_out(values(7), prompt)
+    step = values(1, 1)
+    assert rows.takes(step, one) and not rows.takes(values(2), two) and not rows.takes(values(7), prompt)
+    assert not rows.takes(values(2), one)  # padded
+    assert not rows.takes(step, forward(("a", 1, 7, 7, [0, 1]), ("c", 1, 0, 9, [4])))  # another's prompt beside it
+    wanted = found.leave_out(step, one) @ matrix
+    torch.testing.assert_close(rows(step, None, one), wanted)
+    torch.testing.assert_close(rows(step[None], torch.ones(7), one), wanted[None] + 1)
+    assert found.saw(one) and rows.bytes == matrix.numel() * 4

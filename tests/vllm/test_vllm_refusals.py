@@ -118,7 +118,9 @@ def test_modules_that_differ_from_the_plan(world):
             mlp._modules[rename] = mlp._modules.pop("down_proj")
         before = [module.quant_method for module in model.modules() if hasattr(module, "quant_method")]
         try:
-            return take_over(model, planned, config, norms or {}, print, lambda masked: lambda values: values)
+            return take_over(
+                model, planned, config, norms or {}, print, lambda masked, module: module.quant_method.apply
+            )
         except EngineError:
             assert before == [module.quant_method for module in model.modules() if hasattr(module, "quant_method")]
             raise

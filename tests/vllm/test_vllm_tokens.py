@@ -7,8 +7,12 @@ TOKENS = 12
 SETTINGS = {
     "pop": {"ratio": 0.3},
     "static": {"budget": 0.7, "method": "static", "scope": "ffn"},
+    "masked thresholds": {"budget": 0.6, "backend": "masked"},
     "thresholds": {"budget": 0.6},
 }
+BOTH = pytest.mark.parametrize(
+    "settings", ["pop", "thresholds"], indirect=True
+)  # what takes long, once for each method
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,7 @@ def test_parallel_sampling(chunked, prompts):
     assert sampled(n=3, seed=7) == [*sampled(seed=7), *sampled(seed=8), *sampled(seed=9)]
 
 
+@BOTH
 def test_preemption(llama, settings, prompts):
     """So few KV blocks that requests are thrown out while they decode, and are computed again."""
     tokens = 60
@@ -83,11 +88,13 @@ def test_preemption(llama, settings, prompts):
         assert metric(llm, "vllm:num_preemptions") > 0
 
 
+@BOTH
 def test_compiled(llama, settings, prompts, wanted):
     with engine(llama, settings, enforce_eager=False) as llm:
         assert answers(llm, prompts[:4], TOKENS) == wanted[:4]
 
 
+@BOTH
 def test_tensor_parallel(llama, settings, prompts, wanted):
     with engine(llama, settings, tensor_parallel_size=3, max_num_batched_tokens=64) as llm:
         assert answers(llm, prompts[:4], TOKENS) == wanted[:4]

@@ -257,6 +257,11 @@ class MaskedEntries(MaskedInput[Tensor]):
         self.share = share
         self._weight = weight
 
+    def of_step(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """Thresholds of the requests that decode, ``[R]``, and the norms; for products that read only what passes."""
+        self._observed = tokens
+        return self._of(tokens), self._weight
+
     def _statistic(self, values: Tensor) -> Tensor:
         counts = torch.zeros(BINS, dtype=torch.int64, device=values.device)
         histogram(values, counts, self._weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,26 +16,29 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from ...config import PopConfig
 from ...errors import EngineError
-from .masked import MaskedInput
+from .masked import MaskedEntries, MaskedInput
 from .planned import plan_inputs
+from .rows import ChosenRows, Room
 from .running import Running
-from .takeover import Mask, column_norms, take_over
+from .takeover import Product, take_over, while_loading
 from .tokens import Tokens, tokens_of
 
 logger = init_logger("vllm.pop_mm")
 _PREFIX = "pop_mm."  # of names in the forward context
 
 
-def _leave_out(values: Tensor, name: str) -> Tensor:
-    mask = get_forward_context().no_compile_layers[name]
-    found = mask(values)
-    return found.clone() if found is values else found
+def _product(x: Tensor, bias: Tensor | None, name: str, outputs: int) -> Tensor:
+    return get_forward_context().no_compile_layers[name](x, bias)
+
+
+def _like_product(x: Tensor, bias: Tensor | None, name: str, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
 
 
 _library = torch.library.Library("pop_mm", "FRAGMENT")
-_library.define("leave_out(Tensor values, str name) -> Tensor")
-_library.impl("leave_out", _leave_out, "CompositeExplicitAutograd")
-torch.library.register_fake("pop_mm::leave_out", lambda values, name: torch.empty_like(values), lib=_library)
+_library.define("product(Tensor x, Tensor? bias, str name, int outputs) -> Tensor")
+_library.impl("product", _product, "CompositeExplicitAutograd")
+torch.library.register_fake("pop_mm::product", _like_product, lib=_library)
 
 
 class MaskedCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
@@ -53,22 +57,38 @@ class MaskedCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         """As vLLM; then mask what was planned, or raise."""
-        running = self.pop_mm
-        with column_norms(running.planned.downs) as norms:
+        running, config = self.pop_mm, self.pop_mm.config
+        by_rows = config.chosen_method == "thresholds" and config.backend == "auto" and config.kernels == "auto"
+        with while_loading(running.planned, by_rows) as loaded:
             super().load_model(load_dummy_weights)
-        model = self.get_model()
-        running.inputs = take_over(model, running.planned, running.config, norms, running.complain, self._masker)
+        product_of = partial(self._product_of, loaded.turned, Room())
+        running.inputs = take_over(
+            self.get_model(), running.planned, config, loaded.norms, running.complain, product_of
+        )
         logger.info("pop_mm: %s", running.summary)
 
-    def _masker(self, masked: MaskedInput[Any]) -> Mask:
-        """What is done with an input: in a compiled model through an operator that the compiler does not look into."""
-        name, mask = _PREFIX + masked.name, partial(self.pop_mm.mask, masked)
-        self.compilation_config.static_forward_context[name] = mask
+    def _product_of(self, turned: Mapping[str, Tensor], room: Room, masked: MaskedInput[Any], module: Any) -> Product:
+        """What a module computes: in a compiled model through an operator that the compiler does not look into."""
+        running, inner, weight = self.pop_mm, module.quant_method, turned.get(module.prefix)
+        rows: ChosenRows | None = None
+        if weight is not None and isinstance(masked, MaskedEntries):
+            reason = ChosenRows.why_not(weight)
+            rows = ChosenRows(masked, weight, room) if reason is None else None
+            running.note_rows(rows, reason)
 
-        def apply(values: Tensor) -> Tensor:
+        def product(x: Tensor, bias: Tensor | None) -> Tensor:
+            tokens = running.tokens
+            if rows is not None and tokens is not None and rows.takes(x, tokens):
+                return rows(x, bias, tokens)
+            return inner.apply(module, running.mask(masked, x), bias)
+
+        name, outputs = _PREFIX + module.prefix, module.output_size_per_partition
+        self.compilation_config.static_forward_context[name] = product
+
+        def apply(x: Tensor, bias: Tensor | None) -> Tensor:
             if torch.compiler.is_compiling():
-                return torch.ops.pop_mm.leave_out(values, name)
-            return mask(values)
+                return torch.ops.pop_mm.product(x, bias, name, outputs)
+            return product(x, bias)
 
         return apply
 

@@ -13,6 +13,7 @@ from ...config import PopConfig
 from ...errors import EngineError
 from .masked import MaskedInput
 from .planned import Planned
+from .rows import ChosenRows
 from .tokens import Tokens
 
 
@@ -40,6 +41,13 @@ class Running:
         self.tokens: Tokens | None = None
         self._warn = warn
         self._proven = False
+        self._rows_bytes = 0
+        self._why_no_rows: str | None = None
+
+    def note_rows(self, rows: ChosenRows | None, reason: str | None) -> None:
+        """A module's steps of one request are computed by chosen rows, or why they are not."""
+        self._rows_bytes += 0 if rows is None else rows.bytes
+        self._why_no_rows = self._why_no_rows or reason
 
     def complain(self, message: str) -> None:
         """Pass on what makes a request decode dense somewhere."""
@@ -101,8 +109,15 @@ class Running:
         beside = f" and the inputs of {attention} attention projections" if attention else ""
         return (
             f"method {config.chosen_method}, {asked}, scope {config.scope}: took over {planned.pruned_ffns} of "
-            f"{len(planned.ffns)} FFNs{beside}, masked"
+            f"{len(planned.ffns)} FFNs{beside}; {self._how}"
         )
+
+    @property
+    def _how(self) -> str:
+        if self._rows_bytes:
+            size = self._rows_bytes / 2**20
+            return f"one running request by chosen rows of weights that are kept twice ({size:.1f} MiB more), several masked"
+        return "masked" if self._why_no_rows is None else f"masked, since {self._why_no_rows}"
 
 
 __all__ = ["Running"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,23 +24,39 @@ from .masked import MaskedChannels, MaskedEntries, MaskedInput
 from .planned import Planned, PlannedInput
 from .shard import Shard
 
-Mask = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor, "Tensor | None"], Tensor]  # of an input and a bias
+
+
+@dataclass
+class Loaded:
+    """What was kept of plain weights while they were loaded, by the module's name.
+
+    Attributes
+    ----------
+    norms : dict of str to Tensor
+        Of the columns, ``[width]`` float32.
+    turned : dict of str to Tensor
+        The weights on this rank, ``[in, out]``.
+    """
+
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    turned: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Masking(LinearMethodBase):  # type: ignore[misc]
-    """vLLM's own way to multiply with a module's weight, on an input of which entries are left out.
+    """How vLLM multiplies with a module's weight, on an input of which entries are left out.
 
     Parameters
     ----------
     inner : LinearMethodBase
-        That way.
-    mask : callable
-        From the input to the input with zeros.
+        vLLM's own way.
+    product : callable
+        What is computed instead.
     """
 
-    def __init__(self, inner: LinearMethodBase, mask: Mask) -> None:
+    def __init__(self, inner: LinearMethodBase, product: Product) -> None:
         self.inner = inner
-        self.mask = mask
+        self.product = product
 
     def create_weights(self, *arguments: Any, **settings: Any) -> None:
         """As ``inner``."""
@@ -53,22 +70,31 @@ class Masking(LinearMethodBase):  # type: ignore[misc]
         )
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``inner``, on what the mask leaves of ``x``."""
-        return self.inner.apply(layer, self.mask(x), bias)
+        """The product with what is left of ``x``."""
+        return self.product(x, bias)
 
 
 @contextmanager
-def column_norms(names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Within: norms of the columns of the modules that load plain weights, by name, ``[width]`` float32.
+def while_loading(planned: Planned, turn: bool) -> Iterator[Loaded]:
+    """Within: what is needed of plain weights is kept, before vLLM packs them for its CPU kernels and drops what was loaded.
 
-    They are read before vLLM packs weights for its CPU kernels and drops what was loaded.
+    Parameters
+    ----------
+    planned : Planned
+        Norms are kept of its down projections.
+    turn : bool
+        Keep the weights of its modules, and of those that vLLM joins them to, once more.
     """
-    found: dict[str, Tensor] = {}
+    found = Loaded()
+    owners = {name.rpartition(".")[0] for each in planned.inputs for name in each.modules} if turn else set()
     process = UnquantizedLinearMethod.process_weights_after_loading
 
     def read(self: UnquantizedLinearMethod, layer: Any) -> None:
-        if getattr(layer, "prefix", None) in names:
-            found[layer.prefix] = weight_norms(layer.weight.data, 0, torch.float32)
+        name = getattr(layer, "prefix", "")
+        if name in planned.downs:
+            found.norms[name] = weight_norms(layer.weight.data, 0, torch.float32)
+        if name.rpartition(".")[0] in owners:
+            found.turned[name] = layer.weight.data.t().contiguous()
         process(self, layer)
 
     UnquantizedLinearMethod.process_weights_after_loading = read
@@ -84,18 +110,18 @@ def take_over(
     config: PopConfig,
     norms: Mapping[str, Tensor],
     complain: Callable[[str], None],
-    masker: Callable[[MaskedInput[Any]], Mask],
+    product_of: Callable[[MaskedInput[Any], Any], Product],
 ) -> list[MaskedInput[Any]]:
     """Mask every planned input of a vLLM model.
 
     Parameters
     ----------
     norms : mapping of str to Tensor
-        From :func:`column_norms`.
+        From :class:`Loaded`.
     complain : callable
         As for :class:`MaskedInput`.
-    masker : callable
-        From a masked input to what is done with the tensor that its modules are given.
+    product_of : callable
+        From a masked input and a module that is given it to what the module computes from then on.
 
     Raises
     ------
@@ -119,7 +145,7 @@ def take_over(
     for each, own in found:
         state = _masked(each, own[-1], config, norms, complain)
         for module in own:
-            module.quant_method = Masking(module.quant_method, masker(state))
+            module.quant_method = Masking(module.quant_method, product_of(state, module))
         masked.append(state)
     return masked
 
@@ -216,4 +242,4 @@ def _sum(values: Tensor) -> Tensor:
     return values
 
 
-__all__ = ["Mask", "Masking", "column_norms", "take_over"]
+__all__ = ["Loaded", "Masking", "Product", "take_over", "while_loading"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -86,12 +87,12 @@ class Tokens:
     row: Tensor
     position: Tensor
 
-    @property
-    def one_each(self) -> bool:
-        """Whether every request that decodes has one token here."""
-        return len(self.row) == len(self.decoding)
+    @cached_property
+    def single(self) -> bool:
+        """Whether this is one decode step of one request and nothing else."""
+        return len(self.row) == 1 and not self.parts
 
-    @property
+    @cached_property
     def keys(self) -> tuple[tuple[str, int], ...]:
         """The prompts of the requests that decode."""
         return tuple(prompt.key for prompt in self.decoding)
