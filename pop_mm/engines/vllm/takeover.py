@@ -19,7 +19,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, RowP
 
 from ...config import PopConfig
 from ...errors import EngineError
-from ...layout import weight_norms
+from ...formats.norms import weight_norms
 from .masked import MaskedChannels, MaskedEntries, MaskedInput
 from .planned import Planned, PlannedInput
 from .shard import Shard
