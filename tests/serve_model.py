@@ -17,7 +17,10 @@ from pop_mm.engines.server.run import Limits, ServedModel, Serving
 from pop_mm.samples import load
 from tiny_folder import save
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}{% if shout %}w7 {% endif %}"
+TEMPLATE = (
+    "{% for t in tools or [] %}w8 {% endfor %}{% if shout %}w7 {% endif %}"
+    "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+)
 LIMITS = Limits(max_new_tokens=400, waiting=64, body_bytes=200_000, body_seconds=5)
 BUDGETS: list[dict[str, float]] = [{}, {"budget": 0.5}, {"budget": 1}, {"ratio": 0.3}, {"ratio": 0}]
 

@@ -14,7 +14,7 @@ PYTHON = [block for block in blocks("python") if not (block.goes_on or block.not
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_blocks_run(block, away, monkeypatch):
-    if block.server is not None:
+    if block.server is not None or "engines.server" in block.text:
         pytest.importorskip("openai", reason="the extra [serve]")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     printed = run_python(block)

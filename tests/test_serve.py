@@ -155,6 +155,21 @@ def test_stops_and_variables_of_the_template(client, expected):
     assert ask(client, NAME, question(5), temperature=0).choices[0].message.content == whole
 
 
+def test_tools_and_their_results_reach_the_template(client, expected):
+    tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("f", "g")]
+    assert ask(client, NAME, question(5), tools=tools).usage.prompt_tokens == 27
+    plain = ask(client, NAME, question(5), tools=tools, tool_choice="none")
+    assert plain.choices[0].message.content == expected.answer(question(5))
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "w5 w6"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "w9"}]},
+    ]
+    answer = client.chat.completions.create(model=NAME, messages=turns, tools=tools, max_tokens=4)
+    assert answer.usage.prompt_tokens == 2 + 3 + 1 + 2
+
+
 def test_without_a_length_the_answer_is_as_long_as_may_be(client):
     answer = ask(client, NAME, question(3), tokens=None)
     assert answer.usage.completion_tokens == LIMITS.max_new_tokens
@@ -462,6 +477,17 @@ def test_pictures_are_those_of_prepare(seeing):
         assert content == wanted.strip(), "transformers' parser strips the answers of Qwen models"
         streamed = look(seeing, data_url(SCENE), stream=True, **amount)
         assert "".join(part.choices[0].delta.content or "" for part in streamed) == wanted.rstrip("\ufffd")
+
+
+def test_the_sample_answers_right():
+    served = ServedModel.load("tiny-vlm", PopConfig())
+    with serve(served) as serving:
+        parts = [
+            {"type": "image_url", "image_url": {"url": data_url(SCENE)}},
+            {"type": "text", "text": "How many blue shapes are there?"},
+        ]
+        content = ask(client_of(serving), "tiny-vlm", parts, 32, temperature=0).choices[0].message.content
+    assert re.search(r"\b(two|2)\b", content, re.IGNORECASE)
 
 
 @pytest.mark.parametrize(
