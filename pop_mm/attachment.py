@@ -39,7 +39,7 @@ from .layout import FFN
 from .modality import MODALITIES
 from .patching import Patches
 from .phase import Forward, PhaseTracker
-from .planning import FFNPlan, plan_ffns
+from .planning import FFNPlan, kind_of, plan_ffns
 from .sharing import fixed_weights
 from .state import PromptState
 from .timings import Timings
@@ -307,8 +307,9 @@ class Attachment(ABC):
     def _compiled_call(self, compile_config: Any = None) -> Callable[..., Any]:
         """In the place of the model's ``get_compiled_call``."""
         if self._steps is None:
+            modules = [module for plan in self.plans for module in plan.ffn.modules]
             traceable = all(plan.backend in ("inplace", "dense") for plan in self.plans)
-            traceable = traceable and self._engine.own_choice is None
+            traceable = traceable and self._engine.own_choice is None and "int8" not in kind_of(modules)
             self._steps = CompiledSteps(
                 self.model, self._tracker, self._inplace if traceable else None, self._eager.compiled
             )

@@ -158,7 +158,7 @@ class Projection:
         return None
 
     def why_not_plain(self) -> str | None:
-        """Why channels cannot be moved in the weight, or None if they can: :meth:`why_not_moved`, and floats alone."""
+        """Why the weight is not floats whose channels can be moved, or None if it is."""
         if reason := self.why_not_moved():
             return reason
         if self.stored.scale is not None:
@@ -226,7 +226,11 @@ class Projection:
 
     def channel_tensors(self) -> Iterator[ChannelTensor]:
         """The weight, and the bias if it has an entry for every channel."""
-        yield ChannelTensor(f"{self.name}.weight", self.weight, lambda tensor, _: self._blocks_of(tensor, self.axis))
+        found = formats.stored(self.weight)  # None of what somebody else has made of it
+        matrix, scale = (self.weight, None) if found is None else (found.matrix, found.scale)
+        yield ChannelTensor(f"{self.name}.weight", matrix, lambda tensor, _: self._blocks_of(tensor, self.axis))
+        if self.side == "out" and scale is not None:
+            yield ChannelTensor(f"{self.name}.weight.scale", scale, lambda tensor, _: self._blocks_of(tensor, 0))
         if self.side == "out" and self.bias is not None:
             yield ChannelTensor(
                 f"{self.name}.bias", self.bias, lambda tensor, _: self._blocks_of(tensor.unsqueeze(1), 0)

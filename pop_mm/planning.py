@@ -15,7 +15,7 @@ from .eager import CompiledParts, without_wrappers
 from .errors import AdapterError, ConfigError
 from .executors.gathered import gathered_fits
 from .experts import Experts
-from .formats import tensors_behind
+from .formats import format_of, tensors_behind
 from .layout import FFN
 from .methods.budget import budget_ratios, ffn_sizes
 from .partition import Sizes
@@ -163,7 +163,7 @@ def _choose_backend(
         return "masked", reason
     if config.batch == "per_sequence":
         return "gathered", "plain weights, of which each row reads its own channels"
-    return "inplace", "asked for" if config.backend == "inplace" else "plain weights"
+    return "inplace", "asked for" if config.backend == "inplace" else f"{kind_of(ffn.modules)} weights"
 
 
 def _why_masked(ffn: FFN | Experts, config: PopConfig, shared: Counter[int]) -> str | None:
@@ -173,8 +173,10 @@ def _why_masked(ffn: FFN | Experts, config: PopConfig, shared: Counter[int]) -> 
     per_sequence = config.batch == "per_sequence"
     if per_sequence and not (config.kernels == "triton" and isinstance(ffn, FFN)):
         return "batch='per_sequence' needs a mask for each row; no speed-up"
-    reason = ffn.why_not_plain()
-    if reason is None and any(shared[storage(p)] > 1 for module in ffn.modules for p in module.parameters(False)):
+    narrow = isinstance(ffn, FFN) and not per_sequence and config.kernels != "triton" and not config.probe_tokens
+    reason = ffn.why_not_moved() if narrow else ffn.why_not_plain()  # type: ignore[union-attr]
+    tensors = (t for module in ffn.modules for p in module.parameters(False) for t in tensors_behind(p))
+    if reason is None and any(shared[storage(tensor)] > 1 for tensor in tensors):
         reason = f"{ffn.name} shares its weights with another module"
     if reason is None and per_sequence and isinstance(ffn, FFN) and not gathered_fits(ffn):
         reason = f"{ffn.name} computes something that the kernels do not"
@@ -182,6 +184,12 @@ def _why_masked(ffn: FFN | Experts, config: PopConfig, shared: Counter[int]) -> 
         return None
     consequence = "batch='per_sequence' needs a mask" if per_sequence else "its channels cannot be reordered"
     return f"{reason}, so {consequence}; no speed-up"
+
+
+def kind_of(modules: Sequence[nn.Module]) -> str:
+    """The form of weights that are fast: ``"plain"``, ``"int8"``, or both."""
+    forms = (format_of(module._parameters.get("weight")) for module in modules)
+    return " and ".join(sorted({form.name for form in forms if form is not None})) or "plain"
 
 
 def storage(tensor: Tensor) -> int:
@@ -202,4 +210,4 @@ def shared_storages(model: nn.Module) -> Counter[int]:
     return uses
 
 
-__all__ = ["plan_ffns", "prunable", "shared_storages", "storage"]
+__all__ = ["kind_of", "plan_ffns", "prunable", "shared_storages", "storage"]

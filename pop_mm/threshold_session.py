@@ -21,7 +21,7 @@ from .groups import InputGroup
 from .layout import FFN, PLAIN_TYPES
 from .methods.budget import Weights, threshold_shares
 from .phase import Forward, Phase
-from .planning import prunable, shared_storages, storage
+from .planning import kind_of, prunable, shared_storages, storage
 from .session import Session
 from .state import PromptState
 from .threshold_engine import Record, RecordState, ThresholdEngine
@@ -176,7 +176,7 @@ def _chooser(
         if reason is None and _is_shared(record, shared, own):
             reason = f"{record.name} shares its weights with another module"
         reason = reason or fixed.get(record.name)
-        return ("rows", "plain weights") if reason is None else ("masked", reason)
+        return ("rows", f"{kind_of(record.modules)} weights") if reason is None else ("masked", reason)
 
     return choose
 

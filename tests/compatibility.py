@@ -232,10 +232,19 @@ def _torchao(config: str, **settings: Any) -> Callable[..., Any]:
     return make
 
 
-def _packed(name: str, package: str, make: Any, read: Any, exact: bool = True, tests: str = "", note: str = "") -> Row:
+def _packed(
+    name: str,
+    package: str,
+    make: Any,
+    read: Any,
+    exact: bool = True,
+    tests: str = "",
+    note: str = "",
+    outcome: str = "masked",
+) -> Row:
     options = {"exact": exact}
     tests = tests or "test_wrapped_weights.py"
-    return Row(name, "Packed weights", package, "masked", make, dequantised(read), note, options, tests)
+    return Row(name, "Packed weights", package, outcome, make, dequantised(read), note, options, tests)
 
 
 def _of_weight(module: Any) -> torch.Tensor:
@@ -248,7 +257,8 @@ TORCHAO = [
         "torchao",
         _torchao("Int8WeightOnlyConfig"),
         _of_weight,
-        note="thresholds read it by rows: fast ([int8](quantised.md))",
+        note="a scale for each output, as by default ([int8](quantised.md))",
+        outcome="fast",
     ),
     _packed(
         "int4 weight-only",

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..formats import stored, tensors_behind
 from ..kernels import Rows, traced
+from ..ops.dot import Dot
 from .few import FewTokens, Forward
 
 
@@ -15,6 +17,8 @@ class FewTokensLinears(FewTokens):
 
     def forward_of(self, module: nn.Module) -> Forward | None:
         """None for anything else, and for weights that the kernel cannot read."""
+        if type(module) is nn.Linear and (found := stored(module.weight)) is not None and found.scale is not None:
+            return self._scaled(module)
         if type(module) is not nn.Linear or not Rows.fit([module.weight]):
             return None
         parameters: dict[str, Any] = module._parameters
@@ -35,6 +39,32 @@ class FewTokensLinears(FewTokens):
             if rows is None or not rows.takes(input):
                 return own_forward(module, input)
             return matvec((rows,), input.reshape(-1, input.shape[-1])).view(*input.shape[:-1], -1)
+
+        return forward
+
+    def _scaled(self, module: nn.Module) -> Forward | None:
+        """Of int8 weights, for one token."""
+        parameters: dict[str, Any] = module._parameters
+        few, static, own_forward = self.few, self.static, type(module).forward
+        kernel: Dot | None = None
+        address: tuple[int, ...] = ()
+
+        def forward(input: Tensor) -> Tensor:
+            nonlocal kernel, address
+            if static.active or not few() or input.numel() != input.shape[-1]:
+                return own_forward(module, input)
+            weight, bias = parameters["weight"], parameters["bias"]
+            behind = (*tensors_behind(weight), *(() if bias is None else (bias,)))
+            now = tuple(tensor.data_ptr() for tensor in behind)
+            if now != address:
+                found, address = stored(weight), now
+                fits = found is not None and Dot.fits(found, bias)
+                kernel = None
+                if fits and found is not None and found.scale is not None:
+                    kernel = Dot(found.matrix, found.scale, bias, found.dtype)
+            if kernel is None or not kernel.takes(input):
+                return own_forward(module, input)
+            return kernel(input)
 
         return forward
 

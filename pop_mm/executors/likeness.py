@@ -86,7 +86,7 @@ def origin(
             own_magnitudes.add(_magnitudes(found), _magnitudes(there))
             if found.shape[1 - axis] >= _FEWEST_OF_A_CHANNEL:
                 elsewhere.append(_stood_elsewhere(found, before, axis, moved, at))
-    narrowest = max(torch.finfo(t.dtype).eps for t in (new, stored))
+    narrowest = max(torch.finfo(t.dtype).eps if t.is_floating_point() else 0 for t in (new, stored))
     if standing.rest < own.rest and standing.rest <= max(16 * narrowest**2, 1e-12):
         return "moved"
     alike = any(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import SessionError
 from ..experts import Experts
+from ..formats import tensors_behind
 from ..layout import FFN, Matrix, as_integers, swap_channels
 from ..patching import Patches
 from .likeness import origin
@@ -103,7 +104,8 @@ class MovedWeights:
 
     @torch.inference_mode(False)
     def _hold(self) -> None:
-        owners = [module._parameters for module in self._record.modules]
+        owners: list[dict[str, Any]] = [module._parameters for module in self._record.modules]
+        owners += [vars(weight) for owner in owners for weight in owner.values() if len(tensors_behind(weight)) > 1]
         places = {id(tensor): (owner, name) for owner in owners for name, tensor in owner.items()}
         self._held = [
             _Held(t.name, t.tensor, t.tensor.detach(), t.matrices, places[id(t.tensor)])
@@ -119,7 +121,7 @@ class MovedWeights:
         of = self._versions.of
         for held, sample, few in zip(self._held, self._samples, self._few, strict=False):
             owner, name = held.place
-            if owner.get(name) is not held.parameter and type(owner.get(name)) is not nn.Parameter:
+            if owner.get(name) is not held.parameter and type(owner.get(name)) is not type(held.parameter):
                 self._versions.packed = self._versions.packed or held.name
             version = held.parameter._version
             replaced = held.parameter.data_ptr() != held.stored.data_ptr()
@@ -158,7 +160,8 @@ class MovedWeights:
         new = {t.name: t.tensor for t in self._record.channel_tensors()}
         for held in list(self._held):
             tensor = new[held.name]
-            if type(tensor) not in (Tensor, nn.Parameter) or tensor.shape != held.stored.shape:
+            same = tensor.shape == held.stored.shape and tensor.is_floating_point() == held.stored.is_floating_point()
+            if type(tensor) not in (Tensor, nn.Parameter) or not same:
                 continue  # packed by somebody
             if tensor.data_ptr() == held.stored.data_ptr():
                 continue
@@ -192,7 +195,7 @@ class MovedWeights:
 @torch.no_grad()
 def _sample(tensor: Tensor) -> Tensor:
     """A copy of some of its numbers, side by side in memory."""
-    line = tensor
+    line = tensor.reshape(-1) if tensor.numel() == max(tensor.shape, default=0) else tensor  # the scales of outputs
     while line.dim() > 1:
         line = line.select(max(range(line.dim()), key=line.stride), 0)
     return line[:256].clone()
@@ -211,6 +214,8 @@ def _is_multiple(after: Tensor, before: Tensor) -> bool:
     """Whether all numbers were multiplied by the same one, which is not 1."""
     a, b = after.double(), before.double().to(after.device)
     factor = float((a * b).sum() / b.square().sum())
+    if not after.is_floating_point():
+        return False
     near = 4 * torch.finfo(after.dtype).eps
     return factor != 1 and bool(torch.isfinite(a).all()) and torch.allclose(a, factor * b, rtol=near, atol=0)
 

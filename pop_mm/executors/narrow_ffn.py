@@ -20,6 +20,7 @@ from .fused import compiled_forward, triton_forward
 from .moved import MovedWeights
 from .order import ChannelOrder
 from .packing import PackedDown
+from .scaled import narrow_forward
 
 if TYPE_CHECKING:
     from .narrow import NarrowExecutor
@@ -60,7 +61,8 @@ class NarrowFFN:
         ffn = self._ffn
         replaced = [(p.module, self._input_forward(p)) for p in ffn.inputs]
         replaced.append((ffn.down.module, self._down_forward()))
-        if ffn.holder is not None and direct_forward_fits(ffn):
+        plain = all(p.stored.scale is None for p in ffn.projections)
+        if plain and ffn.holder is not None and direct_forward_fits(ffn):
             replaced.append((ffn.holder, self._holder_forward()))
         for module, forward in replaced:
             patches.forward(module, forward)
@@ -120,7 +122,7 @@ class NarrowFFN:
         tracker, module = self._tracker, projection.module
         own_forward = type(module).forward
         width, static, compiled = self._sizes.width, self._executor.static, self._executor.matvec is not None
-        narrow = projection.narrow(width)
+        narrow = narrow_forward(projection, width)
 
         def forward(x: Tensor) -> Tensor:
             if static.active:
@@ -138,7 +140,7 @@ class NarrowFFN:
         ffn, sizes = self._ffn, self._sizes
         tracker, module = self._tracker, ffn.down.module
         own_forward = type(module).forward
-        narrow, down = ffn.down.narrow(sizes.width), self.down
+        narrow, down = narrow_forward(ffn.down, sizes.width), self.down
         engine, index = self._engine, self._index
         has_candidates = sizes.candidates > 0
         static, compiled, guarded = self._executor.static, self._executor.matvec is not None, self.moved.guarded

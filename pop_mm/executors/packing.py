@@ -43,6 +43,8 @@ class PackedDown:
     def fits(self) -> bool:
         """Whether the columns are narrow rows now."""
         weight = self._down.weight
+        if self._down.stored.scale is not None:
+            return False
         return weight.is_contiguous() and not self._down.transposed and self._width < weight.shape[1]
 
     def pays(self) -> bool:

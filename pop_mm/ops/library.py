@@ -22,7 +22,8 @@ OPTIONS = {
     torch.float64: "-DFLOAT64",
 }
 INT8 = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of models whose weights may be int8
-_FILES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "histogram.c", "transpose.c", "layer.c"))
+_NAMES = ("rows.c", "histogram.c", "transpose.c", "layer.c", "dot.c")
+_FILES = tuple(map(Path(__file__).with_name, _NAMES))
 _HEADERS = (*(Path(__file__).with_name(name) for name in ("scalar.h", "activate.h")), *kernels.HEADERS)
 
 
@@ -57,6 +58,7 @@ class Library:
         self.dtype = dtype
         self.rows = function(found, "rows", ctypes.c_char_p, INTEGER, INTEGER, POINTER, INTEGER, *[POINTER] * 5, INT)
         self.ffn = function(found, "ffn", ctypes.c_char_p, INTEGER, POINTER, POINTER, INT, *[POINTER] * 6, INT)
+        self.dot = function(found, "dot", ctypes.c_char_p, INTEGER, POINTER, INTEGER, POINTER, POINTER, INT)
         self.histogram = function(found, "histogram", POINTER, *[INTEGER] * 3, *[POINTER] * 3, INT)
         self.transpose = function(found, "transpose", *[POINTER, INTEGER, INTEGER] * 2, *[INTEGER] * 3, INT)
         self.want_large_pages = function(found, "want_large_pages", POINTER, INTEGER)

@@ -156,12 +156,6 @@ static void collect(const Job *jobs, int64_t count, int64_t all, const S *sums, 
     if (!found) memset(out, 0, n * sizeof(S));
 }
 
-/* Multiply with the output's scale, add a bias (each may be null) and round, as a linear module does */
-static inline S finish(S sum, const float *scale, const T *bias, int64_t i) {
-    if (scale) sum *= scale[i];
-    return from_T(to_T(bias ? sum + from_T(bias[i]) : sum));
-}
-
 static inline int64_t padded(int64_t n) { return (n + 31) / 16 * 16; } /* with a vector more, in whole cache lines */
 
 /* Memory of a call. Of each thread: rows and values of its inputs, sums. Of all: those of the channels, counts. */

@@ -125,3 +125,9 @@ static inline __attribute__((always_inline)) void widen_step(const W *from, Sums
     _Pragma("GCC unroll 4") for (int i = 0; i < VECTORS; i++) to[i] = widen_weights(from + i * WIDTH);
 #endif
 }
+
+/* Multiply with the output's scale, add a bias (each may be null) and round, as a linear module does */
+static inline S finish(S sum, const float *scale, const T *bias, int64_t i) {
+    if (scale) sum *= scale[i];
+    return from_T(to_T(bias ? sum + from_T(bias[i]) : sum));
+}
