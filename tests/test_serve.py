@@ -16,9 +16,11 @@ import pytest
 pytest.importorskip("openai", reason="the extra [serve]")
 import httpx
 import openai
+import psutil
 
 import pop_mm.cli.serve
 from observe import differences, fingerprint
+from pages import ROOT
 from pop_mm import PopConfig, prune
 from pop_mm.app.examples import SCENES
 from pop_mm.engines.server.errors import RequestError
@@ -446,6 +448,22 @@ def test_what_cannot_be_served_is_said_first(folder, tmp_path):
     bare = folder_of(tmp_path, None)
     with pytest.raises(RequestError, match="has no chat template"):
         ServedModel.load(bare, PopConfig())
+
+
+def test_the_soak_tells_what_is_wrong(serving, still_right, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import serve_soak
+
+    soak = serve_soak.Soak(serving.url, psutil.Process(), pictures=False)
+    soak.run(20, 3)
+    assert sum(soak.outcomes.values()) == 20 and len(soak.memory) == serve_soak.MARKS
+    until(lambda: not serving.line.running and not serving.line.waiting, "nothing runs or waits")
+    text = httpx.get(f"{serving.url}/metrics", trust_env=False).text
+    assert [verdict.passed for verdict in serve_soak.judge(soak, text, 130, judged=False)] == [None, *[True] * 4]
+    soak.outcomes["text 500"] += 1
+    soak.same.add("another answer")
+    soak.memory.append((21, 2 * soak.memory[-1][1]))
+    assert [verdict.passed for verdict in serve_soak.judge(soak, "", 1, judged=True)] == [False] * 5
 
 
 # pictures -------------------------------------------------------------------------------------------------------------
