@@ -7,8 +7,8 @@ Each variant is attached, generates twice and is left. A step is the median time
 prompt finds the weights turned; *prefill* is that prompt's forward with what the session adds to it. *Limit* is Amdahl's:
 T / (T - F + F b) with T a dense step on our kernels, F the time of its modules that are read by rows, and b the share of their
 bytes that was read. *Turn* is the time it took to turn the weights, once a session, and *leave* to turn them back. With
-``--weights int8`` a copy of the model, quantised by torchao, takes turns too: dense by torchao, and with thresholds. Needs a
-quiet machine.
+``--weights int8`` a copy of the model, quantised by torchao, takes turns too: dense by torchao, dense on our kernels, and with
+thresholds. Needs a quiet machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pop_mm.bench.prompts import Prompts
 from pop_mm.bench.source import Source
 from pop_mm.bench.timing import generate_timed
 from pop_mm.patching import Patches
-from pop_mm.quantise import quantised_copy
+from pop_mm.quantise import WEIGHTS, quantised_copy
 
 DENSE, OURS, JUDGED = "dense", "dense, our kernels", "thresholds 0.65"
 SETTINGS: dict[str, dict[str, Any] | None] = {
@@ -46,8 +46,8 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "POP 20 %": {"ratio": 0.2},
     "POP 40 %": {"ratio": 0.4},
 }
-INT8_DENSE, INT8 = "int8, torchao", "int8, thresholds 0.65"
-OF_INT8: dict[str, dict[str, Any] | None] = {INT8_DENSE: None, INT8: {"budget": 0.65}}
+INT8_DENSE, INT8_OURS, INT8 = "int8, torchao", "int8, our kernels", "int8, thresholds 0.65"
+OF_INT8 = {INT8_DENSE: None, INT8_OURS: SETTINGS[OURS], INT8: {"budget": 0.65}}
 TARGETS = {"smollm2-135m": 2.1, "llama3.2-1b": 1.9}  # of 0.65 over dense, 128 tokens in and out
 INT8_TARGETS = {"llama3.2-1b": 2.5}  # the same of int8
 PREFILL, OF_LIMIT, SECONDS = 1.05, 0.95, 2.0
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--random-weights", action="store_true")
     parser.add_argument("--layers", type=int, help="of the config, fewer than published")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--weights", choices=("auto", "int8"), default="auto", help="int8: a quantised copy too")
+    parser.add_argument("--weights", choices=WEIGHTS, default="auto", help="a quantised copy takes turns too")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--only", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="VARIANT")
@@ -137,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer = source.load(torch.device("cpu"))
     chosen = [name for name in SETTINGS if name in args.only or name in (DENSE, OURS)]
     variants = {name: (model, SETTINGS[name]) for name in chosen}
-    if args.weights == "int8":
-        small = quantised_copy(model, "int8")
+    if args.weights != "auto":
+        small = quantised_copy(model, args.weights)
         variants |= {name: (small, settings) for name, settings in OF_INT8.items()}
     found = {name: Found() for name in variants}
     limit_of: list[float] = []

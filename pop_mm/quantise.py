@@ -12,7 +12,7 @@ from .adapters import Adapter, adapter_for
 from .adapters.base import find
 from .errors import PopError
 
-WEIGHTS = ("auto", "int8")
+WEIGHTS = ("auto", "int8", "int8+head")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,8 +40,9 @@ def quantise(model: Any, weights: str = "int8") -> Any:
     ----------
     model : PreTrainedModel
         In float32, bfloat16 or float16; on any device, the meta device too.
-    weights : {"auto", "int8"}
-        ``"auto"`` changes nothing.
+    weights : {"auto", "int8", "int8+head"}
+        ``"auto"`` changes nothing; ``"int8+head"`` stores the lm_head so too. One that is tied to the embedding becomes a copy of
+        its own, and the embedding stays.
 
     Returns
     -------
@@ -61,6 +62,13 @@ def quantise(model: Any, weights: str = "int8") -> Any:
     quantization = _torchao()
     linears = set(quantised_linears(model, adapter_for(model)))
     name = type(model).__name__
+    if weights == "int8+head":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if type(head) is not nn.Linear:
+            raise QuantiseError(
+                f"{name} has no lm_head that is an nn.Linear; its decoder layers alone are weights='int8'."
+            )
+        linears.add(head)
     if not linears:
         raise QuantiseError(f"{name} has no nn.Linear in its decoder layers, so there is nothing to store as int8.")
     for module in linears:
@@ -96,7 +104,7 @@ def _torchao() -> Any:
         from torchao import quantization
     except ImportError as error:
         raise QuantiseError(
-            f'weights="int8" needs torchao, which cannot be imported ({error}): pip install "pop_mm[int8]".'
+            f'int8 weights need torchao, which cannot be imported ({error}): pip install "pop_mm[int8]".'
         ) from error
     return quantization
 

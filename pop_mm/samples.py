@@ -255,7 +255,7 @@ def load(
         ``"auto"`` is the checkpoint's own dtype, and the sample's ``dtype`` (float32) for a sample.
     device : str or torch.device, optional
         Where to put the model; the default leaves it on the CPU.
-    weights : {"auto", "int8"}
+    weights : {"auto", "int8", "int8+head"}
         ``"int8"`` quantises the decoder layers once they are loaded, by torchao: :func:`pop_mm.quantise.quantise`.
 
     Returns

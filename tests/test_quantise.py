@@ -62,13 +62,22 @@ def test_refusals(monkeypatch, folder):
         quantise(quantise(tiny("llama")))
     with pytest.raises(QuantiseError, match=r"is torch\.float64.*dtype='bfloat16'"):
         quantise(tiny("llama", torch.float64))
-    with pytest.raises(QuantiseError, match="auto, int8; got 'int3'"):
+    with pytest.raises(QuantiseError, match=r"auto, int8, int8\+head; got 'int3'"):
         load(folder, weights="int3")
     model = tiny("llama")
     assert quantise(model, "auto") is model is quantised_copy(model, "auto") and not int8_of(model)
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(QuantiseError, match=r'pip install "pop_mm\[int8\]"'):
         load(folder, weights="int8")
+
+
+def test_the_lm_head_too_becomes_a_copy_of_its_own():
+    model = tiny("llama", tie_word_embeddings=True)
+    before = model.get_input_embeddings().weight.clone()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    quantise(model, "int8+head")
+    assert "lm_head" in int8_of(model) and torch.equal(model.get_input_embeddings().weight, before)
+    assert type(model.get_input_embeddings().weight) is torch.nn.Parameter
 
 
 def test_a_copy_leaves_the_model_as_it_is():
@@ -115,6 +124,22 @@ def test_a_quantised_checkpoint_is_not_quantised_again(call, folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     code, _, err = call("inspect", "--model", tmp_path, "--weights", "int8")
     assert code == 2 and "is quantised already" in err
+
+
+@pytest.mark.parametrize("granularity", ["PerRow", "PerGroup"])
+def test_inspect_knows_checkpoints_of_torchao(call, folder, tmp_path, granularity):
+    from torchao.quantization import Int8WeightOnlyConfig, PerGroup, PerRow
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    form = Int8WeightOnlyConfig(granularity={"PerRow": PerRow(), "PerGroup": PerGroup(32)}[granularity])
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(form))
+    model.save_pretrained(tmp_path)
+    for amount, backend in (("--budget", "rows"), ("--ratio", "inplace")):
+        rows = json.loads(call("inspect", "--model", tmp_path, amount, 0.4, "--json")[1])
+        rows = [row for row in rows if row["role"] == "dense"]
+        assert {row["backend"] for row in rows} == {backend if granularity == "PerRow" else "masked"}
+        if granularity == "PerRow":
+            assert {row["bytes_per_token_dense"] for row in rows} == {3 * 64 * 128 + 4 * (2 * 128 + 64)}
 
 
 def windows(count, tokens):

@@ -43,7 +43,7 @@ class Source:
             return self.name + stored
         whole = config_of(self.name).get_text_config().num_hidden_layers
         layers = "" if self.layers in (None, whole) else f", {self.layers} of {whole} layers"
-        return f"{self.name} dimensions{layers}, random{' int8' if self.weights == 'int8' else ''} weights"
+        return f"{self.name} dimensions{layers}, random weights{stored}"
 
     @property
     def notes(self) -> list[str]:

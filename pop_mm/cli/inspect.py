@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from math import floor
 from typing import Any
@@ -41,6 +42,9 @@ def run(
         model, quantisation = skeleton(name, dtype)
         if quantisation is not None and weights != "auto":
             raise QuantiseError(f"--weights {weights}: the checkpoint {name!r} is quantised already.")
+        if quantisation is not None and _is_int8(quantisation):  # read as the weights that it stands for
+            check_weights("int8")
+            weights, quantisation = "int8", None
         quantise(model, weights)
         adapter = adapter_for(model)
         checked = check(load_model(name, dtype, weights=weights)[0]) if contract else None
@@ -113,6 +117,17 @@ def skeleton(name: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any] | N
     if quantisation is None:
         return model, None
     return model, quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+
+
+def _is_int8(quantisation: Mapping[str, Any]) -> bool:
+    """Whether a ``quantization_config`` is that of all linear modules as int8 with a scale for each output, by torchao."""
+    kind = quantisation.get("quant_type")
+    kind = kind.get("default") if isinstance(kind, Mapping) and len(kind) == 1 else None
+    if quantisation.get("quant_method") != "torchao" or not isinstance(kind, Mapping):
+        return False
+    granularity = (kind.get("_data") or {}).get("granularity") or {}
+    whole = not quantisation.get("modules_to_not_convert") and not quantisation.get("include_input_output_embeddings")
+    return whole and kind.get("_type") == "Int8WeightOnlyConfig" and granularity.get("_type") == "PerRow"
 
 
 def _row(plan: FFNPlan, whole: float) -> dict[str, Any]:

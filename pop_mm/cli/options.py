@@ -42,7 +42,10 @@ Gamma = Annotated[
 Backend = Annotated[str, typer.Option(metavar="auto|masked|inplace", help="inplace is fast, masked saves no time.")]
 Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16|float16", help="auto: the checkpoint's own.")]
 Weights = Annotated[
-    str, typer.Option(metavar="auto|int8", help="int8: quantise the decoder layers by torchao, once they are loaded.")
+    str,
+    typer.Option(
+        metavar="auto|int8|int8+head", help="int8: quantise the layers by torchao after loading; +head: lm_head too."
+    ),
 ]
 Prefill = Annotated[str, typer.Option(metavar="dense|partition", help="partition: as in the paper.")]
 ProbeTokens = Annotated[
