@@ -39,6 +39,7 @@ class MaskedExecutor:
         self._turns: dict[nn.Module, Turns[int]] = {}
         self.by_rows: dict[nn.Module, Any] = {}
         self._hidden: weakref.WeakKeyDictionary[Forward, Tensor] = weakref.WeakKeyDictionary()
+        self._checks: dict[nn.Module, torch.utils.hooks.RemovableHandle] = {}  # torch runs none after Ctrl-C
         self._patches = Patches()
 
     def attach(self, index: int) -> None:
@@ -79,7 +80,7 @@ class MaskedExecutor:
             forward = current_forward(tracker, record)
             found = mask(turns.next(forward), which, forward, args[0])
             if next(reversed(module._forward_pre_hooks)) != handle.id:
-                _hold_to(record.name, module, found)
+                self._hold_to(record.name, module, forward, found)
             return None if found is args[0] else (found, *args[1:])
 
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -109,29 +110,36 @@ class MaskedExecutor:
         found = self._engine.mask(index, which, forward, hidden)
         return x if found is hidden else found[:, -x.shape[-2] :]
 
+    def _hold_to(self, name: str, module: nn.Module, forward: Forward, x: Tensor) -> None:
+        """Refuse this call of a module if hooks that were added behind the session's give it anything else than ``x``."""
+        left, dtype = as_integers(x).clone(), x.dtype
+
+        def check(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._let_go(module)
+            if output is None or self._tracker.current is not forward:  # it failed, or an earlier one did
+                return
+            now = args[0]
+            if now.shape != left.shape or now.dtype != dtype or not torch.equal(as_integers(now), left):
+                raise SessionError(
+                    f"A forward pre-hook that was added to a {type(module).__name__} of {name} inside the session changes what "
+                    "the module is given, behind the session, which chooses what to leave out of it. Remove the hook, leave the "
+                    "session, and register it before a new one, which then comes behind the hook."
+                )
+
+        self._let_go(module)
+        self._checks[module] = module.register_forward_hook(check, prepend=True, always_call=True)
+
+    def _let_go(self, module: nn.Module) -> None:
+        if (handle := self._checks.pop(module, None)) is not None:
+            handle.remove()
+
     def detach(self) -> None:
         """Remove the hooks."""
+        for module in list(self._checks):
+            self._let_go(module)
         self._patches.undo()
         self._turns.clear()
         self.by_rows.clear()
-
-
-def _hold_to(name: str, module: nn.Module, x: Tensor) -> None:
-    """Refuse this call of a module if hooks that were added behind the session's give it anything else than ``x``."""
-    left = as_integers(x).clone()
-
-    def check(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        handle.remove()
-        if output is None:  # it failed
-            return
-        if args[0].shape != left.shape or args[0].dtype != x.dtype or not torch.equal(as_integers(args[0]), left):
-            raise SessionError(
-                f"A forward pre-hook that was added to a {type(module).__name__} of {name} inside the session changes what the "
-                "module is given, behind the session, which chooses what to leave out of it. Remove the hook, leave the session, "
-                "and register it before a new one, which then comes behind the hook."
-            )
-
-    handle = module.register_forward_hook(check, prepend=True, always_call=True)
 
 
 __all__ = ["MaskedExecutor"]
