@@ -51,9 +51,9 @@ def prompts(model: str) -> list[list[int]]:
     """Sixteen, of 120 to 250 tokens; those of four begin alike."""
     from transformers import AutoTokenizer
 
-    from pop_mm.passages import PASSAGES
+    from pop_mm.passages import load_passages
 
-    tokenizer, text = AutoTokenizer.from_pretrained(model), next(iter(PASSAGES.values()))
+    tokenizer, text = AutoTokenizer.from_pretrained(model), max(load_passages().values(), key=len)
     starts = [text[300 * (i // 4) : 300 * (i // 4) + 500 + 120 * (i % 4)] for i in range(16)]
     return [tokenizer(start + TAILS[i % 4])["input_ids"] for i, start in enumerate(starts)]
 
