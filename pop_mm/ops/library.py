@@ -62,6 +62,7 @@ class Library:
         self.histogram = function(found, "histogram", POINTER, *[INTEGER] * 3, *[POINTER] * 3, INT)
         self.transpose = function(found, "transpose", *[POINTER, INTEGER, INTEGER] * 2, *[INTEGER] * 3, INT)
         self.want_large_pages = function(found, "want_large_pages", POINTER, INTEGER)
+        self.page_out = function(found, "page_out", POINTER, INTEGER)
         self.attend = function(found, "attend", ctypes.c_char_p, *[POINTER] * 5, INT)
         self.rotate = function(found, "rotate", *[POINTER] * 3, INTEGER, INTEGER)
         self.rms_norm = function(found, "rms_norm", *[POINTER] * 3, INTEGER, INTEGER, DOUBLE, INT)

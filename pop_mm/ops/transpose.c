@@ -51,3 +51,14 @@ void want_large_pages(char *memory, int64_t bytes) {
     (void)memory, (void)bytes;
 #endif
 }
+
+/* Let go of pages that nobody needs for now: of a file they are read again when they are touched, others stay. */
+void page_out(char *memory, int64_t bytes) {
+#if defined MADV_PAGEOUT
+    const uintptr_t page = 1 << 12, from = ((uintptr_t)memory + page - 1) / page * page;
+    const uintptr_t to = ((uintptr_t)memory + bytes) / page * page;
+    if (from < to) madvise((void *)from, to - from, MADV_PAGEOUT);
+#else
+    (void)memory, (void)bytes;
+#endif
+}

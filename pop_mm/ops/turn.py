@@ -102,9 +102,12 @@ def _stored(tensor: Tensor, turned: bool) -> Tensor:
     """A copy of ``[..., out, in]`` with contiguous outputs if ``turned``, else with contiguous inputs."""
     source = tensor if turned else tensor.transpose(-1, -2)
     target = torch.empty_like(source.transpose(-1, -2), memory_format=torch.contiguous_format)
-    if turned and LARGE_PAGES and target.is_cpu and (found := _library(target.dtype)) is not None:
-        found.want_large_pages(target.data_ptr(), target.numel() * target.element_size())
+    found = _library(target.dtype) if turned and target.is_cpu else None
+    if found is not None and LARGE_PAGES:
+        found.want_large_pages(target.data_ptr(), target.nbytes)
     transpose(source, target)
+    if found is not None and not source.untyped_storage().resizable():  # mapped from a file, which stays mapped
+        found.page_out(source.data_ptr(), source.nbytes)
     return target.transpose(-1, -2) if turned else target
 
 
