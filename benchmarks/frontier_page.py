@@ -185,13 +185,17 @@ def draw(parts: Mapping[str, Any], path: Path) -> None:
 
     speeds = _speedups(parts)
     panels: list[tuple[str, str]] = [("text", "bytes")] if "text" in parts else []
-    panels += [("text", "speed")] if speeds and "text" in parts else []
+    rows = parts["text"]["rows"][1:] if "text" in parts else []  # the first is the dense model's
+    timed = [row for row in rows if (row["method"], _amount(row)) in speeds]
+    panels += [("text", "speed")] if len(timed) > 2 else []  # fewer make no curve
     panels += [(name, "bytes") for name in ("moe", "vision") if name in parts]
     if not panels:
         return
-    columns = 1 if len(panels) == 1 else 2
+    columns = {1: 1, 3: 3}.get(len(panels), 2)
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.0 * columns, 3.5 * lines + 0.4), layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=((4.0 if columns == 3 else 5.0) * columns, 3.5 * lines + 0.4), layout="constrained", facecolor="white"
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False).flat
     handles: dict[str, Any] = {}
