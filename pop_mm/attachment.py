@@ -6,8 +6,7 @@ import threading
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +41,7 @@ from .phase import Forward, PhaseTracker
 from .planning import FFNPlan, kind_of, plan_ffns
 from .sharing import fixed_weights
 from .state import PromptState
+from .taken import TakenWeights
 from .timings import Timings
 from .unwrap import unwrap
 from .watch import Watch
@@ -101,7 +101,6 @@ class Attachment(ABC):
         self._watch: Watch | None = None
         self._refusals = Patches()
         self._left_compiled: set[nn.Module] = set()
-        self._backs: dict[int, Callable[[], None]] = {}
         self._steps: CompiledSteps | None = None
         self._eager = EagerCalls()
         self._busy = threading.Lock()
@@ -255,10 +254,7 @@ class Attachment(ABC):
         for module in {*around, *besides}:
             for name in ("__deepcopy__", "__reduce_ex__"):
                 self._refusals.replace(module, name, _refuse_copy)
-        self._backs = {id(p): back for module, back in self._put_back().items() for p in module.parameters(False)}
-        if self._backs:
-            for module in (*around, *self._wrappers.wrappers):
-                self._refusals.replace(module, "named_parameters", partial(self._taken, module.named_parameters))
+        TakenWeights(self._put_back()).install((*around, *self._wrappers.wrappers), self._refusals)
         self._inplace.before_back = self._look
         self._steps = None
         self._watch = Watch(self.model, self._engine.ffns, self._versions, self._inplace.positions, besides)
@@ -266,16 +262,6 @@ class Attachment(ABC):
     def _put_back(self) -> Mapping[nn.Module, Callable[[], None]]:
         """What puts the weights of a module back as the model holds them outside."""
         return self._inplace.backs
-
-    def _taken(
-        self, own: Callable[..., Iterator[tuple[str, Any]]], *args: Any, **kwargs: Any
-    ) -> Iterator[tuple[str, Any]]:
-        """In the place of ``named_parameters``: whoever takes weights gets them as the model holds them outside."""
-        for name, parameter in own(*args, **kwargs):
-            back = self._backs.get(id(parameter))
-            if back is not None:
-                back()
-            yield name, parameter
 
     def _look(self, record: FFN | Experts) -> None:
         """Note if somebody has written to an FFN's weights, whose channels are about to be put back."""
