@@ -39,9 +39,12 @@ from torch import Tensor
 
 import pop_mm
 from measure import available_cores, load_json, machine_facts, print_machine, save_json, wide_console
+from pop_mm import PopConfig
 from pop_mm.bench.prompts import Prompts
 from pop_mm.bench.source import Source
 from pop_mm.bench.timing import TokenClock, decode_options, generate
+from pop_mm.evaluation.cost import dense_cost
+from pop_mm.evaluation.fidelity import compare, pruned_step_logits, step_logits
 from pop_mm.evaluation.texts import windows
 from pop_mm.folders import cache_folder
 from pop_mm.passages import load_passages
@@ -61,8 +64,8 @@ class Variant:
         Of :func:`pop_mm.prune`; None without pop_mm.
     dtype : str
         Of the weights that are loaded.
-    int8 : bool
-        torchao's int8 weight-only quantisation of all linears but the lm_head.
+    weights : str
+        As ``--weights`` takes them: ``"int8"`` is torchao's weight-only quantisation.
     options : dict
         More for ``generate``.
     compiled : bool
@@ -73,7 +76,7 @@ class Variant:
 
     settings: dict[str, Any] | None = None
     dtype: str = "float32"
-    int8: bool = False
+    weights: str = "auto"
     options: dict[str, Any] | None = None
     compiled: bool = False
     gguf: str | None = None
@@ -85,14 +88,14 @@ def variants(dtype: str) -> dict[str, Variant]:
     return {
         "transformers": Variant(dtype=dtype),
         "transformers, compiled": Variant(dtype=dtype, compiled=True),
-        "transformers, torchao int8": Variant(dtype=dtype, int8=True),
+        "transformers, torchao int8": Variant(dtype=dtype, weights="int8"),
         "transformers, prompt lookup": Variant(dtype=dtype, options={"prompt_lookup_num_tokens": 10}),
         "pop_mm, dense on our kernels": Variant(kernels, dtype),
         "pop_mm, POP 20 %": Variant({"ratio": 0.2}, dtype),
         "pop_mm, thresholds 0.75": Variant({"budget": 0.75}, dtype),
         "pop_mm, thresholds 0.65": Variant({"budget": 0.65}, dtype),
-        "pop_mm, int8, dense on our kernels": Variant(kernels, dtype, int8=True),
-        "pop_mm, int8, thresholds 0.65": Variant({"budget": 0.65}, dtype, int8=True),
+        "pop_mm, int8, dense on our kernels": Variant(kernels, dtype, weights="int8"),
+        "pop_mm, int8, thresholds 0.65": Variant({"budget": 0.65}, dtype, weights="int8"),
     }
 
 
@@ -114,17 +117,14 @@ class Transformers:
 
     def __init__(self, task: dict[str, Any], variant: Variant) -> None:
         self.variant, self.new_tokens = variant, task["new_tokens"]
-        self.model, _ = Source(**{**task["source"], "dtype": variant.dtype}).load(torch.device("cpu"))
-        if variant.int8:
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-            head = self.model.get_output_embeddings()
-            quantize_(self.model, Int8WeightOnlyConfig(), lambda m, _: isinstance(m, torch.nn.Linear) and m is not head)
+        stored = {"dtype": variant.dtype, "weights": variant.weights}
+        self.model, _ = Source(**{**task["source"], **stored}).load(torch.device("cpu"))
+        settings = variant.settings
+        self.config = None if settings is None else PopConfig(**settings)
 
     def session(self) -> Any:
         """Of pop_mm, if the variant has one."""
-        settings = self.variant.settings
-        return nullcontext() if settings is None else pop_mm.prune(self.model, **settings)
+        return nullcontext() if self.config is None else pop_mm.prune(self.model, self.config)
 
     def speed(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Answer the prompts one after the other in one session; seconds a token of the last answer."""
@@ -134,30 +134,17 @@ class Transformers:
                 clock = TokenClock()
                 generate(self.model, torch.tensor([prompt]), self.new_tokens, clock, **options)
             seconds = (clock.times[-1] - clock.times[1]) / (self.new_tokens - 1)
-            return {"seconds": seconds, "bytes": self._bytes(session)}
-
-    def _bytes(self, session: Any) -> float:
-        """Weights that a decoded token reads, of the decoder layers and the lm_head."""
-        share = 1.0
-        if session is not None:
-            counts = session.report.to_dict()["bytes_per_token"]
-            share = counts["read"] / counts["dense"]
-        linears = [module for module in self.model.modules() if isinstance(module, torch.nn.Linear)]
-        return share * sum(stored_bytes(module.weight) for module in linears)
+            dense = sum(dense_cost(self.model).bytes.values())
+            read = dense if session is None else session.report.bytes_per_token["read"]
+            return {"seconds": seconds, "bytes": read}
 
     @torch.inference_mode()
     def logits(self, text: Sequence[int]) -> Tensor:
         """Of the scored tokens; where pop_mm prunes, each is a decode step of its own."""
-        with self.session() as session, nullcontext() if session is None else session.split(PROMPT):
-            ids = torch.tensor([text[:-1]])
-            out: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=CONTINUATION).logits[0].float()
-            return out
-
-
-def stored_bytes(weight: Tensor) -> int:
-    """Of a weight, also where torchao packs it."""
-    names = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else None
-    return weight.nbytes if names is None else sum(getattr(weight, name).nbytes for name in names)
+        ids = torch.tensor([text])
+        if self.config is None:
+            return step_logits(self.model, ids, PROMPT)[0].float()
+        return pruned_step_logits(self.model, ids, PROMPT, self.config)[0][0].float()
 
 
 class LlamaCpp:
@@ -203,11 +190,12 @@ def quality(task: dict[str, Any], run: Transformers | LlamaCpp) -> dict[str, Any
         if task["reference"]:
             np.save(file, logits.numpy())
             continue
-        p, q = (values.double().log_softmax(-1) for values in (torch.from_numpy(np.load(file)), logits))
-        same = (p.argmax(-1) == q.argmax(-1)).double().mean()
-        scores.append((float((p.exp() * (p - q)).sum(-1).mean()), float(same)))
-    kl, same_top = (statistics.fmean(values) for values in zip(*scores, strict=True)) if scores else (0.0, 1.0)
-    return {"kl": kl, "same_top": same_top}
+        targets = torch.tensor(text[-CONTINUATION:])
+        scores.append(compare(torch.from_numpy(np.load(file)), logits, targets))
+    means = (
+        [statistics.fmean(getattr(score, name) for score in scores) for name in ("kl", "agreement")] if scores else []
+    )
+    return dict(zip(("kl", "same_top"), means, strict=False))
 
 
 def child(task: dict[str, Any]) -> dict[str, Any]:
@@ -303,7 +291,7 @@ def missing(variant: Variant) -> str | None:
     """The package that a variant lacks, or None."""
     if variant.gguf is not None and importlib.util.find_spec("llama_cpp") is None:
         return "llama-cpp-python"
-    return "torchao" if variant.int8 and importlib.util.find_spec("torchao") is None else None
+    return "torchao" if variant.weights != "auto" and importlib.util.find_spec("torchao") is None else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
