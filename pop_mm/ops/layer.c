@@ -18,16 +18,6 @@ typedef struct {
     double scale;
 } Shape;
 
-/* PAIR elements by two vectors; of bfloat16 those with even numbers come first, which saves half the loads */
-static inline void widen_pair(const T *from, Sums *a, Sums *b) {
-#ifdef BFLOAT16
-    const Words pairs = (Words)load(from);
-    *a = (Sums)(pairs << 16), *b = (Sums)(pairs & 0xffff0000u);
-#else
-    *a = widen(from), *b = widen(from + WIDTH);
-#endif
-}
-
 static S sum_of(Sums v) {
     S total = 0;
     for (int i = 0; i < (int)WIDTH; i++) total += v[i];
@@ -54,18 +44,18 @@ static void attend_head(const Shape *s, const T *query, const T *keys, const T *
     const int64_t size = s->size, wide = s->value_size, steps = size - size % PAIR;
     S *q = room, *restrict p = q + size, *restrict sums = p + s->length, highest = -INFINITY, total = 0;
     for (int64_t i = 0; i < steps; i += PAIR) {
-        Sums a, b;
-        widen_pair(query + i, &a, &b);
-        store_sums(q + i, a), store_sums(q + i + WIDTH, b);
+        Sums pair[2];
+        widen_pair(query + i, pair);
+        store_sums(q + i, pair[0]), store_sums(q + i + WIDTH, pair[1]);
     }
     for (int64_t i = steps; i < size; i++) q[i] = from_T(query[i]);
     for (int64_t t = 0; t < s->length; t++) {
         const T *key = keys + t * s->key_token;
         Sums dots = {0};
         for (int64_t i = 0; i < steps; i += PAIR) {
-            Sums a, b;
-            widen_pair(key + i, &a, &b);
-            dots += a * load_sums(q + i) + b * load_sums(q + i + WIDTH);
+            Sums pair[2];
+            widen_pair(key + i, pair);
+            dots += pair[0] * load_sums(q + i) + pair[1] * load_sums(q + i + WIDTH);
         }
         S score = sum_of(dots);
         for (int64_t i = steps; i < size; i++) score += from_T(key[i]) * q[i];

@@ -83,7 +83,17 @@ static inline Sums widen(const T *from) {
 #endif
 #endif
 
-/* The next STEP weights by VECTORS vectors. INTERLEAVED: by two, those with even numbers first, which saves half the loads. */
+/* The next 2 * WIDTH elements by two vectors; of bfloat16 those with even numbers first, which saves half the loads. */
+static inline __attribute__((always_inline)) void widen_pair(const T *from, Sums *to) {
+#ifdef BFLOAT16
+    const Words pairs = (Words)load(from);
+    to[0] = (Sums)(pairs << 16), to[1] = (Sums)(pairs & 0xffff0000u);
+#else
+    to[0] = widen(from), to[1] = widen(from + WIDTH);
+#endif
+}
+
+/* Weights come by STEP, in VECTORS vectors: by pairs, but for int8. INTERLEAVED: those with even numbers first. */
 #if defined BFLOAT16 && !defined INT8
 #define INTERLEAVED 1
 #else
@@ -118,11 +128,10 @@ static inline Sums widen_weights(const W *from) { return widen(from); }
 enum { STEP = VECTORS * WIDTH };
 
 static inline __attribute__((always_inline)) void widen_step(const W *from, Sums *to) {
-#if INTERLEAVED
-    const Words pairs = (Words)load(from);
-    to[0] = (Sums)(pairs << 16), to[1] = (Sums)(pairs & 0xffff0000u);
-#else
+#ifdef INT8
     _Pragma("GCC unroll 4") for (int i = 0; i < VECTORS; i++) to[i] = widen_weights(from + i * WIDTH);
+#else
+    widen_pair(from, to);
 #endif
 }
 
