@@ -13,9 +13,10 @@ from torch import Tensor
 from ..formats import Stored
 from ..kernels.functions import untraced
 from .library import library
+from .rows import TakesOne
 
 
-class Dot:
+class Dot(TakesOne):
     """``y = W x * scale + b`` of one matrix, or its first outputs or inputs.
 
     Parameters
@@ -49,15 +50,6 @@ class Dot:
             and (matrix.stride(1) == 1 or matrix.shape[1] == 1)
             and (bias is None or (bias.dtype is stored.dtype and bias.is_contiguous()))
             and library(stored.dtype, matrix.dtype) is not None
-        )
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether it can compute this: one token on the CPU, of its dtype, that no gradient is wanted of."""
-        return (
-            x.dtype is self.dtype
-            and x.is_cpu
-            and x.shape[-1] == self.columns == x.numel()
-            and not (x.requires_grad and torch.is_grad_enabled())
         )
 
     @untraced

@@ -63,8 +63,8 @@ class Room:
         return -(-self._memory.data_ptr() // 64) * 64
 
 
-class _Step:
-    """What the functions have in common.
+class TakesOne:
+    """What computes one token of one dtype and size.
 
     Attributes
     ----------
@@ -73,6 +73,22 @@ class _Step:
     columns : int
         Inputs.
     """
+
+    dtype: torch.dtype
+    columns: int
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it can compute this: one token on the CPU, of its dtype, that no gradient is wanted of."""
+        return (
+            x.dtype is self.dtype
+            and x.is_cpu
+            and x.shape[-1] == self.columns == x.numel()
+            and not (x.requires_grad and torch.is_grad_enabled())
+        )
+
+
+class _Step(TakesOne):
+    """What the functions have in common."""
 
     def __init__(self, views: Sequence[View], room: Room | None, dtype: torch.dtype | None, scales: object) -> None:
         stored = views[0][0].dtype
@@ -87,15 +103,6 @@ class _Step:
         self._room = room or Room()
         self._sizes: dict[tuple[int, ...], int] = {}
         self.columns = views[0][0].shape[-2]
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether it can compute this: one token on the CPU, of the weights' dtype, that no gradient is wanted of."""
-        return (
-            x.dtype is self.dtype
-            and x.is_cpu
-            and x.shape[-1] == self.columns == x.numel()
-            and not (x.requires_grad and torch.is_grad_enabled())
-        )
 
 
 class RowsLinear(_Step):
