@@ -145,6 +145,12 @@ class Projection:
         assert found is not None
         return found
 
+    @property
+    def _matrix_and_scale(self) -> tuple[Tensor, Tensor | None]:
+        """Of a weight in a form that is known; of what somebody else has made of it, itself."""
+        found = formats.stored(self.weight)
+        return (self.weight, None) if found is None else (found.matrix, found.scale)
+
     def why_not_moved(self) -> str | None:
         """Why the tensors behind the weight cannot be stored in another order and the forward replaced, or None if they can."""
         if reason := self.why_not_readable():
@@ -198,13 +204,19 @@ class Projection:
 
     def narrow_views(self, width: int) -> list[tuple[Tensor, Tensor | None]]:
         """Weight as ``[in, out]`` and bias of the first ``width`` channels, one pair for each block: views."""
-        weight, bias = (self.weight if self.transposed else self.weight.t()), self.bias
+        return [(weight, bias) for weight, _, bias in self.narrow_parts(width)]
+
+    def narrow_parts(self, width: int) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """:meth:`narrow_views` with the scales of the outputs between the two, of weights that have some."""
+        matrix, scale = self._matrix_and_scale
+        weight, bias = matrix if self.transposed else matrix.t(), self.bias
         if self.side == "in":
-            return [(weight[:width], bias)]
+            return [(weight[:width], scale, bias)]
         size = weight.shape[1] // self.blocks
+        firsts = [slice(start, start + width) for start in range(0, weight.shape[1], size)]
         return [
-            (weight[:, start : start + width], None if bias is None else bias[start : start + width])
-            for start in range(0, weight.shape[1], size)
+            (weight[:, first], None if scale is None else scale[first], None if bias is None else bias[first])
+            for first in firsts
         ]
 
     @torch.inference_mode(False)  # views for forwards of every kind
@@ -226,8 +238,7 @@ class Projection:
 
     def channel_tensors(self) -> Iterator[ChannelTensor]:
         """The weight, and the bias if it has an entry for every channel."""
-        found = formats.stored(self.weight)  # None of what somebody else has made of it
-        matrix, scale = (self.weight, None) if found is None else (found.matrix, found.scale)
+        matrix, scale = self._matrix_and_scale
         yield ChannelTensor(f"{self.name}.weight", matrix, lambda tensor, _: self._blocks_of(tensor, self.axis))
         if self.side == "out" and scale is not None:
             yield ChannelTensor(f"{self.name}.weight.scale", scale, lambda tensor, _: self._blocks_of(tensor, 0))

@@ -21,13 +21,9 @@ def narrow_forward(projection: Projection, width: int) -> Callable[[Tensor], Ten
         return projection.narrow(width)
     bias = None if projection.bias is None else projection.bias.detach()
     parts: list[Part] = []
-    if projection.side == "in":
-        parts.append((found.matrix[:, :width], found.scale, bias))
-    else:
-        size = len(found.matrix) // projection.blocks
-        for start in range(0, len(found.matrix), size):
-            first = slice(start, start + width)
-            parts.append((found.matrix[first], found.scale[first], None if bias is None else bias[first]))
+    for matrix, scale, b in projection.narrow_parts(width):
+        assert scale is not None
+        parts.append((matrix.t(), scale, None if b is None else b.detach()))
     kernels = None
     if Dot.fits(found, bias):
         kernels = [Dot(matrix, scale, b, found.dtype) for matrix, scale, b in parts]
