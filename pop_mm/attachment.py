@@ -151,14 +151,13 @@ class Attachment(ABC):
             self._inplace.count_on(before)
         self._gathered = GatheredExecutor(self._engine, self._tracker)
         self._fast = bool({"inplace", "gathered", "rows"} & set(self._backends))
-        self._besides: list[FewTokens] = []  # what else a few tokens run by the library; layers come first
+        self._besides: list[FewTokens] = []  # what else a few tokens run by the compiled library
         if self._matvec is not None:
-            kinds = (FewTokensLinears, SingleTokenAttention, FewTokensNorms)
             common = (self._matvec, self._few, self._inplace.static)
-            self._besides = [
-                FewTokensLayers(*common, self._tracker, self._masked.by_rows)
-            ]  # first: it looks for others' forwards
-            self._besides += [kind(*common) for kind in kinds]
+            # layers come first: they leave forwards alone that somebody else has replaced
+            layers = FewTokensLayers(*common, self._tracker, self._masked.by_rows)
+            parts = (FewTokensLinears, SingleTokenAttention, FewTokensNorms)
+            self._besides = [layers, *(kind(*common) for kind in parts)]
         modules = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
         self._expert_configs: list[Any] = list({id(module.config): module.config for module in modules}.values())
 

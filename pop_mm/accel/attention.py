@@ -58,6 +58,14 @@ def with_own_interface(forward: Any) -> FunctionType | None:
     return copy
 
 
+def is_stock_sdpa() -> Callable[[], bool]:
+    """What tells whether "sdpa" is transformers' own function: somebody may register another one at any time."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return lambda: ALL_ATTENTION_FUNCTIONS.get("sdpa") is sdpa_attention_forward
+
+
 def _instead_of(stock: Callable[..., Any], shared: Mapping[str, Any]) -> Callable[..., Any]:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any

@@ -20,6 +20,7 @@ from ..kernels import Matvec
 from ..ops.layer import attention, attention_takes, rotate
 from ..patching import Patches
 from ..phase import PhaseTracker
+from .attention import is_stock_sdpa
 from .few import FewTokens, Forward
 
 _LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -91,12 +92,10 @@ class Parts:
             ).transpose(1, 2)
         return attn.o_proj.forward(out.reshape(1, 1, -1))
 
-    def run(
-        self, hidden: Tensor, cache: Any, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor], *more: Any
-    ) -> Tensor:
-        """The whole layer on one token, ``[1, 1, H]``."""
+    def run(self, hidden: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """The whole layer on one token, ``[1, 1, H]``; ``attend`` is what its attention does."""
         layer: Any = self.layer
-        hidden = hidden + attend(layer.input_layernorm.forward(hidden), cache, cos, sin, *more)
+        hidden = hidden + attend(layer.input_layernorm.forward(hidden))
         return hidden + layer.mlp(layer.post_attention_layernorm.forward(hidden))
 
 
@@ -136,7 +135,7 @@ class FewTokensLayers(FewTokens):
         group = self._by_rows.get(parts.attn.q_proj)
         if group is not None and list(group.modules) != [getattr(parts.attn, name) for name in _ATTENTION[:3]]:
             group = None
-        stock = _sdpa()
+        is_stock = is_stock_sdpa()
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             current = tracker.current
@@ -148,12 +147,13 @@ class FewTokensLayers(FewTokens):
                 and (not mine or current.fast)
                 and sum(map(len, hooks)) == len(mine)
                 and config._attn_implementation == "sdpa"
-                and _sdpa() is stock
+                and is_stock()
             ):
                 hidden, cache = args[0], kwargs.get("past_key_values")
                 angles: Any = kwargs.get("position_embeddings")
                 if _is_plain(kwargs) and _takes(parts, hidden, angles):
-                    return parts.run(hidden, cache, *angles, parts.attend, group)
+                    cos, sin = angles
+                    return parts.run(hidden, lambda x: parts.attend(x, cache, cos, sin, group))
             return own_forward(module, *args, **kwargs)
 
         return forward
@@ -167,12 +167,6 @@ class FewTokensLayers(FewTokens):
             except Exception:  # one that wants more, or returns something else, is left to its own forward
                 self._probed[kind] = False
         return self._probed[kind]
-
-
-def _sdpa() -> Any:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    return ALL_ATTENTION_FUNCTIONS.get("sdpa")
 
 
 def _is_plain(kwargs: dict[str, Any]) -> bool:
@@ -228,7 +222,7 @@ def agrees(parts: Parts) -> bool:
         return False
     with _stand_ins(layer):
         expected = type(layer).forward(layer, x.clone(), position_ids=torch.tensor([[3]]), use_cache=True, **inputs)
-        found = parts.run(x.clone(), None, *angles, lambda given, *_: given * 0.5)
+        found = parts.run(x.clone(), lambda given: given * 0.5)
     return _near(found, expected)
 
 
