@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 from .classes import is_a
 from .errors import SampleError
 from .folders import cache_folder
+from .smollm2 import Report
 from .smollm2 import build as _build_smollm2
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Report = Callable[[str], None]
 _DATA = Path(__file__).parent / "data"
 _STALE_AFTER = 24 * 3600  # seconds; a younger temporary folder may belong to a fetch that is still running
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..asking import asked
+from ..executors.base import hooks_of
 from ..executors.static import StaticSteps
 from ..kernels import Matvec
 from ..ops.layer import attention, attention_takes, rotate
@@ -131,7 +132,7 @@ class FewTokensLayers(FewTokens):
             return None
         own_forward, tracker, static, config = type(module).forward, self._tracker, self.static, parts.attn.config
         mine = [self._by_rows[part] for part in parts.modules if part in self._by_rows]
-        hooks = [h for part in parts.modules for h in (part._forward_hooks, part._forward_pre_hooks)]
+        hooks = hooks_of(parts.modules)
         group = self._by_rows.get(parts.attn.q_proj)
         if group is not None and list(group.modules) != [getattr(parts.attn, name) for name in _ATTENTION[:3]]:
             group = None

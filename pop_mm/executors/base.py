@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, Generic, TypeVar, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine import Engine
 from ..errors import PhaseError
@@ -56,12 +57,17 @@ def dense_ffn(engine: Engine, index: int) -> FFN:
     return cast(FFN, engine.ffns[index])
 
 
+def hooks_of(modules: Iterable[nn.Module]) -> list[dict[int, Any]]:
+    """The forward hooks and pre-hooks of modules: the dicts themselves, so that they tell later ones too."""
+    return [hooks for m in dict.fromkeys(modules) for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+
 def hooks_on_parts(ffn: FFN) -> list[dict[int, Any]]:
     """Hooks on the parts of an FFN, which see its channels, and run only if the parts are called one by one."""
     parts = [*ffn.modules, *([] if ffn.activation is None else [ffn.activation])]
     if ffn.holder is not None:
         parts += [part for part in ffn.holder.modules() if part is not ffn.holder]
-    return [hooks for part in dict.fromkeys(parts) for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+    return hooks_of(parts)
 
 
 def voices(forward: Forward) -> Tensor | None:

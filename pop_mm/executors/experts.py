@@ -22,7 +22,7 @@ from ..experts import Experts
 from ..patching import Patches
 from ..phase import Forward, PhaseTracker
 from ..state import FFNState
-from .base import Turns, current_forward
+from .base import Turns, current_forward, hooks_of
 from .run_experts import run_experts
 
 IMPLEMENTATION = "pop_mm"
@@ -101,9 +101,7 @@ class MaskedExperts:
         )
         self._activate: Callable[[Tensor], Tensor]  # what is between the projections
         activation = getattr(self._module, "act_fn", None)
-        self._hooks: list[Any] = []
-        if isinstance(activation, nn.Module):
-            self._hooks = [activation._forward_hooks, activation._forward_pre_hooks]
+        self._hooks = hooks_of([activation] if isinstance(activation, nn.Module) else [])
         self._own_hooks = 0
         self._local = threading.local()
         self._patches = Patches()
