@@ -537,7 +537,13 @@ def test_pictures_are_bounded_together(seeing):
 
 def test_ctrl_c_ends_the_command(folder):
     command = [sys.executable, "-m", "pop_mm", "serve", "--model", folder, "--port", "0", "--ratio", "0.3"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as from a terminal, also in the background
+    )
     try:
         line = process.stdout.readline()
         assert line.startswith(f"{folder} answers at http://127.0.0.1:") and "/v1, ratio 0.3 (Ctrl-C" in line, line
