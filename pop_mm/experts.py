@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .asking import device_of, is_offloaded, is_wide_float, loaded, runs_own_forward
+from .exchange import ChannelTensor, Matrix, swap_channels
 from .formats.norms import weight_norms
 from .kernels import Rows, View, rows_of
-from .layout import ChannelTensor, Matrix, swap_channels
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from .asking import is_ours
 from .eager import is_compiled
+from .exchange import Matrix, as_integers
 from .executors.moved import Versions
 from .experts import Experts
 from .formats import tensors_behind
 from .groups import InputGroup
-from .layout import FFN, Matrix, as_integers
+from .layout import FFN
 
 _version = attrgetter("_version")
 _data_ptr = torch.Tensor.data_ptr

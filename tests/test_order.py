@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import pop_mm.kernels as kernels
 from modes import EXPERT_LAYOUTS, LAYOUTS, generate, pruned, threads_of_torch, without_library
 from observe import prompt
+from pop_mm.exchange import as_integers, swap_channels
 from pop_mm.executors.order import ChannelOrder, zone_swaps
 from pop_mm.formats import norms
-from pop_mm.layout import as_integers, swap_channels
 from pop_mm.partition import Sizes, partition
 from tiny_models import tiny
 

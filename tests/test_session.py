@@ -8,9 +8,10 @@ import weakref
 import pytest
 import torch
 
+import pop_mm.exchange
 from modes import BACKENDS, LAYOUTS, LENGTH, STEPS, alone, backends, fresh, generate, pruned
 from observe import differences, fingerprint, prompt, same_afterwards
-from pop_mm import SessionError, layout
+from pop_mm import SessionError
 from reference import down_projections
 from tiny_models import tiny
 
@@ -212,7 +213,7 @@ def test_a_prompt_whose_cache_is_gone_leaves_its_place_to_an_older_one(model):
 
 def after_exchange(monkeypatch, number, happens):
     """From now on something happens when so many matrices have been exchanged; None: at each of them."""
-    count, own = 0, layout.exchanges
+    count, own = 0, pop_mm.exchange.exchanges
 
     def exchanges(*args):
         nonlocal count
@@ -222,7 +223,7 @@ def after_exchange(monkeypatch, number, happens):
             if number in (count, None):
                 happens()
 
-    monkeypatch.setattr(layout, "exchanges", exchanges)
+    monkeypatch.setattr(pop_mm.exchange, "exchanges", exchanges)
 
 
 def out_of_memory():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..asking import asking
 from ..engine import Engine
 from ..errors import SessionError
-from ..layout import as_integers
+from ..exchange import as_integers
 from ..patching import Patches
 from ..phase import Forward, PhaseTracker
 from .base import Turns, current_forward
