@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from importlib.metadata import entry_points
+from functools import cache
+from importlib import metadata
 from typing import TYPE_CHECKING, TypeVar
 
 from pop_mm.errors import AdapterError
@@ -52,6 +53,12 @@ def unregister_adapter(model_type: str) -> None:
     """Forget the adapter of one model type. An unknown one is an error."""
     if _ADAPTERS.pop(model_type, None) is None:
         raise AdapterError(f"No adapter is registered for the model type {model_type!r}.{suggestion(model_type)}")
+
+
+@cache
+def entry_points(group: str) -> tuple[metadata.EntryPoint, ...]:
+    """Those of the packages that are installed now; to look for them takes milliseconds at every session."""
+    return tuple(metadata.entry_points(group=group))
 
 
 def registered_adapters() -> dict[str, type[Adapter]]:

@@ -1,5 +1,6 @@
 """Models that every test must leave as it found them."""
 
+import gc
 import signal
 from functools import cache
 
@@ -22,6 +23,16 @@ _SETTINGS = {
     "persimmon": {"hidden_act": "gelu"},
     "mpt": {"use_cache": True},  # off by default
 }
+
+
+def pytest_collection_finish():
+    """Modules and tests stay until the end: what looks through all objects need not look at them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @cache

@@ -1,6 +1,8 @@
 """What the tests see of a model from outside: which channels enter a down projection, and whether a model changed."""
 
+import weakref
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -215,6 +217,21 @@ def _stored(tensor):
     return tensor.stride(), tensor.storage_offset(), None if grad is None else (id(grad), grad.stride(), _bits(grad))
 
 
+class _Tensor(NamedTuple):
+    """A tensor of a model: the object, its values, how it lies in memory.
+
+    It does not hold the object: a session looks through the whole process for who else uses a weight that is held.
+    """
+
+    held: weakref.ref
+    values: torch.Tensor
+    stored: object
+
+
+def _tensor(tensor):
+    return _Tensor(weakref.ref(tensor), tensor.detach().clone(), _stored(tensor))
+
+
 def fingerprint(model):
     """Everything of a model that a session could leave behind."""
     found = {"config": str(model.config.to_dict()), "generation": str(model.generation_config.to_dict())}
@@ -226,9 +243,7 @@ def fingerprint(model):
         for key, value in vars(module).items():
             if key in ("_parameters", "_buffers"):
                 for own, tensor in value.items():
-                    found[name, key, own] = (
-                        None if tensor is None else (tensor, tensor.detach().clone(), _stored(tensor))
-                    )
+                    found[name, key, own] = None if tensor is None else _tensor(tensor)
             elif isinstance(value, dict):
                 found[name, key] = list(value.items())
             elif isinstance(value, torch.Tensor):  # computed from parameters before each forward
@@ -243,9 +258,10 @@ def differences(before, after):
     different = sorted(map(str, before.keys() ^ after.keys()))
     for key in before.keys() & after.keys():
         old, new = before[key], after[key]
-        if isinstance(old, tuple) and isinstance(old[0], torch.Tensor):
-            same = new is not None and old[0] is new[0] and old[1].dtype == new[1].dtype
-            same = same and _bits(old[1]) == _bits(new[1]) and old[2] == new[2]
+        if isinstance(old, _Tensor):
+            same = isinstance(new, _Tensor) and old.held() is not None and old.held() is new.held()
+            same = same and old.values.dtype == new.values.dtype and old.stored == new.stored
+            same = same and _bits(old.values) == _bits(new.values)
         else:
             same = old == new
         if not same:
