@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pop_mm.errors import AdapterError, one_line
 from pop_mm.experts import Experts
 from pop_mm.layout import FFN
+from pop_mm.shards import is_spread
 
 from .base import Adapter
 from .probe import CannotProbe, device_of, probe_experts, probe_ffn
@@ -56,7 +57,17 @@ def probe_records(
     -------
     dict
         For every record, what was found for its kind.
+
+    Raises
+    ------
+    AdapterError
+        Weights are spread over processes.
     """
+    if any(is_spread(weight) for record in records for module in record.modules for weight in module.parameters()):
+        raise AdapterError(
+            f"{type(adapter).__name__} must be probed on this {type(model).__name__}, whose weights are spread over processes. "
+            "Load the model in one process, or give its type an adapter that pop_mm ships."
+        )
     homes = _homes(model, adapter, records)
     kinds = {record: _kind(record, homes[record]) for record in records}
     found: dict[object, Probed] = {}

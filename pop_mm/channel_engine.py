@@ -51,15 +51,28 @@ class ChannelEngine(ChannelStatistics):
 
     def rank(self, index: int, state: PromptState, modality_weights: Mapping[str, float]) -> Partition:
         """The partitions of one FFN's units that these weights of the modalities would make."""
-        return partition(self._scores(index, state, modality_weights), self.sizes[index])
+        return partition(self._of_all(index, self._scores(index, state, modality_weights)), self.sizes[index])
+
+    def _of_all(self, index: int, own: Tensor) -> Tensor:
+        """``[..., D]`` of all channels, from those that this process has."""
+        shard = self.together(index)
+        return own if shard is None else shard.gathered(own)
+
+    def _own(self, index: int, channels: Tensor) -> Tensor:
+        """Of ``[..., D]``, those that this process has."""
+        shard = self.together(index)
+        return channels if shard is None else shard.own(channels)
 
     def _scores(self, index: int, state: PromptState, modality_weights: Mapping[str, float]) -> Tensor:
-        """``[U, D]``; what stands in for the scores of units that have seen too few tokens is their weights, if anything.
+        """``[U, D]`` of the channels that this process has.
+
+        What stands in for the scores of units that have seen too few tokens is their weights, if anything.
 
         A dense FFN that the prompt did not run (a cross-attention layer without an image) has nothing else to go by.
         """
-        ffn, weight = state.ffns[index], self._per_unit(self.channel_weights()[index], state)
+        ffn, weight = state.ffns[index], self._per_unit(self._own(index, self.channel_weights()[index]), state)
         energy, stand_in = ffn.energy(modality_weights), self._stand_ins[index]
+        stand_in = None if stand_in is None else self._own(index, stand_in)
         if energy is None:
             return weight if stand_in is None else self._per_unit(stand_in, state)
         scores = weight.to(energy.device) * energy.sqrt()
@@ -77,10 +90,10 @@ class ChannelEngine(ChannelStatistics):
         for index, ffn in enumerate(state.ffns):
             if ffn.partition is None:
                 scores = self._scores(index, state, self.config.modality_weights)
-                key = self.sizes[index], scores.shape, scores.device, scores.dtype
+                key = self.sizes[index], scores.shape, scores.device, scores.dtype, self.together(index) is None
                 alike.setdefault(key, []).append((index, scores))
         for (sizes, *_), group in alike.items():
-            parts = partition(torch.stack([scores for _, scores in group]), sizes)
+            parts = partition(self._of_all(group[0][0], torch.stack([scores for _, scores in group])), sizes)
             for number, (index, _) in enumerate(group):
                 self._keep(index, state, parts[number])
 
@@ -119,14 +132,17 @@ class ChannelEngine(ChannelStatistics):
         self.partition(index, state)
         result = h.clone()
         if self.config.prefill == "partition":
-            result = h.where(self._allowed(index, state, step, positions), 0)
+            result = h.where(self._own(index, self._allowed(index, state, step, positions)), 0)
         if decode is not None and len(decode):
             tokens = h[decode]
             result[decode] = tokens.where(self._active(index, forward, step[decode], tokens, positions), 0)
         return result
 
     def _allowed(self, index: int, state: PromptState, step: Step, positions: Tensor | None) -> Tensor:
-        """``[N, D]`` boolean: R and C of each token's unit, at their places in ``h``; everything where there is no partition."""
+        """``[N, D]`` boolean: R and C of each token's unit, at their places in ``h``; everything where there is no partition.
+
+        Where processes choose together, of all channels.
+        """
         ffn = state.ffns[index]
         assert ffn.partition is not None and ffn.ready is not None
         allowed = ffn.partition.allowed()
@@ -149,8 +165,11 @@ class ChannelEngine(ChannelStatistics):
             chosen = chosen.expand(len(step), -1) if alone else chosen[step.unit]
             weight = ffn.candidate_weight[0] if alone else ffn.candidate_weight[step.unit]
             places = _places(chosen, step, positions)
-            dropped = self.choose(index, forward, step, h.gather(1, places), weight)
+            shard = self.together(index)
+            values = h.gather(1, places) if shard is None else shard.picked(h, places)
+            dropped = self.choose(index, forward, step, values, weight)
             active = active.scatter(1, places.gather(1, dropped), False)
+        active = self._own(index, active)
         if step.expert is not None:
             ffn.count(step, waiting)
         return active if waiting is None else active | waiting.unsqueeze(1)
@@ -282,7 +301,8 @@ class ChannelEngine(ChannelStatistics):
                 weight = self._per_unit(self.channel_weights()[index], state).to(h.device)[done]
                 energy = ffn.energy(self.config.modality_weights)
                 assert energy is not None
-                fresh = partition(weight * energy[done].sqrt(), self.sizes[index])
+                scores = self._of_all(index, self._own(index, weight) * energy[done].sqrt())
+                fresh = partition(scores, self.sizes[index])
                 ffn.keep_late(done, fresh, weight.gather(1, fresh.candidates))
         return waited
 

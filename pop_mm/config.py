@@ -26,6 +26,7 @@ _CHOICES = {
     "unseen": ("dense", "weights"),
     "expert_score": ("plain", "routed"),
     "kernels": ("auto", "stock", "compiled", "triton"),
+    "tp_partition": ("shard", "global"),
 }
 DEFAULT_BUDGET = 0.65
 # "batch" too: each sequence has its own thresholds either way
@@ -104,6 +105,9 @@ class PopConfig:
         ablations, for comparison: ``static`` keeps the prompt's best channels for every step (no candidates), ``full`` chooses
         among all channels at every step (best quality, computes everything, saves nothing). ``auto``: ``pop`` if a ratio is
         given, else ``thresholds``.
+    tp_partition : {"shard", "global"}
+        POP on a model that is spread over processes (``tp_plan="auto"``): each chooses among its own channels, as many in each,
+        and sends nothing for it; or all choose together, as one process would, and send the candidates' activations at each step.
 
     Raises
     ------
@@ -131,6 +135,7 @@ class PopConfig:
     budget: float | None = None
     method: str | Method = "auto"
     head_budget: float | None = None
+    tp_partition: Literal["shard", "global"] = "shard"
 
     def __post_init__(self) -> None:
         self._settle_amount()

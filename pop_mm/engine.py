@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .events import Events, tells
 from .methods import ChannelMethod
 from .modality import added, weighted_sum
 from .phase import Forward
+from .shards import Shard
 from .state import PromptState
 from .step import Step
 
@@ -56,6 +58,21 @@ class Engine(ABC):
         self._modalities = modalities
         self._weights: list[Tensor] | None = None  # of each FFN [E, D]
         self._waiting: list[int] = []  # records that decode steps teach
+
+    @cached_property
+    def processes(self) -> Shard | None:
+        """Of a model that is spread over processes: what sums over them."""
+        return next((record.shard for record in self.ffns if record.shard is not None), None)
+
+    def together(self, index: int) -> Shard | None:
+        """What a record's channels are chosen with, where processes choose together."""
+        shard: Shard | None = self.ffns[index].shard
+        return shard if shard is not None and shard.together else None
+
+    @property
+    def decides_alone(self) -> bool:
+        """Whether this process decides about a prompt without the others."""
+        return not any(self.together(index) for index in range(len(self.ffns)))
 
     @abstractmethod
     def new_state(self, rows: int, cache: Any) -> PromptState:
@@ -165,6 +182,11 @@ class Engine(ABC):
             if bool(short.any()):
                 which = f"Row {int(short.nonzero()[0])} of the prompt" if self.per_sequence else "The prompt"
                 raise PhaseError(f"{which} {complaint}")
+
+    def _first_bad(self, bad: Tensor) -> int | None:
+        """The first place of ``bad`` (integers from 0) that is not 0 in some process; the same in all."""
+        found = (bad if self.processes is None else self.processes.sum(bad)).nonzero()
+        return int(found[0]) if len(found) else None
 
     def _unlearn(self, index: int, state: PromptState, length: int) -> bool:
         """Unlearn the steps that a cache of ``length`` tokens no longer holds; whether a unit has lost its partition."""

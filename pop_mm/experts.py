@@ -18,6 +18,7 @@ from .asking import device_of, is_offloaded, is_wide_float, loaded, runs_own_for
 from .exchange import ChannelTensor, Matrix, swap_channels
 from .formats.norms import weight_norms
 from .kernels import Rows, View, rows_of
+from .shards import Shard, is_spread, local
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -58,6 +59,8 @@ class Experts:
         Experts that a token is routed to.
     layout : str
         The layout in words.
+    shard : Shard or None
+        Of a model that is spread over processes: which of the channels, or with expert parallelism all channels of some experts.
     """
 
     name: str
@@ -66,11 +69,12 @@ class Experts:
     top_k: int
     layout: str = ""
     role: Literal["expert"] = "expert"
+    shard: Shard | None = None
 
     @property
     def count(self) -> int:
         """E, the experts that this module holds (under expert parallelism, those of this rank)."""
-        return int(self.down.shape[0])
+        return int(local(self.down).shape[0])
 
     @property
     def experts(self) -> int | None:
@@ -89,8 +93,18 @@ class Experts:
 
     @property
     def size(self) -> int:
-        """D, the intermediate size of one expert."""
-        return int(self.down.shape[1 if self._transposed else 2])
+        """D, the intermediate size of one expert (of a spread model, what this process chooses among)."""
+        return self.shard.channels if self.shard is not None else int(self.down.shape[self.channel_axis])
+
+    @property
+    def held(self) -> int:
+        """Channels of an expert that this process has."""
+        return int(local(self.down).shape[self.channel_axis])
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of :attr:`down` along which the channels lie."""
+        return 1 if self._transposed else 2
 
     @property
     def hidden_size(self) -> int:
@@ -110,10 +124,8 @@ class Experts:
     @property
     def weight_count(self) -> int:
         """Weights that a token reads: those of its top-k experts, without biases."""
-        return (
-            self.top_k * self._parameter(self.input_name).numel() // self.count
-            + self.top_k * self.size * self.hidden_size
-        )
+        inputs, down = self._parameter(self.input_name), self.down
+        return self.top_k * ((inputs.numel() + down.numel()) // int(down.shape[0]))
 
     @property
     def float_dtype(self) -> torch.dtype:
@@ -144,7 +156,7 @@ class Experts:
     def _blocks(self) -> tuple[tuple[int, int], int]:
         """Shape of an expert's gate and up outputs, and which of its axes tells gate from up; the other is the channel."""
         blocks = 2 if self.module.has_gate else 1
-        return ((blocks, self.size), 0) if self.module.is_concatenated else ((self.size, blocks), 1)
+        return ((blocks, self.held), 0) if self.module.is_concatenated else ((self.held, blocks), 1)
 
     @property
     def _transposed(self) -> bool:
@@ -181,7 +193,7 @@ class Experts:
         """Why the experts cannot even run masked, or None: masking computes with their weights as 3-D floats."""
         for name in (self.input_name, "down_proj"):
             weight = getattr(self.module, name, None)
-            if type(weight) not in (nn.Parameter, Tensor):
+            if type(weight) not in (nn.Parameter, Tensor) and not is_spread(weight):
                 return f"its {name} is a {type(weight).__name__}, not a 3-D tensor of floats"
             assert isinstance(weight, Tensor)
             if not is_wide_float(weight.dtype) or weight.dim() != 3:
@@ -236,8 +248,8 @@ class Experts:
         """Where the outputs of gate and up for the first ``width`` channels stand."""
         if not self.module.has_gate:
             return [(0, width)]
-        if self.module.is_concatenated and width < self.size:
-            return [(0, width), (self.size, self.size + width)]
+        if self.module.is_concatenated and width < self.held:
+            return [(0, width), (self.held, self.held + width)]
         return [(0, 2 * width)]
 
     def views(self, expert: int, width: int) -> ExpertViews:
@@ -269,7 +281,8 @@ class Experts:
         """``||W_down[e, :, i]||_2``, ``[E, D]``, in float32 (float64 for float64 weights)."""
         dtype = torch.promote_types(self.float_dtype, torch.float32)
         with loaded(self.module):
-            return torch.stack([weight_norms(down, int(self._transposed), dtype) for down in self.down])
+            norms = [weight_norms(down, int(self._transposed), dtype) for down in local(self.down)]
+        return self._known(torch.stack(norms))
 
     @torch.no_grad()
     def input_norms(self) -> Tensor:
@@ -277,9 +290,13 @@ class Experts:
         dtype = torch.promote_types(self.float_dtype, torch.float32)
         shape, axis = self._blocks
         with loaded(self.module):
-            weights = self._parameter(self.input_name)
+            weights = local(self._parameter(self.input_name))
             norms = torch.stack([weight_norms(weight, int(not self._transposed), dtype) for weight in weights])
-        return torch.linalg.vector_norm(norms.unflatten(1, shape), dim=1 + axis)
+        return self._known(torch.linalg.vector_norm(norms.unflatten(1, shape), dim=1 + axis))
+
+    def _known(self, own: Tensor) -> Tensor:
+        """Of the channels that this process has, or together with the other processes of all."""
+        return self.shard.gathered(own) if self.shard is not None and self.shard.together else own
 
 
 def layout_of(module: nn.Module) -> str:

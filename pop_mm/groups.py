@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .classes import same_class
+from .shards import Shard
 
 GroupKind = Literal["attention_in", "attention_out", "lm_head"]
 
@@ -32,6 +33,8 @@ class InputGroup:
         Of the lm_head: the module whose hidden states (``[B, q, H]``, of all positions) it is given, as a rule of the last ones.
     tied : nn.Module or None
         Of the lm_head: the embedding that has the same weight.
+    shard : Shard or None
+        Of a model that is spread over processes: which entries of the input this one has; None if all.
     """
 
     name: str
@@ -42,6 +45,7 @@ class InputGroup:
     source: nn.Module | None = None
     tied: nn.Module | None = None
     experts: None = None
+    shard: Shard | None = None
 
     @property
     def by_input(self) -> dict[str, tuple[nn.Module, ...]]:

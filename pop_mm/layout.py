@@ -30,6 +30,7 @@ from .errors import AdapterError
 from .exchange import ChannelTensor, Matrix, swap_channels
 from .formats import Stored
 from .formats.norms import weight_norms
+from .shards import Shard, is_spread, local
 
 Role = Literal["dense", "shared_expert"]
 
@@ -152,7 +153,8 @@ class Projection:
     def effective_norms(self, dtype: torch.dtype | None, wide: torch.dtype) -> Tensor:
         """Norm of each channel's weights in what the module computes: ``[D]``, ``[2 * D]`` if gate and up are fused.
 
-        Where the weight is not a plain tensor the module is asked (see :func:`pop_mm.asking.columns`), unless it can tell.
+        Where the weight is not a plain tensor the module is asked (see :func:`pop_mm.asking.columns`), unless it can tell. Of a
+        weight that is spread over processes: of this one's part.
 
         Parameters
         ----------
@@ -161,6 +163,8 @@ class Projection:
         wide : torch.dtype
             Of the norms.
         """
+        if is_spread(getattr(self.module, "weight", None)):
+            return weight_norms(local(self.weight), 1 - self.axis, wide)
         if self.why_not_readable() is None:
             with loaded(self.module):
                 stored = self.stored
@@ -264,6 +268,8 @@ class FFN:
         Its activation.
     dtype : torch.dtype or None
         Of the activations, where that is known.
+    shard : Shard or None
+        Of a model that is spread over processes: which of the channels this one has. ``size`` is then how many it chooses among.
     """
 
     name: str
@@ -276,6 +282,7 @@ class FFN:
     holder: nn.Module | None = None
     activation: nn.Module | None = None
     dtype: torch.dtype | None = None
+    shard: Shard | None = None
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -314,9 +321,9 @@ class FFN:
 
     @property
     def weight_count(self) -> int:
-        """Weights of the FFN without biases, from its dimensions: works for packed and offloaded weights too."""
-        hidden = self.hidden_size
-        return sum(p.blocks * self.size * hidden for p in self.projections)
+        """Weights of the FFN (of all processes) without biases, from its dimensions: works for packed and offloaded ones too."""
+        size = self.size if self.shard is None else self.shard.whole
+        return sum(p.blocks * size * self.hidden_size for p in self.projections)
 
     @property
     def hidden_size(self) -> int:
@@ -355,10 +362,14 @@ class FFN:
     @torch.no_grad()
     def input_norms(self) -> Tensor:
         """Norm of each channel's weights in gate and up together, ``[D]``: of what the modules compute."""
-        norms = [p.effective_norms(self.dtype, self._norm_dtype).view(p.blocks, self.size) for p in self.inputs]
-        return torch.linalg.vector_norm(torch.cat([n.to(norms[0].device) for n in norms]), dim=0)
+        norms = [p.effective_norms(self.dtype, self._norm_dtype).view(p.blocks, -1) for p in self.inputs]
+        return self._known(torch.linalg.vector_norm(torch.cat([n.to(norms[0].device) for n in norms]), dim=0))
 
     @torch.no_grad()
     def down_column_norms(self) -> Tensor:
         """``||W_down[:, i]||_2``, ``[D]``, in float32 (float64 for float64 weights): of what the module computes."""
-        return self.down.effective_norms(self.dtype, self._norm_dtype)
+        return self._known(self.down.effective_norms(self.dtype, self._norm_dtype))
+
+    def _known(self, own: Tensor) -> Tensor:
+        """Of the channels that this process has, or together with the other processes of all."""
+        return self.shard.gathered(own) if self.shard is not None and self.shard.together else own

@@ -20,6 +20,7 @@ from .layout import FFN
 from .methods.budget import budget_ratios, ffn_sizes
 from .partition import Sizes
 from .ratio import ffn_ratios
+from .spread import fixed_in, on_process
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,12 @@ def _plan_records(
     else:
         ratios = budget_ratios(records, layers, config)
     shared = shared_storages(model)
+    fixed = fixed_in(model, [ffn.name for ffn in records], fixed)
     plans = []
     for ffn in records:
         kept_whole = ffn.role == "shared_expert" and not config.prune_shared
         ratio = 0.0 if kept_whole else ratios[ffn.layer]
+        ffn = on_process(ffn, together=config.tp_partition == "global")
         sizes = ffn_sizes(ffn, ratio, config)
         backend, reason = _choose_backend(ffn, sizes, config, shared, fixed.get(ffn.name))
         if kept_whole:

@@ -19,6 +19,7 @@ from .modality import MODALITIES
 from .partition import Partition
 from .planning import FFNPlan
 from .shown import Shown, of_report, printed
+from .spread import notes_of
 from .timings import Timings
 
 if TYPE_CHECKING:
@@ -339,7 +340,7 @@ def _ffn_report(plan: FFNPlan, known: FFNState | None, decoded: bool, shared: bo
 
 
 def _notes(config: PopConfig, plans: Sequence[FFNPlan], timings: Timings) -> list[str]:
-    notes = []
+    notes = notes_of(plan.ffn for plan in plans)
     clamped = [p for p in plans if not p.sizes.dense and 2 * p.sizes.candidates_kept < config.gamma * p.ffn.size - 2]
     if clamped and config.chosen_method == "pop":
         notes.append(

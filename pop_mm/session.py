@@ -123,11 +123,11 @@ class Session(Attachment, Shown):
         self._awaited = False
         self._inplace.static.flush()
         state = self._last
-        if state is not None and state.tokens is not None and not state.partitioned:
+        if state is not None and state.tokens is not None and not state.partitioned and self._engine.decides_alone:
             self._engine.partition_all(state)
         self.timings.moving = self.moving_seconds
         name = "triton" if self.config.kernels == "triton" else "stock" if self._matvec is None else "compiled"
-        alone = self._alone(state) if state is not None else []
+        alone = self._alone(state) if state is not None and self._engine.decides_alone else []
         return build_report(
             self.model, self._adapter, self.config, self.plans, state, self.timings, self.moved_channels, name, alone
         )

@@ -34,6 +34,7 @@ class Settings(TypedDict, total=False):
     budget: float | None
     method: str | Method
     head_budget: float | None
+    tp_partition: Literal["shard", "global"]
 
 
 def with_amount(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

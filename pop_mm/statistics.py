@@ -178,15 +178,19 @@ class ChannelStatistics(Engine):
     @tells("statistics")
     def check_finite(self, state: PromptState) -> None:
         """Raise :class:`NonFiniteError` if the prompt's statistics are not finite; one look for all FFNs."""
-        totals = [(i, ffn.energies.sum()) for i, ffn in enumerate(state.ffns) if ffn.energies is not None]
-        if not totals:
+        totals = {i: ffn.energies.sum() for i, ffn in enumerate(state.ffns) if ffn.energies is not None}
+        if not totals and self.processes is None:
             return
-        finite = torch.stack([s.to(totals[0][1].device) for _, s in totals]).isfinite()
-        if not bool(finite.all()):
-            first = self.ffns[totals[int((~finite).nonzero()[0])][0]]
+        device = next(iter(totals.values())).device if totals else self.ffns[0].device
+        bad = torch.zeros(len(state.ffns), dtype=torch.int32, device=device)
+        if totals:
+            sums = torch.stack([total.to(bad.device) for total in totals.values()])
+            bad[list(totals)] = (~sums.isfinite()).int()
+        first = self._first_bad(bad)
+        if first is not None:
             raise NonFiniteError(
-                f"The activations of {first.name} are NaN or infinite in the prompt, so its channels cannot be ranked. "
-                "Check the weights and inputs, or run the model in bfloat16 or float32 if it overflows in float16."
+                f"The activations of {self.ffns[first].name} are NaN or infinite in the prompt, so its channels cannot be "
+                "ranked. Check the weights and inputs, or run the model in bfloat16 or float32 if it overflows in float16."
             )
 
 

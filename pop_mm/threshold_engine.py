@@ -23,11 +23,13 @@ from .groups import InputGroup
 from .layout import FFN
 from .methods.thresholds import PASS_ALL, histogram, kept, magnitudes, not_finite, threshold
 from .modality import added
+from .ops.histogram import BINS
 from .phase import Forward, Phase
 from .state import PromptState
 from .step import Step
 
 Record = FFN | Experts | InputGroup
+_SPREAD = "spread"  # in the place of a kind: inputs of which each process has a part
 _HISTOGRAMS = 512  # of so many rows thresholds are decided at once: 16 MB
 
 
@@ -150,11 +152,15 @@ class ThresholdEngine(Engine):
         return PromptState(states, rows, cache)
 
     def _read(self, index: int) -> Tensor:
-        """Norms of the down projection's columns, ``[E, D]`` (one expert in a dense FFN), float32; nothing of attention."""
+        """Norms of the down projection's columns, ``[E, D]`` (one expert in a dense FFN), float32; nothing of attention.
+
+        Those of the columns that this process has.
+        """
         record: Any = self.ffns[index]
         if "h" not in record.by_input:
             return torch.empty(0)
-        return record.down_column_norms().to(torch.float32).view(-1, record.size)
+        norms: Tensor = record.down_column_norms().to(torch.float32).view(-1, record.size)
+        return norms if record.shard is None else record.shard.own(norms).contiguous()
 
     def state(self, index: int, forward: Forward) -> RecordState:
         """What the forward's prompt knows about record number ``index``."""
@@ -201,18 +207,18 @@ class ThresholdEngine(Engine):
 
     def check_finite(self, state: PromptState) -> None:
         """Raise :class:`NonFiniteError` if the prompt's magnitudes are not finite; one look for all records."""
-        found = [
-            (index, which, not_finite(counts))
-            for index, record in enumerate(_records(state))
-            for which, inputs in record.inputs.items()
-            for counts in inputs.counts.values()
-        ]
-        if not found:
+        inputs = [(i, which, own) for i, r in enumerate(_records(state)) for which, own in r.inputs.items()]
+        found = [(n, not_finite(counts)) for n, (*_, own) in enumerate(inputs) for counts in own.counts.values()]
+        if not found and self.processes is None:
             return
-        device = found[0][2].device
-        bad = torch.stack([counts.to(device) for *_, counts in found]).sum((1, 2)).nonzero()
-        if len(bad):
-            index, which, _ = found[int(bad[0])]
+        device = found[0][1].device if found else self.ffns[0].device
+        bad = torch.zeros(len(inputs), dtype=torch.int64, device=device)
+        if found:
+            numbers = torch.tensor([number for number, _ in found], device=bad.device)
+            bad.index_add_(0, numbers, torch.stack([counts.to(bad.device) for _, counts in found]).sum((1, 2)))
+        first = self._first_bad(bad)
+        if first is not None:
+            index, which, _ = inputs[first]
             what = "input" if which == "x" else "activations"
             raise NonFiniteError(
                 f"The {what} of {self.ffns[index].name} are NaN or infinite in the prompt, so there are no thresholds for "
@@ -232,19 +238,38 @@ class ThresholdEngine(Engine):
         alike: dict[Any, list[tuple[InputState, float]]] = {}
         for index, which in wanted:
             inputs = _records(state)[index].inputs[which]
-            if inputs.threshold is None and inputs.counts:
+            if inputs.threshold is None and self._is_spread(index, which):
+                alike.setdefault(_SPREAD, []).append((inputs, self.shares[index][which]))
+            elif inputs.threshold is None and inputs.counts:
                 kind = tuple((modality, counts.device) for modality, counts in inputs.counts.items())
                 alike.setdefault(kind, []).append((inputs, self.shares[index][which]))
             elif inputs.threshold is None:  # a layer that the prompt did not run decodes dense
                 inputs.threshold = torch.full((state.rows,), PASS_ALL)
         at_once = max(1, _HISTOGRAMS // state.rows)
-        for same in alike.values():
+        for kind, same in alike.items():
             for some in (same[start : start + at_once] for start in range(0, len(same), at_once)):
-                modalities = some[0][0].counts
-                counts = {m: torch.stack([inputs.counts[m] for inputs, _ in some]) for m in modalities}
+                of = self._counts_of_all if kind == _SPREAD else _counts
+                counts = of(state, [inputs for inputs, _ in some])
                 found = threshold(counts, state.tokens_of, [share for _, share in some])
                 for (inputs, _), own in zip(some, found.unbind(), strict=True):
                     inputs.threshold = own
+
+    def _is_spread(self, index: int, which: str) -> bool:
+        """Whether each process has a part of this input: h of its channels or experts, o's of its heads."""
+        record = self.ffns[index]
+        return record.shard is not None and (which == "h" or isinstance(record, InputGroup))
+
+    def spread_experts(self) -> str | None:
+        """Name of experts of which each process has some (expert parallelism), if there are any."""
+        experts = (r for r in self.ffns if isinstance(r, Experts) and r.shard is not None)
+        return next((r.name for r in experts if r.module._is_expert_parallel), None)
+
+    def _counts_of_all(self, state: PromptState, inputs: Sequence[InputState]) -> dict[int, Tensor]:
+        """``[K, B, BINS]`` by modality: counts of all processes. One of them may have seen nothing, with experts elsewhere."""
+        assert self.processes is not None
+        none = torch.zeros(state.rows, BINS, dtype=torch.int64, device=self.ffns[0].device)
+        own = {m: torch.stack([i.counts.get(m, none) for i in inputs]) for m in sorted(state.tokens_of)}
+        return {m: self.processes.sum(counts) for m, counts in own.items()}
 
     masks = ("h", "x")
 
@@ -300,6 +325,11 @@ class ThresholdEngine(Engine):
             counted = decode if step.valid is None else decode & step.valid
             state.log((keep & counted.unsqueeze(1)).sum(), counted.sum() * keep.shape[1])
         return values.where(keep | ~decode.unsqueeze(1), 0)
+
+
+def _counts(state: PromptState, inputs: Sequence[InputState]) -> dict[int, Tensor]:
+    """``[K, B, BINS]`` by modality, of inputs that have the same ones."""
+    return {m: torch.stack([own.counts[m] for own in inputs]) for m in inputs[0].counts}
 
 
 def _records(state: PromptState) -> Sequence[RecordState]:

@@ -17,6 +17,7 @@ from .methods.thresholds import MIN_PROMPT_TOKENS, PASS_ALL, deciding, share_abo
 from .modality import MODALITIES
 from .shown import Shown, of_report, printed
 from .shown import share as percent
+from .spread import notes_of
 from .threshold_engine import InputState, RecordState
 from .timings import Timings
 
@@ -167,7 +168,7 @@ class ThresholdReport(Shown):
             for which in plan.matrices
         ]
         counts: dict[str, int] = {}
-        notes = []
+        notes = notes_of(plan.record for plan in plans)
         if state is not None:
             counts = {MODALITIES[m]: n for m, tokens in state.tokens_of.items() if (n := int(tokens.sum()))}
             if state.tokens is not None and (short := int((state.tokens < MIN_PROMPT_TOKENS).sum())):

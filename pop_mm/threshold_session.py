@@ -23,6 +23,7 @@ from .methods.budget import Weights, threshold_shares
 from .phase import Forward, Phase
 from .planning import kind_of, prunable, shared_storages, storage
 from .session import Session
+from .spread import fixed_in, on_process
 from .state import PromptState
 from .threshold_engine import Record, RecordState, ThresholdEngine
 from .threshold_report import ThresholdReport
@@ -108,7 +109,9 @@ def plan_thresholds(
         The budget is less than what stays dense.
     """
     adapter, records = prunable(model, adapter)
+    records = [on_process(record, together=True) for record in records]
     groups = [without_wrappers(group) for group in adapter.input_groups(model)] if config.scope == "overall" else []
+    groups = [on_process(group, together=True) for group in groups]
     whole = [ffn for ffn in records if ffn.role == "shared_expert" and not config.prune_shared]
     plain = [ThresholdPlan(record, {"x": 1.0, "h": 1.0}, "dense", "") for record in (*records, *groups)]
     mine = [plan for plan in plain if plan.record not in whole]
@@ -122,10 +125,10 @@ def plan_thresholds(
         dense=rest + sum(ffn.weight_count for ffn in whole),
     )
     shares = dict(zip("xh", threshold_shares(weights, config.budget or 1.0), strict=True))
-    choose = _chooser(model, config, records, fixed or {})
     head = head_of(model, config, adapter)
     if head is not None:
         mine.append(ThresholdPlan(head, {}, "", ""))
+    choose = _chooser(model, config, records, fixed_in(model, [plan.record.name for plan in mine], fixed or {}))
     with CompiledParts(model, [plan.record for plan in mine]):  # they run, and are judged, without what was compiled
         plans = [ThresholdPlan(plan.record, _shares(plan, shares, config), *choose(plan.record)) for plan in mine]
     plans += [ThresholdPlan(ffn, {"x": 1.0, "h": 1.0}, "dense", "prune_shared=False") for ffn in whole]
@@ -237,6 +240,11 @@ class ThresholdSession(Session):
         return self._rows if name == "rows" else super()._backend(name)
 
     def _begin(self, forward: Forward) -> None:
+        if forward.phase is Phase.MIXED and (name := self._engine.spread_experts()) is not None:
+            raise SessionError(
+                f"split() needs thresholds in the middle of a forward, for which all processes must run {name}, but with expert "
+                "parallelism a process whose experts get no token runs none. Prefill the context, and score the rest after it."
+            )
         super()._begin(forward)
         if forward.phase is Phase.DECODE and "rows" in self._backends:
             self._rows.begin(forward)
@@ -270,7 +278,7 @@ class ThresholdSession(Session):
         self._rows.flush()
         self.timings.moving = self.moving_seconds
         state = self._last
-        if state is not None and state.tokens is not None and not state.partitioned:
+        if state is not None and state.tokens is not None and not state.partitioned and self._engine.decides_alone:
             self._engine.partition_all(state)
         plans: list[Any] = self.plans
         return ThresholdReport.of(self.model, self._adapter, self.config, plans, state, self.timings)

@@ -15,6 +15,7 @@ from torch import nn
 from .classes import is_a
 from .errors import AdapterError
 from .patching import Patches
+from .spread import refuse_spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ def unwrap(model: object) -> Unwrapped:
             raise AdapterError(f"pop_mm prunes transformers models; got {_described(model)}.")
         inner = _inner(model)
         if inner is None:
-            _refuse_shards(model)
+            refuse_spread(model)
             return Unwrapped(model, tuple(wrappers))
         wrappers.append(model)
         model = inner
@@ -163,30 +164,6 @@ def _refuse(model: object) -> None:
             "FullyShardedDataParallel keeps flat shards of the weights, whose channels cannot be told apart. Load the "
             "model without it."
         )
-
-
-_SHARD = "torch.distributed.tensor:DTensor"
-_NO_STAGE = "transformers.distributed.pipeline_parallel:PipelineIdentityLayer"
-_SPREAD = {"tp": "tensor parallelism", "ep": "expert parallelism", "pp": "pipeline parallelism", "fsdp": "FSDP"}
-
-
-def _refuse_shards(model: nn.Module) -> None:
-    """A process that has a part of a model knows a part of what a choice needs."""
-    found = next((name for name, parameter in model.named_parameters() if _is(parameter, _SHARD)), None)
-    where = f"the weight {found} is a shard (DTensor)"
-    if found is None:
-        found = next((name for name, module in model.named_modules() if _is(module, _NO_STAGE)), None)
-        where = f"{found} is another process's"
-    if found is None:
-        return
-    asked = getattr(getattr(model, "config", None), "distributed_config", None)
-    sizes = {kind: getattr(asked, f"{kind}_size", None) or 1 for kind in _SPREAD}
-    kinds = ", ".join(f"{_SPREAD[kind]}, {kind}_size={size}" for kind, size in sizes.items() if size > 1)
-    raise AdapterError(
-        f"This {type(model).__name__} is spread over processes{f' ({kinds})' if kinds else ''}: {where}, and pop_mm chooses from "
-        "what one process holds. Load the model without tp_plan and distributed_config; device_map spreads it over the devices "
-        "of one process."
-    )
 
 
 def _refuse_peft(model: Any) -> None:

@@ -490,6 +490,9 @@ OTHERS = [
 _WRAPPERS, _CALLS, _INSIDE, _MEMORY = "Wrappers of a model", "Calls", "Changes inside a session", "Memory of weights"
 
 
+_SPREAD = "in each process ([Serving](serving.md#a-model-on-several-processes))"
+
+
 def _call(group: str, name: str, outcome: str, tests: str, note: str = "", package: str = "torch") -> Row:
     return Row(name, group, package, outcome, note=note, tests=f"test_{tests}.py")
 
@@ -505,6 +508,9 @@ CALLS = [
     _call(_WRAPPERS, "Compiled functions that call the model", "fast", "precompiled", "run eagerly inside the session"),
     _call(_WRAPPERS, "`DataParallel`, `DistributedDataParallel`", "refused", "wrappers", "pass `model.module`"),
     _call(_WRAPPERS, "`pipeline(...)` on a pruned model", "fast", "wrappers", "pass `pipe.model`", "transformers"),
+    _call(_WRAPPERS, 'Tensor parallelism (`tp_plan="auto"`)', "masked", "tensor_parallel", _SPREAD, "transformers"),
+    _call(_WRAPPERS, "Expert parallelism (`ep_size`)", "masked", "tensor_parallel", _SPREAD, "transformers"),
+    _call(_WRAPPERS, "Pipeline parallelism, FSDP", "refused", "wrappers", "", "transformers"),
     _call(_MEMORY, "A module that several layers share", "masked", "sharing", "as if each layer had its own"),
     _call(_MEMORY, "Parameters that another model holds too", "masked", "sharing", "`load_state_dict(assign=True)`"),
     _call(_MEMORY, "`share_memory()`", "masked", "sharing"),

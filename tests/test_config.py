@@ -85,6 +85,7 @@ FULL = {
     "prune_shared": False,
     "modality_weights": {"image": 0.5},
     "kernels": "stock",
+    "tp_partition": "global",
 }
 
 

@@ -158,13 +158,18 @@ class MaskedExperts:
     def _reference(self, forward: Forward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The implementation that was selected before, with the engine's say on the down projections' inputs."""
         before = _SELECTED[id(self._module.config)].before
+        if self._module._is_expert_parallel and torch.is_grad_enabled() and hidden.requires_grad:
+            raise SessionError(
+                f"With gradients, tokens of {self._record.name} are sent to the process that has their expert, so it is unknown "
+                "which token an expert sees. Call the model under torch.no_grad()."
+            )
 
         def between(order: Tensor | None, h: Tensor) -> Tensor:
             step = self._engine.step(forward, h.device).routed(ids, weights, order, self._record.count)
             return self._engine.apply(self._index, forward, step, h, self._positions)
 
         if before in (None, "eager"):
-            size = self._record.size
+            size = self._record.held
             return run_experts(self._record, hidden, ids, weights, lambda e: self._record.views(e, size), between)
         if before == "batched_mm":
             order = None
