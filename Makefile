@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/python demos/generate_text.py
 
 test: setup
-	$(BIN)/python -m pytest -n auto --ignore tests/packages --ignore tests/docs --ignore tests/vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/packages --ignore tests/docs --ignore tests/vllm
 
 # Weights as other packages pack them; one that pip cannot install is named, and its tests are skipped.
 test-packages: setup

@@ -61,11 +61,11 @@ def _address(tensor: Tensor) -> int:
 class _Region(NamedTuple):
     start: int
     end: int
-    reason: str | None
+    reason: str
 
 
 def _regions() -> list[_Region]:
-    """Memory of this process by address; empty where the system does not tell."""
+    """Memory of this process that is not its own or cannot be written, by address; empty where the system does not tell."""
     try:
         lines = _MAPS.read_text().splitlines()
     except OSError:
@@ -73,14 +73,15 @@ def _regions() -> list[_Region]:
     regions = []
     for line in lines:
         span, flags, *rest = line.split(maxsplit=5)
-        start, end = (int(part, 16) for part in span.split("-"))
         path = rest[3] if len(rest) > 3 else ""
         device = path.startswith("/dev/") and not path.startswith("/dev/shm/")  # pinned memory of a driver
-        reason = None
         if "w" not in flags:
             reason = "memory that is mapped for reading alone"
         elif "s" in flags and not device:
             reason = "memory that is shared with a file or another process"
+        else:
+            continue
+        start, end = (int(part, 16) for part in span.split("-"))
         regions.append(_Region(start, end, reason))
     return regions
 
@@ -94,9 +95,8 @@ def _why_fixed(tensor: Tensor, regions: list[_Region]) -> str | None:
     end = start + tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
     index = max(bisect_right(regions, start, key=lambda region: region.start) - 1, 0)
     while index < len(regions) and regions[index].start < end:
-        region = regions[index]
-        if region.reason is not None and region.end > start:
-            return region.reason
+        if regions[index].end > start:
+            return regions[index].reason
         index += 1
     return None
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pop_mm.kernels as kernels
+from covering import covering, covers
 from observe import prompt
 from pop_mm import PopConfig, prune
 from tiny_models import tiny
@@ -23,6 +24,7 @@ implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 # concatenated, with a shared expert, transposed and interleaved and biased, with dense layers, ungated, transposed
 EXPERT_LAYOUTS = ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "aria_text")
 expert_layouts = pytest.mark.parametrize("model_type", EXPERT_LAYOUTS)
+expert_cases = covers(model_type=EXPERT_LAYOUTS, implementation=IMPLEMENTATIONS, backend=BACKENDS)
 
 
 def fresh(model_type="llama", **settings):
@@ -157,3 +159,21 @@ def in_modes(types, full, modes=tuple(MODES)):
     for place, model_type in enumerate(types):
         in_turn = (modes[0], modes[1 + place % (len(modes) - 1)])
         yield from ((model_type, mode) for mode in (modes if model_type in full else in_turn))
+
+
+def in_modes_and_backends(types, full, modes=tuple(MODES)):
+    """As :func:`in_modes`, each pair with one backend in turn: every type and every mode meets both."""
+    others = in_modes([model_type for model_type in types if model_type not in full], (), modes)
+    return covering([model_type for model_type in types if model_type in full], modes, BACKENDS) + [
+        (model_type, mode, BACKENDS[place % len(BACKENDS)]) for place, (model_type, mode) in enumerate(others)
+    ]
+
+
+def in_turn(types, full, values):
+    """Pairs of type and value: types of ``full`` with every value, the others with one of them in turn."""
+    return [
+        (model_type, value)
+        for place, model_type in enumerate(types)
+        for turn, value in enumerate(values)
+        if model_type in full or turn == place % len(values)
+    ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_rows import Maker, assert_close, between, naive_ffn, thresholds
 
+from covering import covers
 from modes import threads_of_torch
 from pop_mm.kernels.activations import ACTIVATIONS
 from pop_mm.ops import library, reference
@@ -66,10 +67,7 @@ def test_linears_are_those_of_float64(dtype, threads, hidden, outputs):
         assert_close(other, expected, dtype)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", library.INT8)
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@covers(dtype=library.INT8, threads=(1, 2, 3), gated=(True, False), act=ACTIVATIONS)
 def test_ffns_are_those_of_float64(dtype, threads, gated, act):
     weights, twin = int8_ffn(dtype, 37, 161, act, gated, bias=act != "relu")
     x, kept = Maker(dtype, 5)(37), torch.zeros(2, dtype=torch.int64)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from covering import covers
 from modes import (
     BACKENDS,
     LAYOUTS,
@@ -10,11 +11,12 @@ from modes import (
     MODES,
     RATIO,
     STEPS,
-    backends,
     dense_run,
     generate,
     greedy_run,
     in_modes,
+    in_modes_and_backends,
+    in_turn,
     left_padded,
     pruned,
 )
@@ -33,12 +35,17 @@ def any_model(request, load):
 
 
 def modes(names=tuple(MODES)):
-    """Every layout in these modes, every other type in the first of them and one more."""
-    pairs = list(in_modes(DENSE_MODELS, LAYOUTS, names))
-    return pytest.mark.parametrize(("any_model", "mode"), pairs, indirect=["any_model"])
+    """Every layout in these modes, every other type in the first of them and one more; each on one backend in turn."""
+    cases = in_modes_and_backends(DENSE_MODELS, LAYOUTS, names)
+    return pytest.mark.parametrize(("any_model", "mode", "backend"), cases, indirect=["any_model"])
 
 
-@backends
+# every layout on both, every other type on one of them in turn; that they are equal is tested with every type
+backend_in_turn = pytest.mark.parametrize(
+    ("any_model", "backend"), in_turn(DENSE_MODELS, LAYOUTS, BACKENDS), indirect=["any_model"]
+)
+
+
 @modes()
 def test_ratio_0_is_dense_bit_for_bit(any_model, mode, backend):
     tokens, logits = dense_run(mode, any_model)
@@ -48,7 +55,7 @@ def test_ratio_0_is_dense_bit_for_bit(any_model, mode, backend):
     assert torch.equal(again[1], logits)
 
 
-@modes()
+@pytest.mark.parametrize(("any_model", "mode"), list(in_modes(DENSE_MODELS, LAYOUTS)), indirect=["any_model"])
 def test_inplace_selects_and_decodes_like_masked(any_model, mode):
     dense_run(mode, any_model)
     found = {}
@@ -62,7 +69,6 @@ def test_inplace_selects_and_decodes_like_masked(any_model, mode):
         assert [a.tolist() for a in one_ffn] == [a.tolist() for a in other_ffn]
 
 
-@backends
 @modes([mode for mode, (_, rows) in MODES.items() if rows and mode not in ("greedy", "single")])
 def test_every_exact_mode_equals_greedy(any_model, mode, backend):
     rows = MODES[mode][1]
@@ -78,18 +84,17 @@ def test_every_exact_mode_equals_greedy(any_model, mode, backend):
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
 
 
-@backends
-@pytest.mark.parametrize(
-    ("any_model", "prefill", "rows"),
-    [
-        (model_type, prefill, rows)
-        for model_type in DENSE_MODELS
-        for prefill, rows in (("dense", 2), ("dense", 1), ("partition", 2))
-        if model_type in LAYOUTS or (prefill, rows) == ("dense", 2)
-    ],
-    indirect=["any_model"],
-)
-def test_greedy_equals_the_reference(any_model, backend, prefill, rows):
+@backend_in_turn
+def test_greedy_equals_the_reference(any_model, backend):
+    check_reference(any_model, backend, "dense", 2)
+
+
+@covers(model_type=LAYOUTS, prefill=("dense", "partition"), rows=(1, 2), backend=BACKENDS)
+def test_every_layout_equals_the_reference_in_every_prefill(load, model_type, prefill, rows, backend):
+    check_reference(load(model_type), backend, prefill, rows)
+
+
+def check_reference(any_model, backend, prefill, rows):
     ids = prompt(rows, LENGTH)
     with Pop(any_model, RATIO, prefill=prefill) as reference:
         expected = reference.greedy(ids, STEPS)
@@ -100,7 +105,7 @@ def test_greedy_equals_the_reference(any_model, backend, prefill, rows):
     assert seen.sets(rows) == reference.active
 
 
-@backends
+@backend_in_turn
 def test_every_decode_step_has_exactly_kept_active_channels(any_model, backend):
     with pruned(any_model, backend) as session, Active(any_model) as seen:
         any_model.generate(prompt(2, LENGTH), max_new_tokens=STEPS)
@@ -116,7 +121,7 @@ def test_every_decode_step_has_exactly_kept_active_channels(any_model, backend):
         assert ffn.active_per_step == kept
 
 
-@backends
+@backend_in_turn
 def test_the_partition_is_disjoint_and_complete(any_model, backend):
     with pruned(any_model, backend) as session:
         any_model.generate(prompt(), max_new_tokens=2)
@@ -140,7 +145,7 @@ def test_a_padded_batch_equals_each_row_alone_per_sequence(any_model):
     torch.testing.assert_close(together[1], torch.cat([a[1] for a in alone], 1), rtol=0, atol=1e-5)
 
 
-@backends
+@backend_in_turn
 def test_padding_never_changes_the_statistics_of_a_shared_batch(any_model, backend):
     ids, mask = left_padded(prompt(2, LENGTH))
     with Pop(any_model, RATIO) as reference:

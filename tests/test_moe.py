@@ -9,11 +9,15 @@ import torch
 from reference_moe import MoEPop, experts_of, split_sizes
 from torch import nn
 
+from covering import covers
 from modes import (
+    BACKENDS,
+    EXPERT_LAYOUTS,
     IMPLEMENTATIONS,
     RATIO,
     STEPS,
     backends,
+    expert_cases,
     expert_layouts,
     generate,
     implementations,
@@ -84,9 +88,7 @@ def check(model, backend, ids, mask=None, steps=STEPS, here=None, **settings):
 # against the reference --------------------------------------------------------------------------------------------------
 
 
-@backends
-@implementations
-@expert_layouts
+@expert_cases
 def test_greedy_equals_the_reference(load, model_type, implementation, backend):
     model = with_experts(load, model_type, implementation)
     session, reference = check(model, backend, prompt(2, 7))
@@ -100,34 +102,29 @@ def test_greedy_equals_the_reference(load, model_type, implementation, backend):
         assert ffn.active_per_step == sizes.kept == 15
 
 
-@backends
-@implementations
-@expert_layouts
+@expert_cases
 def test_experts_that_the_prompt_hardly_reaches(load, model_type, implementation, backend):
     model = with_experts(load, model_type, implementation)
     _, reference = check(model, backend, prompt(1, 2, seed=3), min_tokens=2, steps=8)
     assert sum(map(sum, reference.dense_tokens)) and any(reference.late)
 
 
-@backends
-@expert_layouts
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"prefill": "partition"},
-        {"prefill": "partition", "min_tokens": 4},
-        {"variant": "static"},
-        {"variant": "full"},
-        {"unseen": "weights", "min_tokens": 3},
-        {"expert_score": "routed"},
-        {"expert_score": "routed", "min_tokens": 4},
-        {"min_tokens": 100},
-    ],
-    ids=lambda settings: "-".join(map(str, settings.values())),
-)
-def test_every_setting_equals_the_reference(load, model_type, backend, settings):
+SETTINGS = {
+    "partition": {"prefill": "partition"},
+    "partition, late": {"prefill": "partition", "min_tokens": 4},
+    "static": {"variant": "static"},
+    "full": {"variant": "full"},
+    "unseen by weights": {"unseen": "weights", "min_tokens": 3},
+    "routed": {"expert_score": "routed"},
+    "routed, late": {"expert_score": "routed", "min_tokens": 4},
+    "never enough tokens": {"min_tokens": 100},
+}
+
+
+@covers(model_type=EXPERT_LAYOUTS, setting=SETTINGS, backend=BACKENDS)
+def test_every_setting_equals_the_reference(load, model_type, setting, backend):
     model = with_experts(load, model_type)
-    check(model, backend, prompt(2, 3), steps=4, **settings)
+    check(model, backend, prompt(2, 3), steps=4, **SETTINGS[setting])
 
 
 @expert_layouts
@@ -137,9 +134,7 @@ def test_per_sequence_equals_the_reference(load, model_type, implementation):
     check(model, "masked", prompt(2, 4), batch="per_sequence", min_tokens=2)
 
 
-@backends
-@implementations
-@expert_layouts
+@expert_cases
 def test_left_padding_equals_the_reference(load, model_type, implementation, backend):
     model = with_experts(load, model_type, implementation)
     ids, mask = left_padded(prompt(2, 6), pads=(4, 0))
@@ -222,9 +217,7 @@ def test_a_second_turn_equals_the_reference(load, backend):
 # experts without a partition --------------------------------------------------------------------------------------------
 
 
-@backends
-@implementations
-@expert_layouts
+@expert_cases
 def test_experts_without_a_prompt_token_are_listed_and_never_count_as_pruned(load, model_type, implementation, backend):
     model = with_experts(load, model_type, implementation)
     with pruned(model, backend) as session:
@@ -339,9 +332,7 @@ def test_success_is_never_reported_on_a_model_without_experts(load):
         assert all(ffn.experts is None for ffn in session.report.ffns)
 
 
-@backends
-@implementations
-@expert_layouts
+@expert_cases
 def test_widths_are_never_uneven(load, model_type, implementation, backend):
     model = with_experts(load, model_type, implementation)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -412,9 +403,7 @@ def routing(model):
             hook.remove()
 
 
-@backends
-@implementations
-@expert_layouts
+@expert_cases
 def test_the_router_is_unchanged(load, model_type, implementation, backend):
     model = with_experts(load, model_type, implementation)
     ids = prompt(2, 9)
@@ -529,12 +518,9 @@ def elsewhere(model, gone):
             hook.remove()
 
 
-@backends
-@implementations
-@expert_layouts
-@pytest.mark.parametrize(("gone", "rows"), [([3], 1), ([0, 3], 2)])
-def test_experts_on_another_device_are_honoured(load, model_type, implementation, backend, gone, rows):
-    model = with_experts(load, model_type, implementation)
+@covers(model_type=EXPERT_LAYOUTS, implementation=IMPLEMENTATIONS, backend=BACKENDS, gone=([3], [0, 3]))
+def test_experts_on_another_device_are_honoured(load, model_type, implementation, backend, gone):
+    model, rows = with_experts(load, model_type, implementation), len(gone)
     with elsewhere(model, gone):
         here = set(range(4)) - set(gone)
         session, reference = check(model, backend, prompt(rows, 5), min_tokens=2, here=here)

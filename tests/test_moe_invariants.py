@@ -12,6 +12,7 @@ import torch
 from reference_moe import experts_of
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from covering import covers
 from modes import (
     BACKENDS,
     EXPERT_LAYOUTS,
@@ -21,10 +22,12 @@ from modes import (
     STEPS,
     backends,
     dense_run,
+    expert_cases,
     expert_layouts,
     generate,
     greedy_run,
     implementations,
+    in_turn,
     left_padded,
     pruned,
     with_experts,
@@ -36,13 +39,7 @@ WAIT = {"min_tokens": 4}
 every_type = pytest.mark.parametrize("model_type", MOE_MODELS)
 # every layout on all implementations, every other type on one of them in turn
 every_type_on_implementations = pytest.mark.parametrize(
-    ("model_type", "implementation"),
-    [
-        (model_type, implementation)
-        for place, model_type in enumerate(MOE_MODELS)
-        for turn, implementation in enumerate(IMPLEMENTATIONS)
-        if model_type in EXPERT_LAYOUTS or turn == place % len(IMPLEMENTATIONS)
-    ],
+    ("model_type", "implementation"), in_turn(MOE_MODELS, EXPERT_LAYOUTS, IMPLEMENTATIONS)
 )
 # each backend and each implementation; that both backends are equal is tested with every layout and implementation
 kinds = pytest.mark.parametrize(
@@ -168,8 +165,7 @@ def test_a_padded_batch_equals_each_row_alone_per_sequence(load, model_type):
     near(together[1], alone[1], model)
 
 
-@every_type
-@backends
+@pytest.mark.parametrize(("model_type", "backend"), in_turn(MOE_MODELS, EXPERT_LAYOUTS, BACKENDS))
 def test_leaving_restores_the_model_also_in_the_middle_of_generate(load, model_type, backend):
     model = with_experts(load, model_type)
     before, implementation = fingerprint(model), model.get_experts_implementation()
@@ -193,9 +189,11 @@ def test_leaving_restores_the_model_also_in_the_middle_of_generate(load, model_t
 # over every layout ------------------------------------------------------------------------------------------------------
 
 
-@expert_layouts
-@implementations
-@pytest.mark.parametrize("mode", [mode for mode, (_, rows) in MODES.items() if rows is None])
+@covers(
+    model_type=EXPERT_LAYOUTS,
+    implementation=IMPLEMENTATIONS,
+    mode=[mode for mode, (_, rows) in MODES.items() if rows is None],
+)
 def test_inplace_equals_masked_in_modes_without_an_equal(load, model_type, implementation, mode):
     model = with_experts(load, model_type, implementation)
     dense_run(mode, model)
@@ -440,9 +438,7 @@ def differences_of_weights(one, other):
     return [n for (n, a), b in zip(one.named_parameters(), other.parameters(), strict=True) if not torch.equal(a, b)]
 
 
-@backends
-@implementations
-@expert_layouts
+@expert_cases
 def test_copies_of_a_cache_go_their_own_ways(load, model_type, implementation, backend):
     model, ids = with_experts(load, model_type, implementation), prompt(1, 3)
     branches = [torch.tensor([[5]]), torch.tensor([[60]])]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import naive_evaluation as naive
+from covering import covers
 from observe import InDouble
 from observe import prompt as random_ids
 from pop_mm import PopConfig, prune
@@ -22,11 +23,13 @@ CLOSE = 1e-9
 EXPERTS_ROUND_TO = 2  # experts in float64: |R| + |C| is even
 DENSE = naive.Method("dense", 0.0)
 ONLINE = ("static", "pop", "full", "griffin")  # by the prompt
-models = pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])  # gated, not gated and transposed, experts
+MODELS = ("llama", "gpt2", "mixtral")  # gated, not gated and transposed, experts
+PREFILLS, BATCHES = ("dense", "partition"), ("per_sequence", "shared")
+models = pytest.mark.parametrize("model_type", MODELS)
 methods = pytest.mark.parametrize("method", naive.METHODS)
 online = pytest.mark.parametrize("method", ONLINE)
-prefills = pytest.mark.parametrize("prefill", ["dense", "partition"])
-batches = pytest.mark.parametrize("batch", ["per_sequence", "shared"])
+prefills = pytest.mark.parametrize("prefill", PREFILLS)
+batches = pytest.mark.parametrize("batch", BATCHES)
 
 
 def texts(rows=2, length=PROMPT + STEPS + 1, seed=4):
@@ -95,10 +98,7 @@ def test_the_methods_are_those_of_the_library():
     assert set(METHODS) - {"thresholds"} == set(naive.METHODS)  # reference_thresholds.py has those
 
 
-@models
-@methods
-@prefills
-@batches
+@covers(model_type=MODELS, method=naive.METHODS, prefill=PREFILLS, batch=BATCHES)
 def test_scores(load, model_type, method, prefill, batch):
     found, expected = scored_by(load(model_type), method, prefill=prefill, batch=batch)
     assert close(found, expected)
@@ -171,9 +171,7 @@ def test_the_overall_ratio(load, model_type):
         assert close(*scored(model, texts(), config, definition))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
-@methods
-@pytest.mark.parametrize(("prefill", "batch"), [("dense", "per_sequence"), ("partition", "shared")])
+@covers(model_type=["llama", "mixtral"], method=naive.METHODS, prefill=PREFILLS, batch=BATCHES)
 def test_greedy_continuations(load, model_type, method, prefill, batch):
     model, ids, tokens = load(model_type), texts(), 4
     with InDouble():
@@ -208,22 +206,18 @@ def test_calibration_energies(load, model_type):
         torch.testing.assert_close(found[name], torch.tensor(sums, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
-@models
-@pytest.mark.parametrize("method", ["static", "pop", "full"])
-@pytest.mark.parametrize(
-    ("prefill", "batch", "backend"),
-    [
-        ("dense", "per_sequence", "masked"),
-        ("partition", "per_sequence", "masked"),
-        ("partition", "shared", "masked"),
-        ("partition", "shared", "inplace"),
-    ],
-)
+WAYS = {
+    "dense": ("dense", "per_sequence", "masked"),
+    "partition": ("partition", "per_sequence", "masked"),
+    "shared": ("partition", "shared", "masked"),
+    "in place": ("partition", "shared", "inplace"),
+}
+
+
+@covers(model_type=MODELS, method=["static", "pop", "full"], way=WAYS)
 @torch.no_grad()
-def test_one_forward_and_single_steps_give_the_logits_of_the_definition(
-    load, model_type, method, prefill, batch, backend
-):
-    model, ids = load(model_type), texts()
+def test_one_forward_and_single_steps_give_the_logits_of_the_definition(load, model_type, method, way):
+    model, ids, (prefill, batch, backend) = load(model_type), texts(), WAYS[way]
     settings = dict(
         ratio=RATIO, scope="ffn", gamma=GAMMA, variant=method, prefill=prefill, batch=batch, backend=backend
     )

@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 import pop_mm.kernels as kernels
+from covering import covers
 from modes import generate, pruned
 from observe import differences, fingerprint, prompt
 from pop_mm.accel.norms import FewTokensNorms
@@ -48,10 +49,12 @@ def random_norm(kind, size, dtype, eps=1e-5):
     return module.to(dtype)
 
 
-@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm, GptOssRMSNorm, nn.RMSNorm])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 1, 3, 37), (5, 1, 576)])
-@pytest.mark.parametrize("scale", [1e-4, 1, 300])
+@covers(
+    kind=[LlamaRMSNorm, Gemma2RMSNorm, GptOssRMSNorm, nn.RMSNorm],
+    dtype=[torch.float32, torch.bfloat16],
+    shape=[(1, 1, 8), (1, 1, 3, 37), (5, 1, 576)],
+    scale=[1e-4, 1, 300],
+)
 def test_it_is_the_module(kind, dtype, shape, scale, sizes):
     module = random_norm(kind, shape[-1], dtype)
     x = (scale * torch.randn(shape, generator=torch.Generator().manual_seed(2))).to(dtype)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteria
 
-from modes import LENGTH, STEPS, backends, generate, pruned, with_experts
+from covering import covers
+from modes import BACKENDS, LENGTH, STEPS, backends, generate, pruned, with_experts
 from observe import partitions, prompt
 from pop_mm import PhaseError
 from tiny_models import tiny
@@ -223,9 +224,7 @@ MODES = {
 }
 
 
-@both_kinds
-@backends
-@pytest.mark.parametrize("mode", MODES)
+@covers(model_type=("llama", "mixtral"), backend=BACKENDS, mode=MODES)
 def test_logits_to_keep_makes_no_token_of_the_prompt_a_decode_step(model, backend, mode, model_type):
     ids, settings = prompt(1, 4).repeat(1, 3), dict(MODES[mode])  # the lookup finds candidates at once
     if mode == "assisted":

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from covering import covers
 from modes import BACKENDS, LAYOUTS, RATIO, STEPS, backends, fresh, generate, left_padded, pruned
 from observe import InDouble, partitions, prompt, same_afterwards
 from pop_mm import ConfigError, PopConfig, prune
@@ -31,10 +32,7 @@ def probed(monkeypatch):
     return calls
 
 
-@backends
-@pytest.mark.parametrize("probe_tokens", PROBES)
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("model_type", LAYOUTS)
+@covers(model_type=LAYOUTS, probe_tokens=PROBES, rows=(1, 2), backend=BACKENDS)
 def test_greedy_equals_the_reference(model_type, backend, probe_tokens, rows):
     model, ids = fresh(model_type), prompt(rows, LENGTH)
     with Pop(model, RATIO, prefill="partition", probe_tokens=probe_tokens) as reference:

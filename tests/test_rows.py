@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from covering import covers
 from modes import threads_of_torch
 from pop_mm.kernels.activations import ACTIVATIONS
 from pop_mm.ops import library, reference
@@ -142,10 +143,7 @@ def test_only_some_matrices_may_take_part(threads):
     assert kept.tolist() == counts.tolist()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("act", ACTIVATIONS)
+@covers(dtype=DTYPES, threads=(1, 2, 3), gated=(True, False), act=ACTIVATIONS)
 def test_ffns_are_those_of_float64(dtype, threads, gated, act):
     make = Maker(dtype, 3)
     weights = make.ffn(37, 61, act=act, gated=gated, bias=act != "relu", gap=5, norms=act != "gelu")

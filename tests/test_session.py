@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pop_mm.exchange
+from covering import covers
 from modes import BACKENDS, LAYOUTS, LENGTH, STEPS, alone, backends, fresh, generate, pruned
 from observe import differences, fingerprint, prompt, same_afterwards
 from pop_mm import SessionError
@@ -23,10 +24,12 @@ class Stop(Exception):
 # --- restore --------------------------------------------------------------------------------------------------------
 
 
-@backends
-@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("model_type", LAYOUTS)
-@pytest.mark.parametrize("forward", [1, 3])  # in prefill, in decode
+@covers(
+    model_type=LAYOUTS,
+    backend=BACKENDS,
+    error=(Stop, KeyboardInterrupt, SystemExit),
+    forward=(1, 3),  # in prefill, in decode
+)
 def test_an_exception_in_generate_leaves_no_trace(load, model_type, backend, error, forward):
     model = load(model_type)
     count = 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from covering import covers
 from modes import backends, fresh, generate, pruned
 from observe import prompt, same_afterwards
 from pop_mm import SessionError, prune
@@ -142,19 +143,25 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("permute", [reversed_, rolled])
-@pytest.mark.parametrize("which", ["input", "down", "all"])
-@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS.keys())
-@sessions
-@families
-def test_channels_that_are_permuted_while_none_are_moved_are_followed(family, session_of, writer, which, permute):
-    if family != "llama" and which == "all":
-        pytest.skip("gate and up of experts are one tensor, whose halves would be mixed")
+WHICH = {"input": slice(0, 1), "down": slice(-1, None)}
+
+
+@covers(family=FAMILIES, session=SESSIONS, writer=WRITERS, which=WHICH, permute=(reversed_, rolled))
+def test_channels_that_are_permuted_while_none_are_moved_are_followed(family, session, writer, which, permute):
+    check_permuting(family, SESSIONS[session], WRITERS[writer], WHICH[which], permute)
+
+
+@covers(session=SESSIONS, writer=WRITERS, permute=(reversed_, rolled))
+def test_channels_of_all_weights_that_are_permuted_while_none_are_moved_are_followed(session, writer, permute):
+    """Not of experts: their gate and up are one tensor, whose halves would be mixed."""
+    check_permuting("llama", SESSIONS[session], WRITERS[writer], slice(None), permute)
+
+
+def check_permuting(family, session_of, writer, which, permute):
     model, twin = fresh(family), fresh(family)
 
     def write(model):
-        weights = weights_of(model)
-        for weight, axis in {"input": weights[:1], "down": weights[-1:], "all": weights}[which]:
+        for weight, axis in weights_of(model)[which]:
             permute(writer(weight), axis)
 
     write(twin)

@@ -28,7 +28,6 @@ from pop_mm.asking import asking
 from tiny_models import tiny
 from wrapped import FEW_WAYS, WAYS, check, check_packed
 
-CHOICES = [*((name,) for name in PROJECTIONS), PROJECTIONS]
 WITHOUT_BIASES = [
     row for row in ADAPTERS if row.name not in ("LoRA with biases", "BEFT")
 ]  # which the FFNs of the mixture lack
@@ -36,10 +35,12 @@ COMMON = ("LoRA", "rsLoRA", "DoRA", "AdaLoRA", "IA3", "VeRA", "LoHa", "LoKr", "O
 
 
 def cases(rows):
-    """Every wrapper on every projection."""
-    for row in rows:
-        for projections in CHOICES:
-            yield pytest.param(row, projections, id=f"{row.name}-{projections[0] if len(projections) == 1 else 'all'}")
+    """Every wrapper on all projections and on one of them in turn; the common ones on each alone."""
+    choices = {PROJECTIONS: "all"} | {(name,): name for name in PROJECTIONS}
+    for place, row in enumerate(rows):
+        in_turn = (PROJECTIONS, (PROJECTIONS[place % len(PROJECTIONS)],))
+        for projections in choices if row.name in COMMON else in_turn:
+            yield pytest.param(row, projections, id=f"{row.name}-{choices[projections]}")
 
 
 def every(name):
