@@ -16,7 +16,7 @@ _MEDIA = ("image", "video", "audio", "vision")
 
 
 class TokenError(PopError, ValueError):
-    """A token id that the model's embedding does not have."""
+    """Model and tokenizer do not fit: a token id that the embedding has no row for."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def _table_rows(model: Any) -> Iterator[int]:
         yield from (len(buffer) for buffer in module.buffers(recurse=False) if buffer.dim() == 2)
 
 
-def unknown_token(model: Any, ids: Tensor, tokenizer: Any = None) -> str | None:
-    """What is wrong with token ids that the model's embedding does not have; None if it has them all.
+def check_tokens(model: Any, ids: Tensor, tokenizer: Any = None, where: str = "") -> None:
+    """Refuse token ids that the model's embedding has no row for.
 
     Parameters
     ----------
@@ -82,27 +82,27 @@ def unknown_token(model: Any, ids: Tensor, tokenizer: Any = None) -> str | None:
         Of any shape. Ids that stand for images, video or audio are the model's own affair.
     tokenizer : PreTrainedTokenizerBase, optional
         Names the token in the message.
+    where : str
+        A sentence that the message begins with: what cannot be done because of it.
+
+    Raises
+    ------
+    TokenError
     """
     rows = _embedding_rows(model)
     if rows is None:
-        return None
+        return
     wrong = ids[(ids < 0) | (ids >= rows)].tolist()
     media = _media_ids(model.config) if wrong else set()
     first = next((token for token in wrong if token not in media), None)
     if first is None:
-        return None
+        return
     name = "" if tokenizer is None or first < 0 else f" ({tokenizer.convert_ids_to_tokens(first)!r})"
-    return (
-        f"The tokenizer gives token id {first}{name}, but the model's embedding has {rows} rows (ids 0 to {rows - 1}). "
-        "Take the tokenizer that belongs to the model, or give the model more rows "
+    raise TokenError(
+        f"{where}{' ' if where else ''}The tokenizer gives token id {first}{name}, but the model's embedding has {rows} rows "
+        f"(ids 0 to {rows - 1}). Take the tokenizer that belongs to the model, or give the model more rows "
         "(model.resize_token_embeddings(len(tokenizer)), train them, save both)."
     )
-
-
-def check_tokens(model: Any, ids: Tensor, tokenizer: Any = None) -> None:
-    """Raise ``TokenError`` with what :func:`unknown_token` finds."""
-    if (message := unknown_token(model, ids, tokenizer)) is not None:
-        raise TokenError(message)
 
 
 def _embedding_rows(model: Any) -> int | None:
@@ -122,4 +122,4 @@ def _media_ids(config: Any) -> set[int]:
     return found
 
 
-__all__ = ["Context", "TokenError", "check_tokens", "context_of", "unknown_token"]
+__all__ = ["Context", "TokenError", "check_tokens", "context_of"]

@@ -20,7 +20,7 @@ from pop_mm.cli import main
 from pop_mm.cli.terminal import write_json
 from pop_mm.inputs import TokenError, check_tokens, context_of
 from pop_mm.samples import load_vision
-from pop_mm.vision import InputError, prepare
+from pop_mm.vision import prepare
 from tiny_folder import WORDS, save
 from tiny_models import VOCAB, tiny
 from tiny_vlm_folder import save_vlm
@@ -178,7 +178,7 @@ def test_everything_is_saved_before_anything_is_printed(commands, capsys, monkey
         patch.setattr(sys, "stdout", Full())
         with pytest.raises(SystemExit) as stop:
             main([str(argument) for argument in arguments])
-    assert stop.value.code == 2
+    assert stop.value.code == 1
     assert capsys.readouterr().err == "Error: The output cannot be written: No space left on device.\n"
     assert all(file.stat().st_size > 100 for file in files)
     assert json.loads(files[0].read_text())
@@ -248,7 +248,7 @@ def test_a_process_with_a_full_disk_has_saved(folder, tmp_path):
     command = [sys.executable, "-m", "pop_mm", "generate", "--model", folder, "--prompt", PROMPT]
     with open("/dev/full", "w") as full:
         done = subprocess.run([*command, "--json", tmp_path / "a.json"], stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (2, "Error: The output cannot be written: No space left on device.\n")
+    assert (done.returncode, done.stderr) == (1, "Error: The output cannot be written: No space left on device.\n")
     assert json.loads((tmp_path / "a.json").read_text())
 
 
@@ -259,16 +259,16 @@ def test_a_token_beyond_the_embedding_is_named(call, too_many_tokens, prose, tmp
     said = f"token id {VOCAB} ('zebra'), but the model's embedding has {VOCAB} rows (ids 0 to {VOCAB - 1}). Take the"
     model = ("--model", too_many_tokens)
     code, out, err = call("generate", *model, "--prompt", "w5 zebra")
-    assert (code, out) == (2, "")
+    assert (code, out) == (1, "")
     assert is_a_sentence(err, said)
     assert call("generate", *model, "--prompt", "w5 w6", "--max-new-tokens", 2)[0] == 0
     prose.write_text(prose.read_text() + " zebra" * 20)
     code, _, err = call("eval", *model, "--text", prose, *EVAL, "--output", tmp_path / "out")
-    assert code == 2 and is_a_sentence(err, "The text 'prose.txt #4' cannot be scored", said)
+    assert code == 1 and is_a_sentence(err, "The text 'prose.txt #4' cannot be scored", said)
     assert not list((tmp_path / "out").iterdir())
     monkeypatch.setattr("pop_mm.bench.prompts.load_passages", lambda: {"zoo": "w5 zebra w7"})
     code, _, err = call("bench", *model, *BENCH)
-    assert code == 2 and is_a_sentence(err, said)
+    assert code == 1 and is_a_sentence(err, said)
 
 
 def test_an_image_prompt_with_a_token_beyond_the_embedding(call, tmp_path):
@@ -277,13 +277,13 @@ def test_an_image_prompt_with_a_token_beyond_the_embedding(call, tmp_path):
     rows = model.get_input_embeddings().num_embeddings
     processor.tokenizer.add_tokens([f"zebra{i}" for i in range(rows - len(processor.tokenizer) + 1)])
     word = processor.tokenizer.convert_ids_to_tokens(rows)
-    with pytest.raises(InputError, match=rf"token id {rows} \('{word}'\), but the model's embedding has {rows} rows"):
+    with pytest.raises(TokenError, match=rf"token id {rows} \('{word}'\), but the model's embedding has {rows} rows"):
         prepare(processor, None, f"a {word}", model=model)
     assert prepare(processor, None, f"a {word}")["input_ids"].max() == rows, "without a model nothing can be checked"
     processor.save_pretrained(folder)
     pop_mm.vision.load_image(b"P6 40 40 255 " + bytes(4800)).save(tmp_path / "i.png")
     code, _, err = call("ask", f"a {word}", "--model", folder, "--image", tmp_path / "i.png", "--max-new-tokens", 2)
-    assert code == 2 and is_a_sentence(err, f"token id {rows} ('{word}')")
+    assert code == 1 and is_a_sentence(err, f"token id {rows} ('{word}')")
 
 
 def test_ids_of_images_may_lie_beyond_the_embedding():
@@ -305,7 +305,7 @@ def test_a_special_token_beyond_the_embedding(call, folder, tmp_path):
     tokenizer.chat_template = "{% for m in messages %}<|user|> {{ m['content'] }} {% endfor %}"
     tokenizer.save_pretrained(target)
     code, _, err = call("generate", "--model", target, "--prompt", "w5")
-    assert code == 2 and is_a_sentence(err, f"token id {VOCAB} ('<|user|>')")
+    assert code == 1 and is_a_sentence(err, f"token id {VOCAB} ('<|user|>')")
     assert call("generate", "--model", target, "--prompt", "w5", "--no-chat", "--max-new-tokens", 2)[0] == 0
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inputs import unknown_token
+from ..inputs import check_tokens
 from ..passages import load_passages
-from .errors import BenchError
 
 
 class Prompts:
@@ -24,7 +23,7 @@ class Prompts:
 
     Raises
     ------
-    BenchError
+    TokenError
         The tokenizer has a token that the model's embedding has no row for.
     """
 
@@ -35,8 +34,7 @@ class Prompts:
             texts = load_passages().values()
             self._passages = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
             every = torch.tensor([token for passage in self._passages for token in passage])
-            if (message := unknown_token(model, every, tokenizer)) is not None:
-                raise BenchError(message)
+            check_tokens(model, every, tokenizer)
         configs = (model.config, model.config.get_text_config())
         special = [value for config in configs for key, value in config.to_dict().items() if key.endswith("token_id")]
         ids = torch.ones(configs[1].vocab_size, dtype=torch.bool)

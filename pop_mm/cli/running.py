@@ -17,6 +17,7 @@ from typing import cast
 import typer
 
 from ..errors import PopError, one_line
+from ..inputs import TokenError
 from ..samples import HubError
 from . import loudness
 
@@ -28,9 +29,9 @@ _OUTPUT_ERRORS = (errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EBADF, errno.EFBIG
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``pop-mm``.
 
-    A user's mistake ends with a plain sentence and code 2, any other failure (a model that the hub does not give, for one) with
-    one and code 1, Ctrl-C with code 130 and nothing. ``-v`` or ``POP_MM_TRACEBACK=1`` print the traceback of such other
-    failures. What the encoding of stdout does not have is replaced by ``?``.
+    A user's mistake ends with a plain sentence and code 2, any other failure (a model that the hub does not give, or whose
+    embedding lacks a token) with one and code 1, Ctrl-C with code 130 and nothing. ``-v`` or ``POP_MM_TRACEBACK=1`` print
+    the traceback of such other failures. What the encoding of stdout does not have is replaced by ``?``.
 
     Parameters
     ----------
@@ -68,7 +69,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except HubError as error:
+    except (HubError, TokenError) as error:
         return _say(str(error), 1)
     except PopError as error:
         return _say(str(error), 2)
@@ -76,7 +77,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _say(error.format_message(), 2) if str(error) else 2
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT_ERRORS:
-            return _say(f"The output cannot be written: {error.strerror}.", 2)
+            return _say(f"The output cannot be written: {error.strerror}.", 1)
         return _say(_unexpected(error), 1)
     return code if isinstance(code, int) else 0
 

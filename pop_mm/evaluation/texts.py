@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import inputs
 from ..config import unique_keys
 from ..errors import PopError, one_line
-from ..inputs import unknown_token
 
 
 class TextError(PopError):
@@ -240,10 +240,9 @@ def _is_json(text: str) -> bool:
 
 
 def check_tokens(model: Any, windows: Sequence[Window], tokenizer: Any = None) -> None:
-    """Raise ``TextError`` if a window has a token id that the model's embedding has no row for."""
+    """Raise ``TokenError`` if a window has a token id that the model's embedding has no row for."""
     for window in windows:
-        if (message := unknown_token(model, window.ids, tokenizer)) is not None:
-            raise TextError(f"The text {window.name!r} cannot be scored. {message}")
+        inputs.check_tokens(model, window.ids, tokenizer, f"The text {window.name!r} cannot be scored.")
 
 
 def windows(texts: Mapping[str, str | Chats], tokenizer: Any, tokens: int, limit: int | None = None) -> list[Window]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import one_line
-from ..inputs import unknown_token
+from ..inputs import check_tokens
 from .images import ImageSource, InputError, from_base64, is_url, load_image
 from .processors import check_takes_images
 from .qwen import resolve_media
@@ -118,8 +118,9 @@ def prepare_chats(
     Raises
     ------
     InputError
-        A message or an image that cannot be used, a processor that refuses the prompt, or a token that the model's embedding
-        has no row for.
+        A message or an image that cannot be used, or a processor that refuses the prompt.
+    TokenError
+        The processor's tokenizer has a token that the model's embedding has no row for.
     """
     check_takes_images(processor)
     rows = [[_message(message) for message in turns] for turns in _batch(chats)]
@@ -146,9 +147,8 @@ def prepare_chats(
         inputs["mm_token_type_ids"] = inputs["input_ids"].new_tensor(
             processor.create_mm_token_type_ids(inputs["input_ids"].tolist())
         )
-    words = getattr(processor, "tokenizer", None)
-    if model is not None and (message := unknown_token(model, inputs["input_ids"], words)) is not None:
-        raise InputError(message)
+    if model is not None:
+        check_tokens(model, inputs["input_ids"], getattr(processor, "tokenizer", None))
     device = getattr(model, "device", None) if device is None else device
     dtype = getattr(model, "dtype", None) if dtype is None else dtype
     return inputs.to(device=device, dtype=dtype)
