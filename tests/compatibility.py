@@ -63,7 +63,7 @@ class Row:
 # adapters -----------------------------------------------------------------------------------------------------------
 
 
-def peft_model(config: str, **settings: Any) -> Callable[..., Any]:
+def peft_model(config: str, noise: float = 0.3, **settings: Any) -> Callable[..., Any]:
     """Makes a PeftModel with this config's tuner around some projections, every weight that it trains random."""
 
     def make(model: nn.Module, projections: tuple[str, ...] = PROJECTIONS) -> Any:
@@ -76,20 +76,22 @@ def peft_model(config: str, **settings: Any) -> Callable[..., Any]:
             options |= {key: [f"{name}.weight" for name in projections], "target_modules": []}
         options |= {key: value(peft) for key, value in options.items() if callable(value)}
         tuner = getattr(peft, config)(**{"target_modules": list(projections), **options})
-        wrapped = peft.get_peft_model(model, tuner).eval()
-        randomise(wrapped)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            wrapped = peft.get_peft_model(model, tuner).eval()
+        randomise(wrapped, noise=noise)
         return wrapped
 
     return make
 
 
-def randomise(wrapped: nn.Module, seed: int = 0) -> None:
-    """An adapter that is not trained does nothing, and a test of it would see nothing."""
+def randomise(wrapped: nn.Module, seed: int = 0, noise: float = 0.3) -> None:
+    """Train an adapter so far that other channels are chosen: of one that does nothing a test would see nothing."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
-            noise = torch.randn(parameter.shape, generator=generator) * 0.1
-            parameter.data = parameter.data + noise.to(parameter.dtype)
+            change = torch.randn(parameter.shape, generator=generator) * noise
+            parameter.data = parameter.data + change.to(parameter.dtype)
 
 
 def merged(wrapped: Any) -> Any:
@@ -127,14 +129,14 @@ ADAPTERS = [
     _tuner("AdaMSS", "AdamssConfig", r=4),
     _tuner("BEFT", "BeftConfig"),
     _tuner("BOFT", "BOFTConfig", boft_block_size=4),
-    _tuner("C3A", "C3AConfig", tolerance=1e-4, block_size=8),
+    _tuner("C3A", "C3AConfig", tolerance=1e-4, block_size=8, noise=3),
     _tuner("DEFT", "DeftConfig", tolerance=1e-4, r=4),
     _tuner("DeLoRA", "DeloraConfig", r=4),
     _tuner("FourierFT", "FourierFTConfig", n_frequency=64),
     _tuner("FRoD", "FrodConfig"),
     _tuner("GLoRA", "GloraConfig", r=4),
     _tuner("GraLoRA", "GraloraConfig", r=4),
-    _tuner("HiRA", "HiraConfig", r=4),
+    _tuner("HiRA", "HiraConfig", r=4, noise=1),
     _tuner("HRA", "HRAConfig", r=4),
     _tuner("IA3", "IA3Config"),
     _tuner("LN tuning", "LNTuningConfig"),
@@ -144,16 +146,16 @@ ADAPTERS = [
     _tuner("OFT", "OFTConfig", r=0, oft_block_size=4),
     _tuner("OSF", "OSFConfig"),
     _tuner("PEANuT", "PeanutConfig", r=4),
-    _tuner("PSOFT", "PsoftConfig", tolerance=1e-3, dtype=torch.float32, r=4),
-    _tuner("PVeRA", "PveraConfig", r=4),
+    _tuner("PSOFT", "PsoftConfig", tolerance=1e-3, dtype=torch.float32, r=4, noise=1),
+    _tuner("PVeRA", "PveraConfig", r=4, noise=1),
     _tuner("RandLoRA", "RandLoraConfig", r=4),
     _tuner("RoAd", "RoadConfig", group_size=8),
     _tuner("SHiRA", "ShiraConfig", r=4),
     _tuner("Supertuning", "SupertuningConfig"),
     _tuner("TinyLoRA", "TinyLoraConfig", r=4),
-    _tuner("UniLoRA", "UniLoraConfig", r=4),
+    _tuner("UniLoRA", "UniLoraConfig", r=4, noise=1),
     _tuner("VB-LoRA", "VBLoRAConfig", r=4, vector_length=8, num_vectors=16, topk=2),
-    _tuner("VeRA", "VeraConfig", r=4),
+    _tuner("VeRA", "VeraConfig", r=4, noise=1),
     _tuner("WaveFT", "WaveFTConfig", n_frequency=64),
 ]
 REFUSED_ADAPTERS = [

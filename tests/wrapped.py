@@ -25,6 +25,11 @@ def run(model, backend, batch):
     return torch.stack(out.logits), partitions(session), found
 
 
+def choice_of_first_layer(model):
+    """Its partition, which no other layer has a say in: of a changed down projection, its column norms alone."""
+    return run(model, "masked", "shared")[1][0]
+
+
 def check(model, twin, touched, tolerance=1e-9, ways=WAYS, unchanged=True):
     """A wrapped model gives what its twin with plain weights gives, and its FFNs that are ``touched`` run masked."""
     twins = {batch: run(twin, "masked", batch) for batch in dict.fromkeys(batch for _, batch in ways)}
