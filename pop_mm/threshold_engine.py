@@ -275,16 +275,15 @@ class ThresholdEngine(Engine):
 
     def mask(self, index: int, which: str, forward: Forward, values: Tensor, positions: Tensor | None = None) -> Tensor:
         """As :meth:`Engine.mask`; entries stand in their own places, so ``positions`` are None."""
+        first = self.state(index, forward).inputs[which].first_in(forward)
+        if forward.phase is Phase.PREFILL and not first:
+            return values
         step = self.step(forward, values.device)
         if values.shape[:-1].numel() != forward.rows * forward.length:
             raise SessionError(
                 f"{self.ffns[index].name} was given an input of shape {tuple(values.shape)} in a forward of {len(step)} "
                 "tokens, so it is unknown which token an entry belongs to. Its adapter should not name it among the inputs."
             )
-        inputs = self.state(index, forward).inputs[which]
-        first = inputs.first_in(forward)
-        if forward.phase is Phase.PREFILL and not first:
-            return values
         weight = self.channel_weights()[index][0].to(values.device) if which == "h" else None
         flat = values.reshape(-1, values.shape[-1])
         found = self._mask(index, which, first, forward, step, step.unit, flat, weight)

@@ -8,7 +8,6 @@ and one line of each weight of an FFN, since writing to ``weight.data`` leaves n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
 from operator import attrgetter, is_
 from typing import Any
 
@@ -23,6 +22,7 @@ from .experts import Experts
 from .formats import tensors_behind
 from .groups import InputGroup
 from .layout import FFN
+from .ops.sample import Sampled, sample
 
 _version = attrgetter("_version")
 _data_ptr = torch.Tensor.data_ptr
@@ -188,17 +188,15 @@ class Watch:
 
     @torch.no_grad()
     def _sums_now(self, records: Sequence[FFN | Experts]) -> list[dict[int, int]]:
-        """By FFN, id of a weight -> a sum over numbers of it, as integers, each times its place in the original order."""
-        alike: dict[Any, list[tuple[int, int, Tensor]]] = {}
+        """By FFN, id of a weight -> a sum over numbers of it."""
+        keys, matrices = list[tuple[int, int]](), list[Sampled]()
         for number, record in enumerate(records):
-            for key, numbers in _numbers(record, self._positions(record)):
-                alike.setdefault((numbers.shape, numbers.dtype, numbers.device), []).append((number, key, numbers))
+            for key, sampled in _sampled(record, self._positions(record)):
+                keys.append((number, key))
+                matrices.append(sampled)
         sums: list[dict[int, int]] = [{} for _ in records]
-        for several in alike.values():
-            together = torch.stack([numbers for *_, numbers in several]).flatten(1)
-            factors = torch.arange(1, 2 * together.shape[1], 2, device=together.device)
-            for (number, key, _), total in zip(several, (together * factors).sum(1).tolist(), strict=True):
-                sums[number][key] = sums[number].get(key, 0) * 31 + int(total)
+        for (number, key), total in zip(keys, sample(matrices), strict=True):
+            sums[number][key] = sums[number].get(key, 0) * 31 + total
         return sums
 
 
@@ -249,27 +247,23 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
     yield from getattr(hook, "hooks", [] if hook is None else [hook])
 
 
-def _numbers(record: FFN | Experts, positions: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """Of each weight a number of every channel, in original order, and in turn of every input or output of the FFN.
+def _sampled(record: FFN | Experts, positions: Tensor | None) -> Iterator[tuple[int, Sampled]]:
+    """Of each weight what is looked at: a number of every channel, and in turn of every input or output of the FFN.
 
     Of what holds nothing of the channels some numbers.
     """
-    units, size = record.experts or 1, record.size
     looked_at = set()
     for weight, matrices in _channel_weights(record):
         looked_at.add(id(weight))
-        unit, place, turn = _places_of(units, size, weight.device)
-        place = place if positions is None else positions.to(weight.device)
         for matrix, axis in matrices(weight.detach(), None):
-            rows = as_integers(matrix if axis == 0 else matrix.transpose(-1, -2))
-            rows = rows if rows.dim() == 3 else rows.unsqueeze(0)
-            yield id(weight), rows[unit, place, turn % rows.shape[-1]]
+            rows = matrix if axis == 0 else matrix.transpose(-1, -2)
+            yield id(weight), (rows if rows.dim() == 3 else rows.unsqueeze(0), positions)
     own = {id(tensor) for module in record.modules for tensor in module._parameters.values()}  # biases of down
     parts = dict.fromkeys(part for module in record.modules for part in module.modules())
     held = {id(t): t for part in parts for t in part._parameters.values() if t is not None and id(t) not in looked_at}
     for tensor in filter(_is_readable, held.values()):
         step = 1 if id(tensor) in own else max(1, tensor.numel() // _SAMPLE)
-        yield id(tensor), as_integers(tensor).reshape(-1)[::step]
+        yield id(tensor), (tensor.detach().reshape(-1)[::step].view(1, -1, 1), None)
 
 
 def _channel_weights(
@@ -282,14 +276,6 @@ def _channel_weights(
     for found in record.channel_tensors() if whole else ():
         if _is_readable(found.tensor):
             yield found.tensor, found.matrices
-
-
-@cache
-def _places_of(units: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """``[U, 1]``, ``[U, D]`` and ``[U, D]``: the unit, the channel and the running number of each channel."""
-    with torch.inference_mode(False):
-        turn = torch.arange(units * size, device=device).view(units, size)
-        return torch.arange(units, device=device).unsqueeze(1), turn % size, turn
 
 
 def _is_readable(tensor: Tensor) -> bool:

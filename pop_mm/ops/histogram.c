@@ -5,12 +5,12 @@
 
 #define BINS 4096
 #define BIN_SHIFT 19
-#define TABLES 4 /* counted into in turn: the next number often has the bin of the last one */
+#define TABLES 2 /* counted into in turn: the next number often has the bin of the last one */
 #define PIECE 1024
 #define MOST (1LL << 31) /* numbers that a table of 32 bits counts before it is emptied; a row has fewer */
 #define ALONE 16384 /* numbers that one thread counts sooner than two would begin */
 
-static inline int32_t bin_of(float magnitude) {
+static inline uint16_t bin_of(float magnitude) {
     union { float value; uint32_t bits; } v = {.value = magnitude};
     return magnitude != magnitude ? BINS - 1 : v.bits << 1 >> (BIN_SHIFT + 1);
 }
@@ -19,7 +19,7 @@ static inline int32_t bin_of(float magnitude) {
 static void count_row(const T *x, int64_t n, const float *norms, uint32_t (*table)[BINS]) {
     for (int64_t start = 0; start < n; start += PIECE) {
         const int64_t some = n - start < PIECE ? n - start : PIECE;
-        int32_t bin[PIECE];
+        uint16_t bin[PIECE];
         if (norms) for (int64_t i = 0; i < some; i++) bin[i] = bin_of(fabsf((float)from_T(x[start + i])) * norms[start + i]);
         else for (int64_t i = 0; i < some; i++) bin[i] = bin_of(fabsf((float)from_T(x[start + i])));
         int64_t i = 0;
@@ -31,8 +31,8 @@ static void count_row(const T *x, int64_t n, const float *norms, uint32_t (*tabl
 
 static void add(uint32_t (*table)[BINS], int64_t *counts) {
     _Pragma("omp critical(histogram)")
-    for (int64_t i = 0; i < BINS; i++)
-        for (int64_t j = 0; j < TABLES; j++) counts[i] += table[j][i];
+    for (int64_t j = 0; j < TABLES; j++)
+        for (int64_t i = 0; i < BINS; i++) counts[i] += table[j][i];
 }
 
 /* x: [tokens, n], rows `stride` elements apart; norms: null, or [n] factors of the magnitudes, which are rounded to float

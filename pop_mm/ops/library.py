@@ -22,7 +22,7 @@ OPTIONS = {
     torch.float64: "-DFLOAT64",
 }
 INT8 = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of models whose weights may be int8
-_NAMES = ("rows.c", "histogram.c", "transpose.c", "layer.c", "dot.c")
+_NAMES = ("rows.c", "histogram.c", "transpose.c", "layer.c", "dot.c", "sample.c")
 _FILES = tuple(map(Path(__file__).with_name, _NAMES))
 _HEADERS = (*(Path(__file__).with_name(name) for name in ("scalar.h", "activate.h")), *kernels.HEADERS)
 
@@ -61,6 +61,7 @@ class Library:
         self.dot = function(found, "dot", ctypes.c_char_p, INTEGER, POINTER, INTEGER, POINTER, POINTER, INT)
         self.histogram = function(found, "histogram", POINTER, *[INTEGER] * 3, *[POINTER] * 3, INT)
         self.transpose = function(found, "transpose", *[POINTER, INTEGER, INTEGER] * 2, *[INTEGER] * 3, INT)
+        self.sample = function(found, "sample", ctypes.c_char_p, INTEGER, POINTER, INT)
         self.want_large_pages = function(found, "want_large_pages", POINTER, INTEGER)
         self.page_out = function(found, "page_out", POINTER, INTEGER)
         self.attend = function(found, "attend", ctypes.c_char_p, *[POINTER] * 5, INT)
