@@ -6,110 +6,54 @@ experts have ``h`` in front of the down projection too. Every sequence has thres
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import PopConfig
+from .correction import Correction
 from .engine import Engine
 from .errors import NonFiniteError, SessionError
 from .events import Events, tells
 from .experts import Experts
 from .groups import InputGroup
-from .layout import FFN
 from .methods.thresholds import PASS_ALL, histogram, kept, magnitudes, not_finite, threshold
 from .modality import added
 from .ops.histogram import BINS
 from .phase import Forward, Phase
 from .state import PromptState
 from .step import Step
+from .threshold_state import InputState, Record, RecordState, ThresholdState
 
+<<<<<<< HEAD
 Record = FFN | Experts | InputGroup
 _SPREAD = "spread"  # in the place of a kind: inputs of which each process has a part
+=======
+>>>>>>> 702e395 (Long answers read what was asked for: thresholds are corrected slowly)
 _HISTOGRAMS = 512  # of so many rows thresholds are decided at once: 16 MB
 
 
-class InputState:
-    """What one prompt knows about one input.
+@dataclass(eq=False)
+class Answer:
+    """The answer's tokens in one forward.
 
     Attributes
     ----------
-    counts : mapping of int to Tensor
-        Modality -> ``[B, BINS]``: magnitudes of the prompt's entries, in bins. Never changed in place, so copies share them.
-    width : int
-        Entries of a token's input.
-    threshold : Tensor or None
-        ``[B]``, float32; None before the first decode step.
-    kept : Tensor or float
-        Entries that the decode steps kept.
-    entries : Tensor or float
-        Entries that they had.
+    columns : int
+        Columns of prompt before them.
+    factors : Tensor or None
+        ``[B, q]``, float32: of each token's thresholds; None if all are 1.
+    read : Tensor
+        ``[B * q, 2]``, float64: weights that each token has read so far, and of how many.
     """
 
-    def __init__(self) -> None:
-        self.counts: Mapping[int, Tensor] = {}
-        self.width = 0
-        self.threshold: Tensor | None = None
-        self.kept: Tensor | float = 0.0
-        self.entries: Tensor | float = 0.0
-        self._seen_in: weakref.ref[Forward] | None = None
-
-    def first_in(self, forward: Forward) -> bool:
-        """Whether this input is seen for the first time in a forward: modules of a group are given the same one."""
-        if self._seen_in is not None and self._seen_in() is forward:
-            return False
-        self._seen_in = weakref.ref(forward)
-        return True
-
-    def log(self, kept: Tensor, entries: Tensor | float) -> None:
-        """Count what decode steps kept of what they had."""
-        self.kept, self.entries = self.kept + kept, self.entries + entries
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Row b is row ``rows[b]`` of before."""
-        self.counts = {modality: counts[rows.to(counts.device)] for modality, counts in self.counts.items()}
-        if self.threshold is not None:
-            self.threshold = self.threshold[rows.to(self.threshold.device)]
-
-
-class RecordState:
-    """What one prompt knows about one record: an :class:`InputState` for x and, where there is one, h."""
-
-    def __init__(self, record: Record) -> None:
-        self.inputs = {which: InputState() for which in record.by_input}
-
-    @property
-    def partition(self) -> object | None:
-        """Something if the thresholds are known (the name that POP's states have for it)."""
-        known = [state.threshold for state in self.inputs.values()]
-        return None if any(found is None for found in known) else known
-
-    def copy(self) -> RecordState:
-        """An independent copy. Tensors are never changed in place, so it shares them."""
-        twin = copy.copy(self)
-        twin.inputs = {name: copy.copy(state) for name, state in self.inputs.items()}
-        return twin
-
-    snapshot = copy
-
-    def restore(self, before: RecordState) -> None:
-        """Know what was known before a prefill that was cropped off. Counts of decode steps go on."""
-        for name, state in self.inputs.items():
-            state.counts, state.threshold = before.inputs[name].counts, before.inputs[name].threshold
-
-    def invalidate(self) -> None:
-        """More of the prompt comes: the thresholds so far no longer hold."""
-        for state in self.inputs.values():
-            state.threshold = None
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Row b is row ``rows[b]`` of before."""
-        for state in self.inputs.values():
-            state.select_rows(rows)
+    columns: int
+    factors: Tensor | None
+    read: Tensor
 
 
 class ThresholdEngine(Engine):
@@ -120,6 +64,8 @@ class ThresholdEngine(Engine):
     records : sequence of FFN, Experts or InputGroup
     shares : sequence of mapping
         Of each record, input -> share of its entries that is kept.
+    weights : sequence of mapping
+        Of each record, input -> weights behind it that a token reads, if all of its entries are kept.
     config : PopConfig
     modalities : int
         How many the model can have.
@@ -131,12 +77,18 @@ class ThresholdEngine(Engine):
         self,
         records: Sequence[Any],
         shares: Sequence[Mapping[str, float]],
+        weights: Sequence[Mapping[str, int]],
         config: PopConfig,
         modalities: int = 1,
         events: Events | None = None,
     ) -> None:
         super().__init__(records, config, modalities, events)
         self.shares = shares
+        mine = [{} if record.role == "lm_head" else own for record, own in zip(records, weights, strict=True)]
+        self.costs = [_costs(record, own) for record, own in zip(records, mine, strict=True)]
+        meant = sum(own[which] * share[which] for own, share in zip(mine, shares, strict=True) for which in own)
+        self._intended = meant / max(1, sum(sum(own.values()) for own in mine))
+        self._answers: weakref.WeakKeyDictionary[Forward, Answer] = weakref.WeakKeyDictionary()
         self._first: weakref.WeakKeyDictionary[Forward, Tensor] = weakref.WeakKeyDictionary()
         # of a step, by modality, [B, N]: which tokens count for which sequence
         self._counted: weakref.WeakKeyDictionary[Step, list[tuple[int, Tensor]]] = weakref.WeakKeyDictionary()
@@ -149,7 +101,7 @@ class ThresholdEngine(Engine):
     def new_state(self, rows: int, cache: Any) -> PromptState:
         """State of a new prompt of ``rows`` sequences."""
         states: list[Any] = [RecordState(record) for record in self.ffns]
-        return PromptState(states, rows, cache)
+        return ThresholdState(states, rows, cache, Correction(self._intended))
 
     def _read(self, index: int) -> Tensor:
         """Norms of the down projection's columns, ``[E, D]`` (one expert in a dense FFN), float32; nothing of attention.
@@ -226,6 +178,31 @@ class ThresholdEngine(Engine):
             )
 
     # decode ---------------------------------------------------------------------------------------------------------
+
+    def begin_answer(self, forward: Forward) -> None:
+        """Before a forward that holds tokens of the answer: correct their thresholds, where the cache says which they are.
+
+        Not where the model is spread over processes, of which each knows what it has read itself.
+        """
+        columns, state = forward.prompt_length, forward.state
+        unknown = forward.past is None or isinstance(forward.decode_from, Tensor)
+        if unknown or forward.draft or self.processes is not None:
+            return
+        factors = state.correction.begin(forward.past + columns, forward.length - columns)
+        if factors is not None:
+            factors = torch.nn.functional.pad(factors, (columns, 0), value=1).expand(forward.rows, -1)
+        read = torch.zeros(forward.rows * forward.length, 2, dtype=torch.float64)
+        self._answers[forward] = Answer(columns, factors, read)
+
+    def answer(self, forward: Forward) -> Answer | None:
+        """What is known of the answer's tokens in a forward; None if nothing is corrected by them."""
+        return self._answers.get(forward)
+
+    def end_answer(self, forward: Forward) -> None:
+        """After that forward: note what its tokens read."""
+        answer = self._answers.pop(forward, None)
+        if answer is not None:
+            forward.state.correction.end(answer.read.view(forward.rows, forward.length, 2)[:, answer.columns :])
 
     @tells("partition")
     def partition_all(self, state: PromptState) -> None:
@@ -318,11 +295,19 @@ class ThresholdEngine(Engine):
         if state.threshold is None:
             self._decide(forward.state, [(index, which)])
         assert state.threshold is not None
-        keep = kept(scores, state.threshold.to(values.device).expand(step.rows)[row].unsqueeze(1))
+        bound = state.threshold.to(values.device).expand(step.rows)[row]
+        cost, answer = self.costs[index].get(which), self._answers.get(forward)
+        if answer is not None and answer.factors is not None and cost is not None:
+            bound = bound * answer.factors.to(values.device)[row, step.column]
+        keep = kept(scores, bound.unsqueeze(1))
         decode = step.number >= 0
         if first:
             counted = decode if step.valid is None else decode & step.valid
-            state.log((keep & counted.unsqueeze(1)).sum(), counted.sum() * keep.shape[1])
+            passed, entries = keep.sum(1) * counted, counted * keep.shape[1]
+            state.log(passed.sum(), entries.sum())
+            if answer is not None and cost is not None:
+                read = cost * torch.stack([passed, entries], 1).double()
+                answer.read = answer.read.to(read.device).index_add(0, row * step.length + step.column, read)
         return values.where(keep | ~decode.unsqueeze(1), 0)
 
 
@@ -331,9 +316,18 @@ def _counts(state: PromptState, inputs: Sequence[InputState]) -> dict[int, Tenso
     return {m: torch.stack([own.counts[m] for own in inputs]) for m in inputs[0].counts}
 
 
+def _costs(record: Record, weights: Mapping[str, int]) -> dict[str, float]:
+    """Input -> weights that a token reads for each entry of it."""
+    if isinstance(record, InputGroup):
+        entries = {"x": record.size}
+    else:
+        entries = {"x": record.hidden_size, "h": record.size * (record.top_k if isinstance(record, Experts) else 1)}
+    return {which: count / entries[which] for which, count in weights.items()}
+
+
 def _records(state: PromptState) -> Sequence[RecordState]:
     found: Sequence[Any] = state.ffns
     return found
 
 
-__all__ = ["InputState", "Record", "RecordState", "ThresholdEngine"]
+__all__ = ["Answer", "ThresholdEngine"]

@@ -18,7 +18,7 @@ from .modality import MODALITIES
 from .shown import Shown, of_report, printed
 from .shown import share as percent
 from .spread import notes_of
-from .threshold_engine import InputState, RecordState
+from .threshold_state import InputState, RecordState
 from .timings import Timings
 
 if TYPE_CHECKING:

@@ -25,8 +25,9 @@ from .planning import kind_of, prunable, shared_storages, storage
 from .session import Session
 from .spread import fixed_in, on_process
 from .state import PromptState
-from .threshold_engine import Record, RecordState, ThresholdEngine
+from .threshold_engine import ThresholdEngine
 from .threshold_report import ThresholdReport
+from .threshold_state import Record, RecordState
 
 
 @dataclass(frozen=True)
@@ -220,8 +221,9 @@ class ThresholdSession(Session):
         return plan_thresholds(self.model, config, self._adapter, fixed)
 
     def _make_engine(self, pruned: Sequence[Any]) -> Engine:
-        shares = [plan.shares for plan in pruned]
-        return ThresholdEngine([p.record for p in pruned], shares, self.config, self._modalities, self.events)
+        shares, weights = [plan.shares for plan in pruned], [plan.matrices for plan in pruned]
+        records = [plan.record for plan in pruned]
+        return ThresholdEngine(records, shares, weights, self.config, self._modalities, self.events)
 
     def _build(self, plans: list[Any]) -> None:
         super()._build(plans)
@@ -246,8 +248,17 @@ class ThresholdSession(Session):
                 "parallelism a process whose experts get no token runs none. Prefill the context, and score the rest after it."
             )
         super()._begin(forward)
+        if forward.phase is not Phase.PREFILL:
+            self._engine.begin_answer(forward)
         if forward.phase is Phase.DECODE and "rows" in self._backends:
             self._rows.begin(forward)
+
+    def end(self, forward: Forward, completed: bool) -> None:
+        """After a forward, also one that raised (called by the phase tracker)."""
+        super().end(forward, completed)
+        if completed:
+            self._rows.end(forward)
+            self._engine.end_answer(forward)
 
     def _release(self) -> None:
         try:

@@ -78,12 +78,18 @@ class RowsExecutor:
         self._on_move = on_move
         self._records: dict[int, RowsRecord] = {}
         self._resident: PromptState | None = None
+        self._factor: Tensor | None = None  # of the resident prompt's thresholds
+        self._kept = torch.zeros(len(engine.ffns), 2, dtype=torch.int64, device="cpu")  # of each record, of x and of h
+        self._costs = torch.tensor(
+            [[cost.get(which, 0) for which in "xh"] for cost in engine.costs], dtype=torch.float64
+        )
+        self._before = torch.zeros(2, dtype=torch.float64)  # weights read before this step, and of how many
         self._patches = Patches()
 
     def attach(self, index: int) -> None:
         """Take over record number ``index`` of the engine."""
         record: Any = self.engine.ffns[index]
-        mine = self._records[index] = RowsRecord(record)
+        mine = self._records[index] = RowsRecord(record, self._kept[index])
         if isinstance(record, Experts):
             from .rows_experts import RowsExperts
 
@@ -196,13 +202,35 @@ class RowsExecutor:
             return
         if forward.valid is not None and not bool(forward.valid.all()):
             return
-        if (self._resident is not state or not state.moved) and not self._load(state):
+        answer = self.engine.answer(forward)
+        factor = None if answer is None or answer.factors is None else answer.factors[0, 0]
+        known = self._resident is state and state.moved and _same(factor, self._factor)
+        if not known and not self._load(state, factor):
             return
         self._turn()
         self.step += 1
         forward.fast = True
+        if answer is not None:
+            self._before = self._read()
 
-    def _load(self, state: PromptState) -> bool:
+    def end(self, forward: Forward) -> None:
+        """After a decode step by rows: say what its token read."""
+        answer = self.engine.answer(forward) if forward.fast else None
+        if answer is not None:
+            answer.read = answer.read + (self._read() - self._before)
+
+    def _read(self) -> Tensor:
+        """``[2]``: weights read since the last flush, and of how many."""
+        read = (self._kept * self._costs).sum()
+        whole = sum(
+            cost * self._records[index].entries(which)
+            for index, costs in enumerate(self.engine.costs)
+            if index in self._records
+            for which, cost in costs.items()
+        )
+        return torch.stack([read, torch.tensor(whole, dtype=torch.float64)])
+
+    def _load(self, state: PromptState, factor: Tensor | None) -> bool:
         """Make a prompt the resident one; False if it decodes dense, for which nothing has to be turned."""
         states: Sequence[Any] = state.ffns
         found = {index: states[index] for index in self._records}
@@ -211,8 +239,8 @@ class RowsExecutor:
             return False
         self.flush()
         for index, mine in self._records.items():
-            mine.load(found[index])
-        self._resident, state.moved = state, True
+            mine.load(found[index], factor if self.engine.costs[index] else None)
+        self._resident, self._factor, state.moved = state, factor, True
         return True
 
     @tells("reordering")
@@ -239,6 +267,10 @@ class RowsExecutor:
         states: Sequence[Any] = self._resident.ffns
         for index, mine in self._records.items():
             mine.flush(states[index])
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and bool(a == b))
 
 
 def _is_one_call(ffn: FFN) -> bool:

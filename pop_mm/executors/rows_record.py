@@ -18,7 +18,7 @@ from ..methods.thresholds import PASS_ALL
 from ..ops import library
 from ..ops.turn import Turned, turn
 from ..ops.turn import why_not as why_not_turned
-from ..threshold_engine import RecordState
+from ..threshold_state import RecordState
 
 
 def why_not(record: FFN | Experts | InputGroup, plain_types: Sequence[type[nn.Module] | str]) -> str | None:
@@ -90,24 +90,28 @@ def _turning(record: FFN | Experts | InputGroup) -> list[Tensor]:
 class RowsRecord:
     """One record: its weights while they are turned, its thresholds at fixed addresses, and counts of what was kept.
 
+    Parameters
+    ----------
+    record : FFN, Experts or InputGroup
+    kept : Tensor
+        ``[2]``, int64, zeros: entries of x and h that were kept.
+
     Attributes
     ----------
     x, h : Tensor
         ``[1]`` and ``[E]``, float32: the resident prompt's thresholds.
-    kept : Tensor
-        ``[2]``, int64: entries of x and h that were kept.
     vectors : list of int
         How many vectors those were among, of x and of h.
     makers : list of callable
         Make kernels on the turned weights, once they are; called with False they drop them.
     """
 
-    def __init__(self, record: Any) -> None:
+    def __init__(self, record: Any, kept: Tensor) -> None:
         experts = record.count if isinstance(record, Experts) else 1
         self.record = record
         self.x = torch.full((1,), PASS_ALL, dtype=torch.float32, device="cpu")
         self.h = torch.full((experts,), PASS_ALL, dtype=torch.float32, device="cpu")
-        self.kept = torch.zeros(2, dtype=torch.int64, device="cpu")
+        self.kept = kept
         self.vectors = [0, 0]
         self.sizes = (record.size if isinstance(record, InputGroup) else record.hidden_size, record.size)
         self.makers: list[Callable[[bool], None]] = []
@@ -154,17 +158,23 @@ class RowsRecord:
             self._turned.pop()
         return moved
 
-    def load(self, state: RecordState) -> None:
-        """Take the thresholds of a prompt of one sequence."""
+    def load(self, state: RecordState, factor: Tensor | None) -> None:
+        """Take the thresholds of a prompt of one sequence, times a factor (float32) if there is one."""
         for which, inputs in state.inputs.items():
             assert inputs.threshold is not None
-            (self.x if which == "x" else self.h).fill_(float(inputs.threshold[0]))
+            bound = inputs.threshold[0] if factor is None else inputs.threshold[0] * factor
+            (self.x if which == "x" else self.h).fill_(float(bound))
+
+    def entries(self, which: str) -> int:
+        """Of the vectors that were counted."""
+        number = "xh".index(which)
+        return self.vectors[number] * self.sizes[number]
 
     def flush(self, state: RecordState) -> None:
         """Hand the counts to a prompt."""
         for number, (which, kept) in enumerate(zip("xh", self.kept.tolist(), strict=True)):
             if self.vectors[number]:
-                state.inputs[which].log(kept, self.vectors[number] * self.sizes[number])
+                state.inputs[which].log(kept, self.entries(which))
         self.kept.zero_()
         self.vectors = [0, 0]
 
