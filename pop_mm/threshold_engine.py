@@ -29,11 +29,7 @@ from .state import PromptState
 from .step import Step
 from .threshold_state import InputState, Record, RecordState, ThresholdState
 
-<<<<<<< HEAD
-Record = FFN | Experts | InputGroup
 _SPREAD = "spread"  # in the place of a kind: inputs of which each process has a part
-=======
->>>>>>> 702e395 (Long answers read what was asked for: thresholds are corrected slowly)
 _HISTOGRAMS = 512  # of so many rows thresholds are decided at once: 16 MB
 
 
@@ -185,8 +181,9 @@ class ThresholdEngine(Engine):
         Not where the model is spread over processes, of which each knows what it has read itself.
         """
         columns, state = forward.prompt_length, forward.state
-        unknown = forward.past is None or isinstance(forward.decode_from, Tensor)
-        if unknown or forward.draft or self.processes is not None:
+        if forward.past is None or isinstance(forward.decode_from, Tensor) or forward.draft:
+            return
+        if self.processes is not None:
             return
         factors = state.correction.begin(forward.past + columns, forward.length - columns)
         if factors is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .asking import is_ours
 from .eager import is_compiled
-from .exchange import Matrix, as_integers
+from .exchange import Matrix
 from .executors.moved import Versions
 from .experts import Experts
 from .formats import tensors_behind
