@@ -48,6 +48,13 @@ def run(script, *arguments):
     )
 
 
+def test_tensor_parallel_runs(tiny_folder, tmp_path):
+    done = run("tensor_parallel.py", "--model", tiny_folder, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    together, apart, _ = json.loads((tmp_path / "out.json").read_text())["settings"].values()
+    assert together == apart and len(together) == 2  # there is one process
+
+
 def test_decode_fidelity_runs(tiny_folder, tmp_path):
     done = run("decode_fidelity.py", "--model", tiny_folder, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stdout + done.stderr
