@@ -136,7 +136,8 @@ class Session(Attachment, Shown):
         """What the latest prompt's tokens did: name of an FFN -> sum of squared activations of each channel.
 
         ``[D]`` (with ``batch="per_sequence"`` ``[B, D]``), for experts ``[E, D]`` (``[B * E, D]``); in the original channel
-        order. FFNs that are dense, or that the prompt did not run, are missing.
+        order. FFNs that are dense, or that the prompt did not run, are missing. Of a model that is spread over processes: of the
+        channels (or experts) that this one has.
         """
         found = {}
         if self._last is not None:

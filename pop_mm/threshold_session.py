@@ -295,7 +295,10 @@ class ThresholdSession(Session):
         return ThresholdReport.of(self.model, self._adapter, self.config, plans, state, self.timings)
 
     def statistics(self) -> dict[str, Tensor]:
-        """The latest prompt's magnitudes: ``"name.x"`` or ``"name.h"`` -> ``[B, 4096]``, counts of bins."""
+        """The latest prompt's magnitudes: ``"name.x"`` or ``"name.h"`` -> ``[B, 4096]``, counts of bins.
+
+        Of a model that is spread over processes: of the entries that this one has.
+        """
         found: dict[str, Tensor] = {}
         if self._last is not None:
             for record, state in zip(self._engine.ffns, self._last.ffns, strict=True):
