@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_compiled import generate as generate_static
 
+from covering import covering
 from modes import BACKENDS, fresh, generate, padded, pruned
 from observe import partitions, prompt, same_afterwards
 from pop_mm import SessionError, prune
@@ -79,9 +80,14 @@ def compile_parts(model, what):
     generate(model, prompt(), 2)  # what the session must not go on with
 
 
+def small(family):
+    """A mixture has one layer: to trace all its experts takes seconds for each."""
+    return fresh(family, num_hidden_layers=1 if family == "mixtral" else 2)
+
+
 @cases
 def test_a_compiled_model_is_pruned_as_its_uncompiled_twin(family, what):
-    twin, model = fresh(family), fresh(family)
+    twin, model = small(family), small(family)
     with pruned(twin) as other:
         expected = generate(twin, prompt(), 3)
     dense = generate(twin, prompt(), 2)[1]
@@ -210,17 +216,19 @@ def around(model, what):
     return compiled(call) if what == "function" else call
 
 
-CALLS = [(what, when) for what in ("wrapper", "function") for when in ("before", "inside")]
 METHODS = [{"ratio": 0.4, "scope": "ffn"}, {"budget": 0.6}]
 
 
 @pytest.mark.parametrize(
     ("family", "backend", "settings", "what", "when"),
-    [("llama", backend, settings, *call) for backend in ("masked", "auto") for settings in METHODS for call in CALLS]
-    + [("mixtral", "auto", METHODS[0], "wrapper", "before"), ("mixtral", "auto", METHODS[1], "function", "inside")],
+    [
+        *covering(["llama"], ["masked", "auto"], METHODS, ["wrapper", "function"], ["before", "inside"]),
+        ("mixtral", "auto", METHODS[0], "wrapper", "before"),
+        ("mixtral", "auto", METHODS[1], "function", "inside"),
+    ],
 )
 def test_compiled_calls_of_the_model_run_eagerly_inside_a_session(family, backend, settings, what, when):
-    model = fresh(family)
+    model = small(family)
     plain = around(model, "model")
     dense = by_hand(plain)
     with prune(model, backend=backend, **settings):
