@@ -288,7 +288,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, _SIMPLE):
         return value
     if isinstance(value, list | tuple | set | frozenset):
-        return type(value).__name__, [_plain(item) for item in value]
+        return type(value), [_plain(item) for item in value]
     if isinstance(value, dict):
         return [(str(key), _plain(item)) for key, item in value.items()]
     return None
