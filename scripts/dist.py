@@ -31,7 +31,7 @@ STRIP = "-s"  # no symbols but those that are loaded
 
 def every() -> list[Sources]:
     """The sources of every library that pop_mm loads."""
-    return [kernels.SOURCES, *library.every_source()]
+    return [*map(kernels.sources, kernels.DTYPES), *library.every_source()]
 
 
 def compile_libraries(folder: Path) -> None:

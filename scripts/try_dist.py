@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 import torch
 import pop_mm
-from pop_mm.kernels import SOURCES
+from pop_mm.kernels import DTYPES, sources
 from pop_mm.native import shipped
 from pop_mm.ops import library
 
@@ -36,7 +36,7 @@ with pop_mm.prune(model, ratio=0.2) as session:
     model.generate(**inputs, max_new_tokens=8, do_sample=False)
 assert session.report.to_dict()["kernels"] == "compiled"
 assert set(session.report.backends) == {"inplace"}, session.report.backends
-every = [SOURCES, *library.every_source()]
+every = [*map(sources, DTYPES), *library.every_source()]
 missing = [s.name for s in every for v in shipped.VARIANTS["@MACHINE@"] if not shipped.path(s, v).exists()]
 assert not missing, missing
 mapped = Path("/proc/self/maps").read_text()

@@ -8,7 +8,7 @@ that narrow weights gain little. These are a few pages of C; :mod:`pop_mm.native
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from struct import pack
@@ -21,12 +21,9 @@ from ..errors import ConfigError
 from ..partition import Sizes
 from .functions import DTYPES, INT, INTEGER, POINTER, function, functions, untraced
 
-HEADERS = (Path(__file__).with_name("vectors.h"),)
-SOURCES = native.Sources(
-    "kernels",
-    tuple(Path(__file__).with_name(f"{name}.c") for name in ("matvec", "moves", "statistics")),
-    HEADERS,
-)
+VECTORS = Path(__file__).with_name("vectors.h")
+_FILES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("matvec", "moves", "statistics"))
+_HEADERS = (Path(__file__).with_name("elements.h"), VECTORS)
 LeaveOut = Callable[[Tensor, Tensor | None], None]  # of a step's activations, where ``valid`` ones have a say
 View = tuple[Tensor, Tensor | None]  # a weight as [in, out], and its bias
 MOST_TOKENS = 32  # that the library decodes at once: with more, arithmetic takes over, and torch's kernels are better
@@ -90,28 +87,33 @@ def rows_of(inputs: Sequence[View], down: View) -> tuple[Rows, Rows] | None:
     return Rows(wide, [bias for _, bias in inputs]), Rows(narrow, [down[1]])
 
 
+def sources(dtype: torch.dtype) -> native.Sources:
+    """What the library for a dtype of :data:`DTYPES` is made of."""
+    return native.Sources(f"kernels_{str(dtype).removeprefix('torch.')}", _FILES, _HEADERS, (DTYPES[dtype],))
+
+
 class Matvec:
     """``y = W x + b`` for several matrices in one call; sums in float32.
 
     Parameters
     ----------
-    library : ctypes.CDLL
+    libraries : mapping of dtype to ctypes.CDLL
 
     Attributes
     ----------
     exchange : Exchange
     energy : Energy
-        From the same library.
+        From the same libraries.
     ffn : dict of dtype to function
         For :class:`pop_mm.kernels.ffn.FFNStep`.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.exchange, self.energy = Exchange(library), Energy(library)
+    def __init__(self, libraries: Mapping[torch.dtype, ctypes.CDLL]) -> None:
+        self.exchange, self.energy = Exchange(next(iter(libraries.values()))), Energy(libraries)
         matvec = (ctypes.c_char_p, INTEGER, POINTER, *[INTEGER] * 3, POINTER, POINTER, INT)
-        self._functions = functions(library, "matvec", *matvec)
-        self._choices = functions(library, "choose", ctypes.c_char_p, POINTER, INTEGER, POINTER, POINTER)
-        self.ffn = functions(library, "ffn", ctypes.c_char_p, POINTER, INTEGER, *[POINTER] * 8, INT)
+        self._functions = functions(libraries, "matvec", *matvec)
+        self._choices = functions(libraries, "choose", ctypes.c_char_p, POINTER, INTEGER, POINTER, POINTER)
+        self.ffn = functions(libraries, "ffn", ctypes.c_char_p, POINTER, INTEGER, *[POINTER] * 8, INT)
 
     @untraced
     def __call__(self, rows: Sequence[Rows], x: Tensor) -> Tensor:
@@ -221,11 +223,11 @@ class Energy:
 
     Parameters
     ----------
-    library : ctypes.CDLL
+    libraries : mapping of dtype to ctypes.CDLL
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._functions = functions(library, "energy", POINTER, *[INTEGER] * 3, POINTER, POINTER, INT)
+    def __init__(self, libraries: Mapping[torch.dtype, ctypes.CDLL]) -> None:
+        self._functions = functions(libraries, "energy", POINTER, *[INTEGER] * 3, POINTER, POINTER, INT)
 
     def takes(self, h: Tensor) -> bool:
         """Whether it can read these: ``[T, D]`` on the CPU, float32 or bfloat16, with contiguous rows."""
@@ -286,5 +288,6 @@ def why_not() -> str | None:
 @cache
 def _library() -> Matvec | str:
     """The library, shipped or made on first use; or why there is none."""
-    made = native.load(SOURCES)
-    return made if isinstance(made, str) else Matvec(made)
+    made = {dtype: native.load(sources(dtype)) for dtype in DTYPES}
+    failed = next((why for why in made.values() if isinstance(why, str)), None)
+    return failed or Matvec({dtype: found for dtype, found in made.items() if not isinstance(found, str)})

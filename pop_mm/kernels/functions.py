@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-DTYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}  # that most functions come in, and how C names them
+DTYPES = {
+    torch.float32: "-DFLOAT32",
+    torch.bfloat16: "-DBFLOAT16",
+}  # for which there is a library, and the option that makes it
 POINTER, INTEGER, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 
 # torch.compile lets go of tensors of a traced frame once their addresses have been taken, before C has used them
@@ -21,6 +25,6 @@ def function(library: ctypes.CDLL, name: str, *arguments: Any) -> Any:
     return found
 
 
-def functions(library: ctypes.CDLL, name: str, *arguments: Any) -> dict[torch.dtype, Any]:
-    """The same for each of :data:`DTYPES`."""
-    return {dtype: function(library, f"{name}_{suffix}", *arguments) for dtype, suffix in DTYPES.items()}
+def functions(libraries: Mapping[torch.dtype, ctypes.CDLL], name: str, *arguments: Any) -> dict[torch.dtype, Any]:
+    """The same of each dtype's library."""
+    return {dtype: function(library, name, *arguments) for dtype, library in libraries.items()}

@@ -24,7 +24,7 @@ OPTIONS = {
 INT8 = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of models whose weights may be int8
 _NAMES = ("rows.c", "histogram.c", "transpose.c", "layer.c", "dot.c", "sample.c")
 _FILES = tuple(map(Path(__file__).with_name, _NAMES))
-_HEADERS = (*(Path(__file__).with_name(name) for name in ("scalar.h", "activate.h")), *kernels.HEADERS)
+_HEADERS = (*(Path(__file__).with_name(name) for name in ("scalar.h", "activate.h")), kernels.VECTORS)
 
 
 def sources(dtype: torch.dtype, options: Sequence[str] = (), weights: torch.dtype | None = None) -> native.Sources:
