@@ -60,13 +60,16 @@ class Correction:
         if self._start is None:
             self._start = position
         first = position - self._start
-        self._tokens = None if self._tokens is None else self._tokens[:, :first]
-        del self._logs[first // BLOCK :]
+        if self._tokens is not None and self._tokens.shape[1] > first:
+            self._tokens = self._tokens[:, :first]
+            del self._logs[first // BLOCK :]
         last = (first + length - 1) // BLOCK
         while len(self._logs) < min(last - 1, first // BLOCK):
             self._logs.append(self._next())
         if last < 2 or not self._logs:
             return None
+        if length == 1 and len(self._logs) == last - 1:
+            return self._logs[-1].exp().float().unsqueeze(1)
         numbers = (torch.arange(first, first + length).div(BLOCK, rounding_mode="floor") - 1).clamp_(0, len(self._logs))
         logs = torch.stack([torch.zeros_like(self._logs[0]), *self._logs], 1)
         return logs[:, numbers.to(logs.device)].exp().float()

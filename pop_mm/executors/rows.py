@@ -80,16 +80,19 @@ class RowsExecutor:
         self._resident: PromptState | None = None
         self._factor: Tensor | None = None  # of the resident prompt's thresholds
         self._kept = torch.zeros(len(engine.ffns), 2, dtype=torch.int64, device="cpu")  # of each record, of x and of h
-        self._costs = torch.tensor(
-            [[cost.get(which, 0) for which in "xh"] for cost in engine.costs], dtype=torch.float64
-        )
-        self._before = torch.zeros(2, dtype=torch.float64)  # weights read before this step, and of how many
+        costs = [[cost.get(which, 0.0) for which in "xh"] for cost in engine.costs]
+        self._costs = torch.tensor(costs, dtype=torch.float64).view(-1)
+        self._whole: list[tuple[list[int], int, float]] = []  # vectors of a record, which of them, weights of one
+        self._before = 0.0, 0.0  # weights read up to the latest such step, and of how many
         self._patches = Patches()
 
     def attach(self, index: int) -> None:
         """Take over record number ``index`` of the engine."""
         record: Any = self.engine.ffns[index]
         mine = self._records[index] = RowsRecord(record, self._kept[index])
+        for which, cost in self.engine.costs[index].items():
+            number = "xh".index(which)
+            self._whole.append((mine.vectors, number, cost * mine.sizes[number]))
         if isinstance(record, Experts):
             from .rows_experts import RowsExperts
 
@@ -210,25 +213,19 @@ class RowsExecutor:
         self._turn()
         self.step += 1
         forward.fast = True
-        if answer is not None:
-            self._before = self._read()
 
     def end(self, forward: Forward) -> None:
         """After a decode step by rows: say what its token read."""
         answer = self.engine.answer(forward) if forward.fast else None
         if answer is not None:
-            answer.read = answer.read + (self._read() - self._before)
+            before, (read, whole) = self._before, self._read()
+            answer.read = answer.read + torch.tensor([[read - before[0], whole - before[1]]], dtype=torch.float64)
+            self._before = read, whole
 
-    def _read(self) -> Tensor:
-        """``[2]``: weights read since the last flush, and of how many."""
-        read = (self._kept * self._costs).sum()
-        whole = sum(
-            cost * self._records[index].entries(which)
-            for index, costs in enumerate(self.engine.costs)
-            if index in self._records
-            for which, cost in costs.items()
-        )
-        return torch.stack([read, torch.tensor(whole, dtype=torch.float64)])
+    def _read(self) -> tuple[float, float]:
+        """Weights read since the last flush, and of how many."""
+        read = float(torch.dot(self._kept.view(-1).double(), self._costs))
+        return read, sum([vectors[number] * weights for vectors, number, weights in self._whole])
 
     def _load(self, state: PromptState, factor: Tensor | None) -> bool:
         """Make a prompt the resident one; False if it decodes dense, for which nothing has to be turned."""
@@ -267,6 +264,7 @@ class RowsExecutor:
         states: Sequence[Any] = self._resident.ffns
         for index, mine in self._records.items():
             mine.flush(states[index])
+        self._before = 0.0, 0.0
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -165,18 +165,13 @@ class RowsRecord:
             bound = inputs.threshold[0] if factor is None else inputs.threshold[0] * factor
             (self.x if which == "x" else self.h).fill_(float(bound))
 
-    def entries(self, which: str) -> int:
-        """Of the vectors that were counted."""
-        number = "xh".index(which)
-        return self.vectors[number] * self.sizes[number]
-
     def flush(self, state: RecordState) -> None:
         """Hand the counts to a prompt."""
         for number, (which, kept) in enumerate(zip("xh", self.kept.tolist(), strict=True)):
             if self.vectors[number]:
-                state.inputs[which].log(kept, self.entries(which))
+                state.inputs[which].log(kept, self.vectors[number] * self.sizes[number])
         self.kept.zero_()
-        self.vectors = [0, 0]
+        self.vectors[:] = 0, 0
 
 
 __all__ = ["RowsRecord", "is_transposed", "matrix_of", "why_not"]
