@@ -18,6 +18,7 @@ from .events import tells
 from .ops.select import Choose, choose, step_chooser
 from .partition import Partition, partition
 from .phase import Forward, Phase
+from .shards import of_chosen
 from .state import FFNState, PromptState
 from .statistics import ChannelStatistics, in_original_order
 from .step import Step
@@ -55,8 +56,7 @@ class ChannelEngine(ChannelStatistics):
 
     def _of_all(self, index: int, own: Tensor) -> Tensor:
         """``[..., D]`` of all channels, from those that this process has."""
-        shard = self.together(index)
-        return own if shard is None else shard.gathered(own)
+        return of_chosen(self.ffns[index].shard, own)
 
     def _own(self, index: int, channels: Tensor) -> Tensor:
         """Of ``[..., D]``, those that this process has."""

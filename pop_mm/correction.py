@@ -33,9 +33,7 @@ class Correction:
     def __init__(self, intended: float) -> None:
         self.intended = intended
         self._start: int | None = None  # of the answer in the cache
-        self._tokens: Tensor | None = (
-            None  # [B, T, 2], float64: weights that each token of the answer read, and of how many
-        )
+        self._tokens: Tensor | None = None  # [B, T, 2], float64: weights that each token read, and of how many
         self._logs: list[Tensor] = []  # [B], float64: ln f of each block but the first two
 
     def restart(self) -> None:
@@ -84,10 +82,9 @@ class Correction:
 
     def end(self, read: Tensor) -> None:
         """After that forward: ``[B, length, 2]``, float64, weights that each token read, and of how many."""
-        before = self._tokens
-        self._tokens = (
-            read if before is None else torch.cat([before.expand(len(read), -1, -1).to(read.device), read], 1)
-        )
+        if self._tokens is not None:  # of one row, where the prompt's only sequence is continued by several
+            read = torch.cat([self._tokens.expand(len(read), -1, -1).to(read.device), read], 1)
+        self._tokens = read
 
     def copy(self) -> Correction:
         """An independent copy; tensors are never changed in place, so it shares them."""

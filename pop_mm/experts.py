@@ -18,7 +18,7 @@ from .asking import device_of, is_offloaded, is_wide_float, loaded, runs_own_for
 from .exchange import ChannelTensor, Matrix, swap_channels
 from .formats.norms import weight_norms
 from .kernels import Rows, View, rows_of
-from .shards import Shard, is_spread, local
+from .shards import Shard, is_spread, local, of_chosen
 
 LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
@@ -99,9 +99,9 @@ class Experts:
     @property
     def held(self) -> int:
         """Channels of an expert that this process has."""
-        return (
-            self.size if self.shard is None else int(local(self.down).shape[self.channel_axis])
-        )  # traced: no look at classes
+        if self.shard is None:  # compiled steps come here, and cannot look at classes
+            return self.size
+        return int(local(self.down).shape[self.channel_axis])
 
     @property
     def channel_axis(self) -> int:
@@ -284,7 +284,7 @@ class Experts:
         dtype = torch.promote_types(self.float_dtype, torch.float32)
         with loaded(self.module):
             norms = [weight_norms(down, int(self._transposed), dtype) for down in local(self.down)]
-        return self._known(torch.stack(norms))
+        return of_chosen(self.shard, torch.stack(norms))
 
     @torch.no_grad()
     def input_norms(self) -> Tensor:
@@ -294,11 +294,7 @@ class Experts:
         with loaded(self.module):
             weights = local(self._parameter(self.input_name))
             norms = torch.stack([weight_norms(weight, int(not self._transposed), dtype) for weight in weights])
-        return self._known(torch.linalg.vector_norm(norms.unflatten(1, shape), dim=1 + axis))
-
-    def _known(self, own: Tensor) -> Tensor:
-        """Of the channels that this process has, or together with the other processes of all."""
-        return self.shard.gathered(own) if self.shard is not None and self.shard.together else own
+        return of_chosen(self.shard, torch.linalg.vector_norm(norms.unflatten(1, shape), dim=1 + axis))
 
 
 def layout_of(module: nn.Module) -> str:

@@ -30,7 +30,7 @@ from .errors import AdapterError
 from .exchange import ChannelTensor, Matrix, swap_channels
 from .formats import Stored
 from .formats.norms import weight_norms
-from .shards import Shard, is_spread, local
+from .shards import Shard, is_spread, local, of_chosen
 
 Role = Literal["dense", "shared_expert"]
 
@@ -363,13 +363,9 @@ class FFN:
     def input_norms(self) -> Tensor:
         """Norm of each channel's weights in gate and up together, ``[D]``: of what the modules compute."""
         norms = [p.effective_norms(self.dtype, self._norm_dtype).view(p.blocks, -1) for p in self.inputs]
-        return self._known(torch.linalg.vector_norm(torch.cat([n.to(norms[0].device) for n in norms]), dim=0))
+        return of_chosen(self.shard, torch.linalg.vector_norm(torch.cat([n.to(norms[0].device) for n in norms]), dim=0))
 
     @torch.no_grad()
     def down_column_norms(self) -> Tensor:
         """``||W_down[:, i]||_2``, ``[D]``, in float32 (float64 for float64 weights): of what the module computes."""
-        return self._known(self.down.effective_norms(self.dtype, self._norm_dtype))
-
-    def _known(self, own: Tensor) -> Tensor:
-        """Of the channels that this process has, or together with the other processes of all."""
-        return self.shard.gathered(own) if self.shard is not None and self.shard.together else own
+        return of_chosen(self.shard, self.down.effective_norms(self.dtype, self._norm_dtype))

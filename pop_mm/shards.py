@@ -5,6 +5,7 @@ Such a weight is a DTensor: it says the shape of the whole, and each process hol
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,23 +16,53 @@ from .classes import is_a, same_class
 
 
 @dataclass(frozen=True, eq=False)
-class Shard:
-    """The channels of one record that this process has, of those that all processes have.
+class Part(ABC):
+    """The channels, or entries of an input, that one of several processes has.
 
     Attributes
     ----------
     start, size : int
-        Its first channel, and how many: they lie together.
+        The first, and how many: they lie together.
     whole : int
         D, of all processes.
-    group : ProcessGroup
-    together : bool
-        Whether the processes choose among all channels together; else each among its own.
     """
 
     start: int
     size: int
     whole: int
+
+    @abstractmethod
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes, which must all ask for it."""
+
+    def own(self, whole: Tensor) -> Tensor:
+        """``[..., size]`` of ``[..., D]``, a view."""
+        return whole.narrow(-1, self.start, self.size)
+
+    def picked(self, own: Tensor, channels: Tensor) -> Tensor:
+        """What stands at ``channels`` (``[N, n]``, numbers among all) of ``[N, D]``, of which this process has ``own``."""
+        if self.size == self.whole:
+            return own.gather(1, channels)
+        place, mine = self.places(channels)
+        return self.sum(own.gather(1, place.clamp(0, max(self.size - 1, 0))).where(mine, 0))
+
+    def places(self, channels: Tensor) -> tuple[Tensor, Tensor]:
+        """Where channels (numbers among all) stand among this process's own, and, boolean, which of them do."""
+        place = channels - self.start
+        return place, (place >= 0) & (place < self.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Shard(Part):
+    """The part of one record's channels that transformers has given to this process.
+
+    Attributes
+    ----------
+    group : ProcessGroup
+    together : bool
+        Whether the processes choose among all channels together; else each among its own.
+    """
+
     group: Any
     together: bool = False
 
@@ -52,15 +83,10 @@ class Shard:
         self.own(found).copy_(own.detach())
         return self.sum(found)
 
-    def own(self, whole: Tensor) -> Tensor:
-        """``[..., size]`` of ``[..., D]``, a view."""
-        return whole.narrow(-1, self.start, self.size)
 
-    def picked(self, own: Tensor, channels: Tensor) -> Tensor:
-        """What stands at ``channels`` (``[N, n]``, numbers among all) of ``[N, D]``, of which this process has ``own``."""
-        place = channels - self.start
-        mine = (place >= 0) & (place < self.size)
-        return self.sum(own.gather(1, place.clamp(0, max(self.size - 1, 0))).where(mine, 0))
+def of_chosen(shard: Shard | None, own: Tensor) -> Tensor:
+    """``[..., D]`` of the channels that are chosen among: this process's or, where processes choose together, those of all."""
+    return shard.gathered(own) if shard is not None and shard.together else own
 
 
 def is_spread(weight: object) -> bool:
@@ -93,4 +119,4 @@ def shard_of(weight: Any, axis: int, together: bool) -> Shard | None:
     return Shard(start, local(weight).shape[axis], whole, weight.device_mesh.get_group(), together)
 
 
-__all__ = ["Shard", "is_spread", "local", "shard_of"]
+__all__ = ["Part", "Shard", "is_spread", "local", "of_chosen", "shard_of"]

@@ -13,14 +13,9 @@ from pathlib import Path
 import torch
 
 from .. import kernels, native
-from ..kernels.functions import DOUBLE, INT, INTEGER, POINTER, function
+from ..kernels.functions import DOUBLE, DTYPES, INT, INTEGER, POINTER, function
 
-OPTIONS = {
-    torch.float32: "-DFLOAT32",
-    torch.bfloat16: "-DBFLOAT16",
-    torch.float16: "-DFLOAT16",
-    torch.float64: "-DFLOAT64",
-}
+OPTIONS = {**DTYPES, torch.float16: "-DFLOAT16", torch.float64: "-DFLOAT64"}
 INT8 = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of models whose weights may be int8
 _NAMES = ("rows.c", "histogram.c", "transpose.c", "layer.c", "dot.c", "sample.c")
 _FILES = tuple(map(Path(__file__).with_name, _NAMES))

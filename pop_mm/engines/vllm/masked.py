@@ -191,7 +191,7 @@ class MaskedChannels(MaskedInput[Channels]):
     ) -> None:
         super().__init__(name, shard, complain)
         self.sizes = sizes
-        self.block_entries = shard.width
+        self.block_entries = shard.size
         self._own_choice = method if method.chooses_by_itself else None
         self._weight = weight
         self._all_weights = shard.gathered(weight)
@@ -226,7 +226,7 @@ class MaskedChannels(MaskedInput[Channels]):
         active = decided.allowed[row]
         if self.sizes.candidates_dropped:
             channels, weight = decided.candidates[row], decided.weight[row]
-            found = self.shard.pick(values, channels)
+            found = self.shard.picked(values, channels)
             if self._own_choice is not None:
                 found = self._own_choice.step_scores(found, weight, channels, tokens.position.to(values.device))
                 weight = found.new_ones(found.shape[1])
@@ -268,7 +268,7 @@ class MaskedEntries(MaskedInput[Tensor]):
         return counts
 
     def _decide(self, statistics: Tensor, prompt: Prompt) -> Tensor:
-        counts = self.shard.summed(statistics)
+        counts = self.shard.sum(statistics)
         if bool(not_finite(counts).any()):
             self._not_finite(prompt)
             return torch.full((1,), PASS_ALL, device=counts.device)
