@@ -155,9 +155,9 @@ class Attachment(ABC):
         if self._matvec is not None:
             common = (self._matvec, self._few, self._inplace.static)
             # layers come first: they leave forwards alone that somebody else has replaced
-            layers = FewTokensLayers(*common, self._tracker, self._masked.by_rows)
-            parts = (FewTokensLinears, SingleTokenAttention, FewTokensNorms)
-            self._besides = [layers, *(kind(*common) for kind in parts)]
+            norms = FewTokensNorms(*common)
+            layers = FewTokensLayers(*common, self._tracker, self._masked.by_rows, norms)
+            self._besides = [layers, FewTokensLinears(*common), SingleTokenAttention(*common), norms]
         modules = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
         self._expert_configs: list[Any] = list({id(module.config): module.config for module in modules}.values())
 

@@ -214,7 +214,7 @@ class Session(Attachment, Shown):
                 self._inplace.begin_prompt(forward)
             self._last = state
             return
-        if not state.partitioned:
+        if not (state.moved or state.partitioned):  # what moved by its partitions has them
             started = time.perf_counter()
             self._engine.partition_all(state)
             self.timings.partitioning += time.perf_counter() - started

@@ -1,15 +1,18 @@
 """Decoder layers of one token without a frame for each part: what they compute, and when they are left to themselves."""
 
+import json
 from contextlib import nullcontext
 
 import pytest
 import torch
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 import pop_mm
 from modes import generate, left_padded
 from observe import differences, fingerprint, prompt
 from pop_mm.accel.layers import Parts, agrees
+from pop_mm.accel.whole import WholeLayer
 from tiny_models import tiny
 
 COMMON = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
@@ -19,13 +22,19 @@ SETTINGS = {"dense": {"ratio": 0.0, "kernels": "compiled"}, "pop": {"ratio": 0.4
 @pytest.fixture
 def tokens(monkeypatch):
     """Layers that were run here, one entry for each."""
-    found, original = [], Parts.run
+    found, by_parts, by_rows = [], Parts.run, WholeLayer.__call__
 
     def run(self, *args):
         found.append(self.layer)
-        return original(self, *args)
+        return by_parts(self, *args)
+
+    def whole(self, *args):
+        out = by_rows(self, *args)
+        found.extend([] if out is None else [self.parts.layer])
+        return out
 
     monkeypatch.setattr(Parts, "run", run)
+    monkeypatch.setattr(WholeLayer, "__call__", whole)
     return found
 
 
@@ -110,6 +119,60 @@ def test_anything_else_is_left_to_the_layers(case, tokens):
     assert not tokens
 
 
+def decoded(model, without_whole_layers=False):
+    """Tokens, logits, what the report says that was read; and how many layers were two calls."""
+    calls, whole = [], WholeLayer.__call__
+
+    def counted(self, *args):
+        out = whole(self, *args)
+        calls.extend([] if out is None else [1])
+        return out
+
+    with pytest.MonkeyPatch.context() as patch, pop_mm.prune(model, budget=0.6) as session:
+        patch.setattr(WholeLayer, "__call__", counted)
+        if without_whole_layers:
+            patch.setattr(WholeLayer, "__call__", lambda *_: None)
+        ids, logits = generate(model, prompt(), 4)
+        report = json.loads(session.report.to_json())
+    return ids, logits, report["inputs"], len(calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", COMMON)
+def test_two_calls_a_layer_give_the_bits_of_its_parts(model_type, dtype):
+    model = tiny(model_type, dtype)
+    found = decoded(model)
+    assert found[3] == 3 * model.config.num_hidden_layers
+    expected = decoded(model, without_whole_layers=True)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert found[2] == expected[2]
+
+
+@pytest.mark.parametrize("weights", ["all", "ffn"])
+def test_two_calls_a_layer_on_int8_weights(weights):
+    model = tiny("llama", torch.float32, hidden_size=64, intermediate_size=128)
+    only = (lambda module, name: isinstance(module, torch.nn.Linear) and "mlp" in name) if weights == "ffn" else None
+    quantize_(model, Int8WeightOnlyConfig(), **({} if only is None else {"filter_fn": only}))
+    found, expected = decoded(model), decoded(model, without_whole_layers=True)
+    assert torch.equal(found[1], expected[1]) and found[2] == expected[2]
+    assert found[3] == 3 * model.config.num_hidden_layers
+
+
+def test_a_norm_that_is_changed_inside_a_session_is_followed():
+    model = tiny("llama")
+    found = []
+    for whole in (True, False):
+        norm = first_layer(model).post_attention_layernorm
+        with pytest.MonkeyPatch.context() as patch, pop_mm.prune(model, budget=0.6):
+            if not whole:
+                patch.setattr(WholeLayer, "__call__", lambda *_: None)
+            first = generate(model, prompt(), 4)[1]
+            patch.setattr(norm, "variance_epsilon", 0.5)
+            found.append(generate(model, prompt(), 4)[1])
+            assert not torch.equal(first, found[-1])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("path", ["self_attn", "self_attn.q_proj", "self_attn.o_proj", "input_layernorm"])
 @pytest.mark.parametrize("settings", ["pop", "thresholds"])
 def test_hooks_of_the_parts_are_called(path, settings, tokens):
@@ -121,6 +184,17 @@ def test_hooks_of_the_parts_are_called(path, settings, tokens):
         generate(model, prompt(), 4)
         handle.remove()
         assert len(calls) == 4 and first_layer(model) not in tokens
+
+
+@pytest.mark.parametrize("path", ["mlp", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn"])
+def test_hooks_of_an_ffn_are_called(path, tokens):
+    model, calls = tiny("llama"), []
+    with pop_mm.prune(model, budget=0.6):
+        handle = first_layer(model).get_submodule(path).register_forward_hook(lambda *_: calls.append(1))
+        tokens.clear()
+        generate(model, prompt(), 4)
+        handle.remove()
+    assert len(calls) == 4 and len(tokens) == 3 * model.config.num_hidden_layers
 
 
 def test_outputs_that_are_asked_for_come(tokens):

@@ -23,6 +23,8 @@ from ..patching import Patches
 from ..phase import PhaseTracker
 from .attention import is_stock_sdpa
 from .few import FewTokens, Forward
+from .norms import FewTokensNorms
+from .whole import WholeLayer
 
 _LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -85,13 +87,18 @@ class Parts:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, attn.layer_idx)
+        return self.attended(query, key, value)
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What the attention makes of a query, ``[1, heads, 1, d]``, and what the cache holds."""
         if attention_takes(query, key, value):
-            out = attention(query, key, value, attn.scaling)
+            out = attention(query, key, value, self.attn.scaling)
         else:
             out = nn.functional.scaled_dot_product_attention(
-                query, key, value, scale=attn.scaling, enable_gqa=True
+                query, key, value, scale=self.attn.scaling, enable_gqa=True
             ).transpose(1, 2)
-        return attn.o_proj.forward(out.reshape(1, 1, -1))
+        found: Tensor = self.attn.o_proj.forward(out.reshape(1, 1, -1))
+        return found
 
     def run(self, hidden: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """The whole layer on one token, ``[1, 1, H]``; ``attend`` is what its attention does."""
@@ -108,6 +115,8 @@ class FewTokensLayers(FewTokens):
     tracker : PhaseTracker
     by_rows : mapping
         Module -> what leaves out its entries itself in a fast step, and hooks it for all others.
+    norms : FewTokensNorms
+        Of the same session.
     """
 
     def __init__(
@@ -117,9 +126,10 @@ class FewTokensLayers(FewTokens):
         static: StaticSteps,
         tracker: PhaseTracker,
         by_rows: Mapping[nn.Module, Any],
+        norms: FewTokensNorms,
     ) -> None:
         super().__init__(library, few, static)
-        self._tracker, self._by_rows = tracker, by_rows
+        self._tracker, self._by_rows, self._norms = tracker, by_rows, norms
         self._probed: dict[object, bool] = {}
 
     def forward_of(self, module: nn.Module) -> Forward | None:
@@ -136,6 +146,7 @@ class FewTokensLayers(FewTokens):
         group = self._by_rows.get(parts.attn.q_proj)
         if group is not None and list(group.modules) != [getattr(parts.attn, name) for name in _ATTENTION[:3]]:
             group = None
+        whole = None if group is None else WholeLayer.of(parts, group, self._by_rows, self._norms.replaced)
         is_stock = is_stock_sdpa()
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -154,7 +165,8 @@ class FewTokensLayers(FewTokens):
                 angles: Any = kwargs.get("position_embeddings")
                 if _is_plain(kwargs) and _takes(parts, hidden, angles):
                     cos, sin = angles
-                    return parts.run(hidden, lambda x: parts.attend(x, cache, cos, sin, group))
+                    out = None if whole is None else whole(hidden, cache, cos, sin)
+                    return parts.run(hidden, lambda x: parts.attend(x, cache, cos, sin, group)) if out is None else out
             return own_forward(module, *args, **kwargs)
 
         return forward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,30 @@ from ..ops.layer import KINDS, norm, norm_takes
 from .few import FewTokens, Forward
 
 
+class Replaced(NamedTuple):
+    """A norm whose forward was replaced."""
+
+    forward: Forward
+    eps: str  # the module's name for it
+    kind: int  # one of pop_mm.ops.layer.KINDS
+
+
 class FewTokensNorms(FewTokens):
-    """Norms of a few operators each, which cost a step of a small model more than what they compute."""
+    """Norms of a few operators each, which cost a step of a small model more than what they compute.
+
+    Attributes
+    ----------
+    replaced : dict of nn.Module to Replaced
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.replaced: dict[nn.Module, Replaced] = {}
+
+    def detach(self) -> None:
+        """Give the modules their own forwards back."""
+        super().detach()
+        self.replaced.clear()
 
     def forward_of(self, module: nn.Module) -> Forward | None:
         """None unless the module computes what the library does, as far as two random tokens can tell."""
@@ -33,6 +55,7 @@ class FewTokensNorms(FewTokens):
                 return own_forward(module, *args, **kwargs)
             return norm(args[0], weight, getattr(module, eps), kind)
 
+        self.replaced[module] = Replaced(forward, eps, kind)
         return forward
 
     @torch.no_grad()

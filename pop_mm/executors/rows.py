@@ -18,21 +18,18 @@ from ..events import tells
 from ..experts import Experts
 from ..groups import InputGroup
 from ..kernels import MOST_TOKENS
-from ..kernels.activations import activation_name
 from ..layout import FFN
 from ..methods.thresholds import PASS_ALL
-from ..ops.reference import FFNWeights
-from ..ops.rows import Room, RowsFFN
+from ..ops.rows import Room
 from ..patching import Patches
 from ..phase import Forward, PhaseTracker
 from ..state import PromptState
 from ..threshold_engine import ThresholdEngine
 from ..waiting import bar_if_long
-from .base import hooks_on_parts
-from .direct import direct_forward_fits
 from .masked import MaskedExecutor
 from .moved import before_moves
-from .rows_linears import RowsLinears, blocks, input_major
+from .rows_ffn import RowsHolder, is_one_call
+from .rows_linears import RowsLinears
 from .rows_record import RowsRecord
 
 
@@ -112,7 +109,7 @@ class RowsExecutor:
                 self.backs[module] = canonical
 
     def _attach_modules(self, index: int, record: FFN | InputGroup, mine: RowsRecord) -> None:
-        holder = record.holder if isinstance(record, FFN) and _is_one_call(record) else None
+        holder = record.holder if isinstance(record, FFN) and is_one_call(record) else None
         self._masked.attach(index)
         linears = []
         if isinstance(record, FFN):
@@ -126,57 +123,11 @@ class RowsExecutor:
         for group in linears:
             for number, module in enumerate(group.modules):
                 self._masked.by_rows[module] = group
-                self._patches.forward(module, group.forward_of(number))
+                self._patches.forward(module, group.forwards[number])
         if holder is not None:
             assert isinstance(record, FFN)
-            self._patches.forward(holder, self._holder_forward(index, record, mine))
-
-    def _holder_forward(self, index: int, ffn: FFN, mine: RowsRecord) -> Callable[..., Tensor]:
-        """The whole FFN in one call. Hooks on its projections are respected: then those run one by one."""
-        holder, tracker, room = ffn.holder, self.tracker, self.room
-        norms = self.engine.channel_weights()[index].to(torch.float32).contiguous()
-        name = activation_name(ffn.activation)
-        assert holder is not None and name is not None
-        own_forward = type(holder).forward
-        hooks, ours = hooks_on_parts(ffn), len(ffn.projections)
-        kernel: RowsFFN | None = None
-
-        def make(wanted: bool) -> None:
-            nonlocal kernel
-            kernel = None
-            if wanted:
-                whole, factors, dtype = input_major([p.module for p in ffn.projections])
-                views = [
-                    part for view, p in zip(whole, ffn.projections, strict=True) for part in blocks(view, p.blocks)
-                ]
-                scales = None
-                if factors is not None:
-                    pairs = zip(factors, ffn.projections, strict=True)
-                    scales = [part for scale, p in pairs for part in scale.chunk(p.blocks)]
-                gate = views[0] if len(views) == 3 else None
-                weights = FFNWeights.alone(gate, views[-2], views[-1], name, norms[0], scales)
-                kernel = RowsFFN(weights, room, dtype)
-
-        mine.makers.append(make)
-        x_bound, h_bound, kept = mine.x, mine.h, mine.kept
-
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            current = tracker.current
-            if (
-                current is None
-                or not current.fast
-                or kernel is None
-                or args
-                or kwargs
-                or sum(map(len, hooks)) != ours
-                or not kernel.takes(x)
-            ):
-                return own_forward(holder, x, *args, **kwargs)
-            mine.vectors[0] += 1
-            mine.vectors[1] += 1
-            return kernel(x, x_bound, h_bound, kept)
-
-        return forward
+            self._masked.by_rows[holder] = whole = RowsHolder(self, index, mine, record)
+            self._patches.forward(holder, whole.forward)
 
     def detach(self) -> None:
         """Give every weight its own order and every module its own forward back."""
@@ -269,11 +220,6 @@ class RowsExecutor:
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and bool(a == b))
-
-
-def _is_one_call(ffn: FFN) -> bool:
-    """Whether the holder's forward is what the kernel computes."""
-    return activation_name(ffn.activation) is not None and direct_forward_fits(ffn)
 
 
 __all__ = ["RowsExecutor"]

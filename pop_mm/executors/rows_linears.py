@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 
 
 class RowsLinears:
-    """Linear modules of one input: the first that is called computes all, the others take their part."""
+    """Linear modules of one input: the first that is called computes all, the others take their part.
+
+    Attributes
+    ----------
+    modules : sequence of nn.Module
+    kernel : RowsLinear or None
+        None while the weights are not turned.
+    bound, kept : Tensor
+        ``[1]`` each: the threshold, and how many entries were kept.
+    forwards : list of callable
+        What stands in the place of the modules' forwards.
+    """
 
     def __init__(
         self,
@@ -34,10 +45,11 @@ class RowsLinears:
         self._norms = norms
         self._mine = mine
         self._number = 0 if norms is None else 1
-        self._bound = mine.x if norms is None else mine.h
-        self._kept = mine.kept[self._number : self._number + 1]
+        self.bound = mine.x if norms is None else mine.h
+        self.kept = mine.kept[self._number : self._number + 1]
         self._hooks = [module._forward_pre_hooks for module in modules]
-        self._kernel: RowsLinear | None = None
+        self.kernel: RowsLinear | None = None
+        self.forwards = [self._forward_of(number) for number in range(len(modules))]
         self._step = -1
         self._x: Tensor | None = None
         self._version = 0
@@ -45,17 +57,16 @@ class RowsLinears:
         mine.makers.append(self._make)
 
     def _make(self, wanted: bool) -> None:
-        self._kernel = self._x = None
+        self.kernel = self._x = None
         if wanted:
             views, scales, dtype = input_major(self.modules)
-            self._kernel = RowsLinear(views, self._executor.room, dtype, scales)
+            self.kernel = RowsLinear(views, self._executor.room, dtype, scales)
 
     def alone(self) -> bool:
         """Whether nobody else looks at what the modules are given: then a step need not mask it."""
         return sum(map(len, self._hooks)) == len(self._hooks)
 
-    def forward_of(self, number: int) -> Callable[[Tensor], Tensor]:
-        """What to put in the place of a module's forward."""
+    def _forward_of(self, number: int) -> Callable[[Tensor], Tensor]:
         module, tracker, executor = self.modules[number], self._executor.tracker, self._executor
         own_forward = type(module).forward
         which = "x" if self._norms is None else "h"
@@ -64,7 +75,7 @@ class RowsLinears:
             current = tracker.current
             if current is None or not current.fast or not self.alone():
                 return own_forward(module, input)
-            kernel = self._kernel
+            kernel = self.kernel
             if kernel is None or not kernel.takes(input):
                 return own_forward(module, executor.engine.mask(self._index, which, current, input))
             part = self._parts[number]
@@ -77,7 +88,7 @@ class RowsLinears:
 
     def together(self, x: Tensor) -> Sequence[Tensor] | None:
         """What every module makes of ``x`` in a fast step in which nobody else looks, ``[out]`` each; None if it cannot."""
-        kernel = self._kernel
+        kernel = self.kernel
         return self._run(kernel, x) if kernel is not None and kernel.takes(x) else None
 
     def _compute(self, kernel: RowsLinear, x: Tensor) -> Sequence[Tensor]:
@@ -86,12 +97,22 @@ class RowsLinears:
             self._x, self._version, self._parts = x, _version(x), list(parts)
         return parts
 
+    @property
+    def counts(self) -> bool:
+        """Whether the next call is the first one of this step: the others are not counted."""
+        return self._step != self._executor.step
+
+    def count(self) -> None:
+        """One token is about to be computed."""
+        self._step = self._executor.step
+        self._mine.vectors[self._number] += 1
+
     def _run(self, kernel: RowsLinear, x: Tensor) -> Sequence[Tensor]:
         kept = None
-        if self._step != self._executor.step:
-            self._step, kept = self._executor.step, self._kept
-            self._mine.vectors[self._number] += 1
-        return kernel(x, self._bound, self._norms, kept)
+        if self.counts:
+            kept = self.kept
+            self.count()
+        return kernel(x, self.bound, self._norms, kept)
 
 
 def _version(tensor: Tensor) -> int:

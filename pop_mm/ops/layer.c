@@ -1,5 +1,5 @@
 /* What a decoder layer computes for one token besides its matrices: norms, the rotation of query and key, and attention. */
-#include "scalar.h"
+#include "layer.h"
 
 #include "activate.h"
 
@@ -10,13 +10,6 @@
 #define ROOT sqrtf
 #endif
 #define ALONE (1 << 18) /* products that one thread does alone: waking others takes longer */
-
-/* `heads` query heads share `kv_heads` heads of keys and values; strides in elements, from one head or token to the next */
-typedef struct {
-    int64_t heads, kv_heads, length, size, value_size;
-    int64_t key_head, key_token, value_head, value_token;
-    double scale;
-} Shape;
 
 static S sum_of(Sums v) {
     S total = 0;

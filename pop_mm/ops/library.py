@@ -17,9 +17,12 @@ from ..kernels.functions import DOUBLE, DTYPES, INT, INTEGER, POINTER, function
 
 OPTIONS = {**DTYPES, torch.float16: "-DFLOAT16", torch.float64: "-DFLOAT64"}
 INT8 = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of models whose weights may be int8
-_NAMES = ("rows.c", "histogram.c", "transpose.c", "layer.c", "dot.c", "sample.c")
+_NAMES = ("rows.c", "histogram.c", "transpose.c", "layer.c", "whole.c", "dot.c", "sample.c")
 _FILES = tuple(map(Path(__file__).with_name, _NAMES))
-_HEADERS = (*(Path(__file__).with_name(name) for name in ("scalar.h", "activate.h")), kernels.VECTORS)
+_HEADERS = (
+    *(Path(__file__).with_name(name) for name in ("scalar.h", "activate.h", "rows.h", "layer.h")),
+    kernels.VECTORS,
+)
 
 
 def sources(dtype: torch.dtype, options: Sequence[str] = (), weights: torch.dtype | None = None) -> native.Sources:
@@ -62,9 +65,16 @@ class Library:
         self.attend = function(found, "attend", ctypes.c_char_p, *[POINTER] * 5, INT)
         self.rotate = function(found, "rotate", *[POINTER] * 3, INTEGER, INTEGER)
         self.rms_norm = function(found, "rms_norm", *[POINTER] * 3, INTEGER, INTEGER, DOUBLE, INT)
+        self.begin_layer = function(found, "begin_layer", *[ctypes.c_char_p] * 2, POINTER, INTEGER, *[POINTER] * 4, INT)
+        self.end_layer = function(found, "end_layer", *[ctypes.c_char_p] * 3, *[POINTER] * 6, INT)
         self.rows_room, self.ffn_room = found.rows_room, found.ffn_room
+        self.begin_room, self.end_room = found.begin_room, found.end_room
         for room in (self.rows_room, self.ffn_room):
-            room.argtypes, room.restype = [INTEGER] * 4, INTEGER
+            room.argtypes = [INTEGER] * 4
+        self.begin_room.argtypes = [ctypes.c_char_p, INTEGER, INTEGER]
+        self.end_room.argtypes = [ctypes.c_char_p, ctypes.c_char_p, INTEGER]
+        for room in (self.rows_room, self.ffn_room, self.begin_room, self.end_room):
+            room.restype = INTEGER
 
 
 def library(dtype: torch.dtype, weights: torch.dtype | None = None) -> Library | None:

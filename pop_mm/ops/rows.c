@@ -7,7 +7,7 @@
  */
 #include <omp.h>
 
-#include "scalar.h"
+#include "rows.h"
 
 #include "activate.h"
 
@@ -169,13 +169,6 @@ static Own own(char *room, int64_t me, int64_t inputs, int64_t sums) {
     return (Own){(int32_t *)room, (S *)(room + 4 * padded(inputs)), (S *)(room + (4 + sizeof(S)) * padded(inputs))};
 }
 
-typedef struct {
-    const W *weight; /* [inputs, outputs] */
-    const T *bias;   /* [outputs] or null */
-    const float *scale; /* likewise */
-    int64_t stride, outputs;
-} Matrix;
-
 int64_t rows_room(int64_t lists, int64_t inputs, int64_t outputs, int64_t threads) {
     return threads * own_bytes(lists * padded(inputs), outputs);
 }
@@ -217,18 +210,6 @@ void rows(const Matrix *matrices, int64_t count, int64_t lists, const T *x, int6
             }
     }
 }
-
-/* FFNs of one shape at equal distances: the experts of a layer, or one FFN (experts = 1). */
-typedef struct {
-    const W *gate, *up, *down;                   /* [H, D], or null; [H, D]; [D, H]: of the first */
-    const T *gate_bias, *up_bias, *down_bias;    /* or null */
-    const float *gate_scale, *up_scale, *down_scale; /* or null; [experts, D], [experts, D], [experts, H] */
-    const float *norms;                          /* null, or [experts, D] */
-    int64_t gate_stride, up_stride, down_stride; /* elements from row to row */
-    int64_t gate_step, up_step, down_step;       /* from expert to expert */
-    int64_t gate_bias_step, up_bias_step, down_bias_step;
-    int64_t hidden, size, experts, activation;
-} FFN;
 
 static int64_t ffn_sums(int64_t hidden, int64_t size, int64_t count) { return count * (2 * size > hidden ? 2 * size : hidden); }
 static int64_t ffn_shared(int64_t size, int64_t count, int64_t threads) {

@@ -88,7 +88,13 @@ class TakesOne:
 
 
 class _Step(TakesOne):
-    """What the functions have in common."""
+    """What the functions have in common.
+
+    Attributes
+    ----------
+    library : Library
+    room : Room
+    """
 
     def __init__(self, views: Sequence[View], room: Room | None, dtype: torch.dtype | None, scales: object) -> None:
         stored = views[0][0].dtype
@@ -98,9 +104,9 @@ class _Step(TakesOne):
             raise RuntimeError(f"there are no compiled rows: {why_not(views, dtype)}")
         if (stored is torch.int8) != (scales is not None):
             raise RuntimeError(f"weights of {stored} are given with{'out' if scales is None else ''} scales")
-        self._library: Library = found
+        self.library: Library = found
         self._views = views  # kept, as the memory is
-        self._room = room or Room()
+        self.room = room or Room()
         self._sizes: dict[tuple[int, ...], int] = {}
         self.columns = views[0][0].shape[-2]
 
@@ -118,6 +124,13 @@ class RowsLinear(_Step):
         Of inputs, biases and outputs; by default that of the weights.
     scales : sequence of Tensor, optional
         ``[out_i]`` each, float32 and contiguous: of weights that are int8, the factor of each output.
+
+    Attributes
+    ----------
+    described : bytes
+        The matrices, as the C functions take them.
+    outputs : list of int
+        Of each matrix.
     """
 
     def __init__(
@@ -134,8 +147,8 @@ class RowsLinear(_Step):
             pack("=5q", w.data_ptr(), 0 if b is None else b.data_ptr(), factor, w.stride(0), w.shape[1])
             for (w, b), factor in zip(matrices, factors, strict=True)
         ]
-        self._all = b"".join(self._blocks)
-        self._outputs = [weight.shape[1] for weight, _ in matrices]
+        self.described = b"".join(self._blocks)
+        self.outputs = [weight.shape[1] for weight, _ in matrices]
 
     @untraced
     def __call__(
@@ -169,13 +182,13 @@ class RowsLinear(_Step):
         """
         x = x.contiguous()
         columns, threads = self.columns, torch.get_num_threads()
-        outputs = self._outputs if only is None else [self._outputs[number] for number in only]
+        outputs = self.outputs if only is None else [self.outputs[number] for number in only]
         total, lists = sum(outputs), 1 if x.numel() == columns else len(outputs)
         if (size := self._sizes.get((lists, total, threads))) is None:
-            size = self._sizes[lists, total, threads] = self._library.rows_room(lists, columns, total, threads)
+            size = self._sizes[lists, total, threads] = self.library.rows_room(lists, columns, total, threads)
         out = torch.empty(total, dtype=self.dtype, device="cpu")
-        self._library.rows(
-            self._all if only is None else b"".join([self._blocks[number] for number in only]),
+        self.library.rows(
+            self.described if only is None else b"".join([self._blocks[number] for number in only]),
             len(outputs),
             lists,
             x.data_ptr(),
@@ -184,7 +197,7 @@ class RowsLinear(_Step):
             threshold.data_ptr(),
             out.data_ptr(),
             None if kept is None else kept.data_ptr(),
-            self._room.address(size),
+            self.room.address(size),
             threads,
         )
         return (out,) if len(outputs) == 1 else out.split_with_sizes(outputs)
@@ -201,6 +214,11 @@ class RowsFFN(_Step):
         To be shared with others.
     dtype : torch.dtype, optional
         Of inputs, biases and outputs; by default that of the weights.
+
+    Attributes
+    ----------
+    described : bytes
+        The FFNs, as the C functions take them.
     """
 
     def __init__(self, weights: FFNWeights, room: Room | None = None, dtype: torch.dtype | None = None) -> None:
@@ -210,7 +228,7 @@ class RowsFFN(_Step):
         experts, self._hidden, self._size = weights.up[0].shape
         self._kept = weights.norms, weights.scales  # as the memory is
         scales = [None] * (3 - len(weights.scales or ())) + list(weights.scales or ())
-        self._ffn = pack(
+        self.described = pack(
             "=23q",
             *(0 if t is None else t.data_ptr() for t in (*matrices, *biases, *scales, weights.norms)),
             *(0 if t is None else t.stride(1) for t in matrices),
@@ -276,11 +294,11 @@ class RowsFFN(_Step):
     ) -> Tensor:
         x, threads = x.contiguous(), torch.get_num_threads()
         if (size := self._sizes.get((count, threads))) is None:
-            size = self._library.ffn_room(self._hidden, self._size, count, threads)
+            size = self.library.ffn_room(self._hidden, self._size, count, threads)
             self._sizes[count, threads] = size
         out = torch.empty(x.shape, dtype=self.dtype, device="cpu")
-        self._library.ffn(
-            self._ffn,
+        self.library.ffn(
+            self.described,
             count,
             None if ids is None else ids.data_ptr(),
             None if router is None else router.data_ptr(),
@@ -290,7 +308,7 @@ class RowsFFN(_Step):
             threshold_h.data_ptr(),
             out.data_ptr(),
             None if kept is None else kept.data_ptr(),
-            self._room.address(size),
+            self.room.address(size),
             threads,
         )
         return out

@@ -4,6 +4,7 @@
  * A source that includes this is compiled once for each dtype, with -DFLOAT32, -DBFLOAT16, -DFLOAT16 or -DFLOAT64, and once
  * more with -DINT8 for each but the last.
  */
+#pragma once
 #include <math.h>
 #ifdef __x86_64__
 #include <immintrin.h>

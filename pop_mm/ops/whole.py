@@ -1,0 +1,139 @@
+"""A decoder layer of one token by rows, in two calls of the compiled library: up to its cache, and from there on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from struct import pack
+
+import torch
+from torch import Tensor
+
+from ..kernels.functions import untraced
+from .rows import RowsFFN, RowsLinear
+
+_LENGTHS = 256  # tokens in a cache, after which its room is asked for again
+NO_NORM = pack("=qdq", 0, 0.0, 0)
+
+
+def norm_described(weight: Tensor, eps: float, kind: int) -> bytes:
+    """A norm as the C functions take it: as :func:`pop_mm.ops.layer.norm`."""
+    return pack("=qdq", weight.data_ptr(), eps, kind)
+
+
+class RowsLayer:
+    """Norms, projections by rows, rotation, attention and residuals of a layer; what the modules compute one by one, bit for bit.
+
+    Parameters
+    ----------
+    inward, outward : RowsLinear
+        Of q, k and v, and of o.
+    ffn : RowsFFN or None
+        None if the layer's FFN is left to the caller.
+    thresholds : sequence of Tensor
+        ``[1]`` each, float32 on the CPU: of the input of q, k and v, of that of o, of the FFN's x and h (or of nothing).
+    kept : sequence of Tensor
+        int64 on the CPU, ``[1]``, ``[1]`` and ``[2]``: the numbers of entries kept are added to them.
+    head : int
+        Entries of one.
+
+    Attributes
+    ----------
+    made_of : tuple of RowsLinear, RowsLinear and RowsFFN or None
+    """
+
+    def __init__(
+        self,
+        inward: RowsLinear,
+        outward: RowsLinear,
+        ffn: RowsFFN | None,
+        thresholds: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        head: int,
+    ) -> None:
+        self.made_of = inward, outward, ffn
+        self._held = *thresholds, *kept  # as the memory is
+        first, second = ([t.data_ptr() for t in some] for some in (thresholds, kept))
+        first, second = first + [0] * (4 - len(first)), second + [0] * (3 - len(second))
+        none = bytes(len(pack("=23q", *range(23))))
+        matrices = inward.described + outward.described + (none if ffn is None else ffn.described)
+        self._described = matrices + pack("=8q", *first, *second, head)
+        self._library, self._room, self._head = inward.library, inward.room, head
+        self._sizes: dict[tuple[int, int], int] = {}
+
+    @untraced
+    def begin(self, norms: bytes, hidden: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of a token.
+
+        Parameters
+        ----------
+        norms : bytes
+            Four, each from :func:`norm_described`: the layer's first, those of a query head and a key head (:data:`NO_NORM`
+            twice if there are none), the layer's second.
+        hidden : Tensor
+            ``[1, 1, H]``.
+        cosine, sine : Tensor
+            ``[..., d]`` of one token, contiguous.
+
+        Returns
+        -------
+        tuple of Tensor
+            ``[1, heads, 1, d]`` each.
+        """
+        inward, threads = self.made_of[0], torch.get_num_threads()
+        outputs = inward.outputs
+        if (size := self._sizes.get((0, threads))) is None:
+            size = self._sizes[0, threads] = self._library.begin_room(self._described, inward.columns, threads)
+        out = torch.empty(1, 1, sum(outputs), dtype=inward.dtype, device="cpu")
+        self._library.begin_layer(
+            self._described,
+            norms,
+            hidden.data_ptr(),
+            inward.columns,
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            out.data_ptr(),
+            self._room.address(size),
+            threads,
+        )
+        heads = out.view(1, -1, 1, self._head)
+        query, key, value = heads.split_with_sizes([n // self._head for n in outputs], 1)
+        return query, key, value
+
+    @untraced
+    def end(self, norms: bytes, query: Tensor, key: Tensor, value: Tensor, scale: float, hidden: Tensor) -> Tensor:
+        """What the layer makes of a token, ``[1, 1, H]``; without its FFN if that is left to the caller.
+
+        Parameters
+        ----------
+        norms, hidden
+            As of :meth:`begin`.
+        query, key, value, scale
+            As of :func:`pop_mm.ops.layer.attention`.
+        """
+        threads = torch.get_num_threads()
+        heads, groups, size, (length, wide) = query.shape[1], key.shape[1], query.shape[3], value.shape[2:]
+        strides = key.stride(1), key.stride(2), value.stride(1), value.stride(2)
+
+        def shape(length: int) -> bytes:
+            return pack("=9qd", heads, groups, length, size, wide, *strides, scale)
+
+        longest = -(-length // _LENGTHS) * _LENGTHS
+        if (room := self._sizes.get((longest, threads))) is None:
+            room = self._sizes[longest, threads] = self._library.end_room(self._described, shape(longest), threads)
+        out = torch.empty(hidden.shape, dtype=hidden.dtype, device="cpu")
+        self._library.end_layer(
+            self._described,
+            norms,
+            shape(length),
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            hidden.data_ptr(),
+            out.data_ptr(),
+            self._room.address(room),
+            threads,
+        )
+        return out
+
+
+__all__ = ["NO_NORM", "RowsLayer", "norm_described"]
