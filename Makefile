@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo docs test test-docs test-packages test-vllm dist test-dist lint format clean
+.PHONY: setup demo docs test test-docs test-gpu test-packages test-scripts test-vllm dist test-dist lint format clean
 
 setup: $(VENV)/.installed
 
@@ -17,8 +17,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python demos/generate_text.py
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# The files of tests/ itself; a folder in it has a target of its own.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --ignore tests/packages --ignore tests/docs --ignore tests/vllm
+	$(PYTEST) tests/test_*.py
+
+# The Triton kernels: on a GPU, or interpreted; and compiled for GPUs.
+test-gpu: setup
+	$(PYTEST) tests/gpu
+
+# The programs of benchmarks/ and demos/, in processes of their own.
+test-scripts: setup
+	$(PYTEST) tests/scripts
 
 # Weights as other packages pack them; one that pip cannot install is named, and its tests are skipped.
 test-packages: setup

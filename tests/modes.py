@@ -162,10 +162,11 @@ def in_modes(types, full, modes=tuple(MODES)):
 
 
 def in_modes_and_backends(types, full, modes=tuple(MODES)):
-    """As :func:`in_modes`, each pair with one backend in turn: every type and every mode meets both."""
-    others = in_modes([model_type for model_type in types if model_type not in full], (), modes)
+    """Types, modes and backends: types of ``full`` meet every mode and backend, the others one of each in turn."""
+    others = [model_type for model_type in types if model_type not in full]
     return covering([model_type for model_type in types if model_type in full], modes, BACKENDS) + [
-        (model_type, mode, BACKENDS[place % len(BACKENDS)]) for place, (model_type, mode) in enumerate(others)
+        (model_type, modes[place % len(modes)], BACKENDS[(place + place // len(modes)) % len(BACKENDS)])
+        for place, model_type in enumerate(others)
     ]
 
 

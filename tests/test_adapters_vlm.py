@@ -6,6 +6,7 @@ import torch
 from channels import IDS, bits, compute, inputs, run, same_bits, swap_everything
 from transformers import AutoConfig, AutoModelForImageTextToText, Blip2Config, Blip2ForConditionalGeneration
 
+from modes import in_turn
 from observe import differences, fingerprint
 from pop_mm import AdapterError, prune
 from pop_mm.adapters import (
@@ -264,7 +265,7 @@ def test_a_text_model_has_no_placeholders():
 
 @pytest.mark.parametrize(
     ("model_type", "name"),
-    [(one, name) for one in VLM_MODELS for name in PROMPTS if name != "image" or one in SINGLE_IMAGES],
+    [(one, name) for one in VLM_MODELS for name in PROMPTS if name == "batch" or one in SINGLE_IMAGES],
     indirect=["model_type"],
 )
 def test_both_backends_agree_and_leave_no_trace(model_type, double, name):
@@ -298,8 +299,11 @@ def check_partitions(report):
             assert ffn.active_per_step == sizes.kept
 
 
-def test_ratio_0_is_dense_bit_for_bit(model_type, double):
-    prompt = image_inputs(model_type, double, **PROMPTS["batch"])
+@pytest.mark.parametrize(
+    ("model_type", "name"), in_turn(VLM_MODELS, SINGLE_IMAGES, ("text", "batch")), indirect=["model_type"]
+)
+def test_ratio_0_is_dense_bit_for_bit(model_type, double, name):
+    prompt = image_inputs(model_type, double, **PROMPTS[name])
     dense = generate(double, prompt)
     with prune(double, ratio=0.0):
         found = generate(double, prompt)

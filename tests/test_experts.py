@@ -19,6 +19,7 @@ from channels import (
 )
 from torch import nn
 
+from modes import EXPERT_LAYOUTS, IMPLEMENTATIONS, in_turn
 from pop_mm.adapters import ExpertPaths
 from pop_mm.experts import Experts
 from tiny_models import MOE_MODELS, tiny
@@ -29,7 +30,7 @@ def model_type(request):
     return request.param
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize(("model_type", "implementation"), in_turn(MOE_MODELS, EXPERT_LAYOUTS, IMPLEMENTATIONS))
 def test_every_expert_gets_tokens(model_type, implementation):
     dtype = torch.float32 if implementation == "grouped_mm" else torch.float64  # no float64 kernel on a CPU
     model = tiny(model_type, dtype, experts_implementation=implementation)
@@ -100,7 +101,7 @@ def test_narrow_ffns_equal_masked_ones(model_type):
         assert (dense - masked).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("model_type", "dtype"), in_turn(MOE_MODELS, EXPERT_LAYOUTS, (torch.float64, torch.bfloat16)))
 def test_norms_equal_loops(model_type, dtype):
     record = experts_of(tiny(model_type, dtype))[-1]
     down, reads = record.down_column_norms(), record.input_norms()

@@ -57,7 +57,7 @@ def check(groups, run, tokens):
 
 @pytest.mark.parametrize("model_type", [*DENSE_MODELS, *MOE_MODELS])
 def test_modules_of_a_group_are_given_the_same(load, model_type):
-    model = load(model_type, torch.float32)
+    model = load(model_type)
     adapter = adapter_for(model)
     groups = adapter.input_groups(model)
     check(groups, lambda: model(prompt(2, 5)), 10)

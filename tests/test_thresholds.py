@@ -9,7 +9,7 @@ import torch
 from reference_thresholds import FEWEST, Thresholds
 from test_invariants import NAN_IN_FLOAT64
 
-from modes import LENGTH, MODES, STEPS, dense_run, generate, left_padded, simple
+from modes import LENGTH, MODES, STEPS, dense_run, generate, in_modes, in_turn, left_padded, simple
 from observe import prompt, same_afterwards
 from pop_mm import NonFiniteError, SessionError, prune
 from pop_mm.methods.thresholds import MIN_PROMPT_TOKENS, threshold
@@ -28,12 +28,12 @@ def shares(session):
     return next(plan.shares for plan in session.plans if "h" in plan.shares and plan.backend != "dense")
 
 
-@pytest.fixture(params=DENSE_MODELS)
+@pytest.fixture
 def any_model(request, load):
-    overflows = request.param in NAN_IN_FLOAT64 and "padd" in request.node.name
-    return load(request.param, torch.float32 if overflows else torch.float64)
+    return load(request.param)
 
 
+# what a type's own caches, masks and positions do to a forward is no method's matter: POP's invariants are over every type
 @pytest.fixture(params=LAYOUTS)
 def layout(request, load):
     overflows = request.param in NAN_IN_FLOAT64 and "padd" in request.node.name
@@ -54,7 +54,9 @@ def same(found, expected, atol=1e-5):
 # the reference ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["overall", "ffn"])
+@pytest.mark.parametrize(
+    ("any_model", "scope"), in_turn(DENSE_MODELS, LAYOUTS, ("overall", "ffn")), indirect=["any_model"]
+)
 def test_greedy_equals_the_reference(any_model, scope):
     ids = prompt(2, LENGTH)
     with thresholds(any_model, scope=scope) as session:
@@ -97,7 +99,7 @@ def test_what_is_left_out_of_each_step(model):
 # invariants ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("layout", "mode"), list(in_modes(LAYOUTS, ("llama",))), indirect=["layout"])
 def test_budget_1_is_dense_bit_for_bit(layout, mode):
     tokens, logits = dense_run(mode, layout)
     with thresholds(layout, 1) as session:
@@ -121,28 +123,28 @@ def test_every_exact_mode_equals_greedy(layout, mode):
         same(MODES[mode][0](layout), expected)
 
 
-def test_a_padded_batch_equals_each_row_alone(any_model):
+def test_a_padded_batch_equals_each_row_alone(layout):
     ids, mask = left_padded(prompt(2, LENGTH))
 
     def runs():
-        alone = [generate(any_model, ids[row : row + 1, mask[row].bool()]) for row in range(2)]
+        alone = [generate(layout, ids[row : row + 1, mask[row].bool()]) for row in range(2)]
         joined = torch.cat([one[0] for one in alone]), torch.cat([one[1] for one in alone], 1)
-        return joined, generate(any_model, ids, attention_mask=mask)
+        return joined, generate(layout, ids, attention_mask=mask)
 
     alone, together = runs()
     if not torch.allclose(together[1], alone[1], rtol=0, atol=1e-5):
         pytest.skip("transformers: padding changes the dense model")
-    with thresholds(any_model):
+    with thresholds(layout):
         alone, together = runs()
     same(together, alone)
 
 
-def test_padding_never_changes_the_thresholds(any_model):
+def test_padding_never_changes_the_thresholds(layout):
     ids, mask = left_padded(prompt(2, LENGTH))
     found = []
-    with thresholds(any_model) as session:
+    with thresholds(layout) as session:
         for padding in (0, 77):
-            any_model.generate(ids.where(mask.bool(), padding), attention_mask=mask, max_new_tokens=2)
+            layout.generate(ids.where(mask.bool(), padding), attention_mask=mask, max_new_tokens=2)
             found.append([inputs.thresholds for inputs in session.report.inputs])
     assert found[0] == found[1]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_changes import CHANGES, adapted, doubled, experts, packed, random, same_weights, unstructured, weight_normed
 from test_precompiled import CASES, compile_parts, every_layer, forward_compiled
-from test_wrapped_weights import OFFLOADS, small
+from test_wrapped_weights import COMMON, OFFLOADS, small
 
 from compatibility import ADAPTERS, TORCHAO
 from modes import fresh, generate
@@ -86,8 +86,11 @@ OURS = {
 }
 
 
-@backends
-@pytest.mark.parametrize(("family", "what"), OURS)
+# by rows; masked, what POP's session does not know: the inputs of attention
+@pytest.mark.parametrize(
+    ("family", "what", "backend"),
+    [(*case, "auto") for case in OURS] + [(*case, "masked") for case in OURS if case not in CHANGES],
+)
 def test_a_change_inside_a_session_is_followed(family, what, backend):
     twin, model = fresh(family), fresh(family)
     OURS[family, what](twin)
@@ -397,7 +400,8 @@ def test_offloaded_weights_give_what_plain_ones_give(offload, model_type, tmp_pa
 
 
 TARGETS = [("q_proj", "o_proj"), ("gate_proj",), ("down_proj",), ("q_proj", "gate_proj", "up_proj", "down_proj")]
-WRAPPED = [(row, TARGETS[-1]) for row in ADAPTERS if row.name != "BEFT"]
+# that a weight is not plain, and what its columns weigh, is told of every tuner in test_wrapped_weights.py
+WRAPPED = [(row, TARGETS[-1]) for row in ADAPTERS if row.name in COMMON]
 WRAPPED += [(row, targets) for row in ADAPTERS if row.name in ("LoRA", "IA3") for targets in TARGETS[:-1]]
 
 

@@ -13,6 +13,7 @@ from modes import (
     STEPS,
     dense_run,
     generate,
+    in_modes,
     left_padded,
     simple,
     with_experts,
@@ -48,7 +49,7 @@ def test_greedy_equals_the_reference(load, model_type):
 
 @pytest.mark.parametrize("model_type", MOE_MODELS)
 def test_every_type_is_masked_and_restored(load, model_type):
-    model = load(model_type, torch.float32)
+    model = with_experts(load, model_type)
     ids = prompt(2, LENGTH)
     dense = generate(model, ids, steps=3)
     with same_afterwards(model), thresholds(model, 0.8) as session:  # Mamba and convolutions stay dense
@@ -60,7 +61,7 @@ def test_every_type_is_masked_and_restored(load, model_type):
         assert abs(inputs.prompt_share["text"] - inputs.share) < 0.02
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("layout", "mode"), list(in_modes(EXPERT_LAYOUTS, ("mixtral",))), indirect=["layout"])
 def test_budget_1_is_dense_bit_for_bit(layout, mode):
     tokens, logits = dense_run(mode, layout)
     with thresholds(layout, 1):

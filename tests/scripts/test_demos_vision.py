@@ -11,7 +11,7 @@ from PIL import Image
 from pop_mm.upcycle import upcycle
 from tiny_vlm_folder import save_vlm
 
-DEMOS = Path(__file__).parents[1] / "demos"
+DEMOS = Path(__file__).parents[2] / "demos"
 
 
 @pytest.fixture(scope="module")

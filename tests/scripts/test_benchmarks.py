@@ -13,7 +13,7 @@ import torch
 from pop_mm import kernels
 from tiny_models import tiny
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 METHODS = ("static", "POP gamma 0.1", "POP gamma 0.2", "full")
 
 

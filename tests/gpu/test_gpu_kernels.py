@@ -17,7 +17,8 @@ from pop_mm.kernels import gpu
 from pop_mm.session import plan_ffns
 from tiny_models import tiny
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install triton)")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
@@ -28,8 +29,8 @@ def run(*command, **environment):
         capture_output=True,
         text=True,
         timeout=600,
-        cwd=TESTS.parent,
-        env={**os.environ, "PYTEST_ADDOPTS": "", **environment},
+        cwd=ROOT,
+        env={**os.environ, "PYTEST_ADDOPTS": "", "PYTHONPATH": os.pathsep.join(sys.path), **environment},
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -39,7 +40,7 @@ def test_kernels_are_right():
     """On the GPU if there is one, else interpreted; in a process of its own."""
     own = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     options = ("-p", "no:xdist", "-p", "no:cacheprovider", "--noconftest")  # whose imports take their time
-    cases = [TESTS / "gpu_kernel_cases.py", TESTS / "gpu_model_cases.py"]
+    cases = [HERE / "gpu_kernel_cases.py", HERE / "gpu_model_cases.py"]
     code, output = run("-m", "pytest", *options, *cases, **own)
     assert code == 0 and " passed" in output, output
 
@@ -47,19 +48,19 @@ def test_kernels_are_right():
 @needs_triton
 @no_gpu
 def test_kernels_compile_for_gpus(tmp_path):
-    code, output = run(TESTS / "gpu_compile.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    code, output = run(HERE / "gpu_compile.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     assert code == 0, output
 
 
 @needs_triton
 def test_benchmark_runs():
-    code, output = run(TESTS.parent / "benchmarks" / "gpu_kernels.py", "--interpret")
+    code, output = run(ROOT / "benchmarks" / "gpu_kernels.py", "--interpret")
     assert code == 0 and "The variants agree" in output, output
 
 
 @no_gpu
 def test_benchmark_says_that_it_needs_a_gpu(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(TESTS.parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "argv", ["gpu_kernels.py"])
     import gpu_kernels
 

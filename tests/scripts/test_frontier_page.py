@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 KL = {"thresholds": 0.05, "pop": 0.5, "static": 0.6}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-FOLDER = Path(__file__).parents[1] / "demos" / "tiny_vlm"
+FOLDER = Path(__file__).parents[2] / "demos" / "tiny_vlm"
 sys.path.insert(0, str(FOLDER))
 from batches import Batches, patchify  # noqa: E402
 from evaluate import Item, Score, answer, evaluation_set, same, score  # noqa: E402

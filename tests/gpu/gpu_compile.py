@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for an H100, which need not be here; tests/test_gpu_kernels.py runs it in a process of its own."""
+"""Compile the Triton kernels for an H100, which need not be here; test_gpu_kernels.py runs it in a process of its own."""
 
 import sys
 

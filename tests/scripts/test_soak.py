@@ -9,7 +9,7 @@ import torch
 from pop_mm import Session, kernels
 from pop_mm.phase import PhaseTracker
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture

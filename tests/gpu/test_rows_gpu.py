@@ -3,7 +3,7 @@
 import json
 
 import torch
-from test_gpu_kernels import TESTS, needs_triton, no_gpu, run
+from test_gpu_kernels import HERE, ROOT, needs_triton, no_gpu, run
 
 
 @needs_triton
@@ -11,19 +11,19 @@ def test_kernels_are_right():
     """On the GPU if there is one, else interpreted; in a process of its own."""
     own = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     options = ("-p", "no:xdist", "-p", "no:cacheprovider", "--noconftest")
-    code, output = run("-m", "pytest", *options, TESTS / "rows_gpu_cases.py", **own)
+    code, output = run("-m", "pytest", *options, HERE / "rows_gpu_cases.py", **own)
     assert code == 0 and " passed" in output, output
 
 
 @needs_triton
 @no_gpu
 def test_kernels_compile_for_gpus(tmp_path):
-    code, output = run(TESTS / "rows_gpu_compile.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    code, output = run(HERE / "rows_gpu_compile.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     assert code == 0, output
 
 
 def test_benchmark_runs(tmp_path):
-    code, output = run(TESTS.parent / "benchmarks" / "rows_kernels.py", "--quick", "--json", tmp_path / "out.json")
+    code, output = run(ROOT / "benchmarks" / "rows_kernels.py", "--quick", "--json", tmp_path / "out.json")
     assert code == 0, output
     assert output.count("not judged") == 3
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]

@@ -1,4 +1,4 @@
-"""What tests/test_gpu_kernels.py runs in a process of its own: whole models on the Triton kernels against the masked backend.
+"""What test_gpu_kernels.py runs in a process of its own: whole models on the Triton kernels against the masked backend.
 
 On a GPU if there is one; else with TRITON_INTERPRET=1 on the CPU, where a step of a tiny FFN takes a third of a second.
 """
