@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo docs test test-docs test-gpu test-packages test-scripts test-vllm dist test-dist lint format clean
+.PHONY: setup demo docs test test-docs test-kernels test-packages test-scripts test-vllm dist test-dist lint format clean
 
 setup: $(VENV)/.installed
 
@@ -23,9 +23,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 test: setup
 	$(PYTEST) tests/test_*.py
 
-# The Triton kernels: on a GPU, or interpreted; and compiled for GPUs.
-test-gpu: setup
-	$(PYTEST) tests/gpu
+# Triton kernels, on a GPU or interpreted, and compiled for GPUs; C kernels as other processors compile them.
+test-kernels: setup
+	$(PYTEST) tests/kernels
 
 # The programs of benchmarks/ and demos/, in processes of their own.
 test-scripts: setup

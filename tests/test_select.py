@@ -1,6 +1,6 @@
 """The choice among candidates: one definition, written here as loops, and all that chooses is held to it.
 
-The Triton kernels choose within an FFN: ``gpu/gpu_kernel_cases.py`` holds them to the same functions.
+The Triton kernels choose within an FFN: ``kernels/gpu_kernel_cases.py`` holds them to the same functions.
 """
 
 import math

@@ -11,7 +11,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from test_changes import CHANGES, adapted, doubled, experts, packed, random, same_weights, unstructured, weight_normed
-from test_precompiled import CASES, compile_parts, every_layer, forward_compiled
+from test_precompiled import compile_parts, every_layer, forward_compiled
+from test_precompiled import small as one_layer_of_experts
 from test_wrapped_weights import COMMON, OFFLOADS, small
 
 from compatibility import ADAPTERS, TORCHAO
@@ -263,6 +264,10 @@ def test_dtypes_that_change_inside_a_session(family, moves):
 # --- compiled parts -------------------------------------------------------------------------------------------------
 
 
+# how a session runs compiled parts eagerly is no method's matter: all parts are in test_precompiled.py, here those of attention
+COMPILED = [("llama", "attention.compile()"), ("llama", "compile(layer)"), ("mixtral", "compile(experts)")]
+
+
 @pytest.fixture
 def _fresh_compiler():
     torch._dynamo.reset()
@@ -272,9 +277,9 @@ def _fresh_compiler():
 
 @pytest.mark.filterwarnings("ignore:.*compiled before the session")
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize(("family", "what"), [case for case in CASES if case[0] == "llama" or "experts" in case[1]])
+@pytest.mark.parametrize(("family", "what"), COMPILED)
 def test_a_compiled_model_is_pruned_as_its_uncompiled_twin(family, what):
-    twin, model = fresh(family), fresh(family)
+    twin, model = one_layer_of_experts(family), one_layer_of_experts(family)
     expected, dense = masked(twin), generate(twin, prompt(), 2)
     compile_parts(model, what)
     for backend in ("masked", "auto"):
@@ -331,9 +336,7 @@ def of_vlm(model, inputs):
 
 
 VLM_COMPILERS = {
-    "model": lambda model: model.compile(backend="eager"),
     "language model": lambda model: model.model.language_model.compile(backend="eager"),
-    "mlp": lambda model: [layer.mlp.compile(backend="eager") for layer in model.model.language_model.layers],
     "layers": lambda model: [layer.compile(backend="eager") for layer in model.model.language_model.layers],
 }
 
