@@ -23,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 test: setup
 	$(PYTEST) tests/test_*.py
 
-# Triton kernels, on a GPU or interpreted, and compiled for GPUs; C kernels as other processors compile them.
+# Triton kernels, on a GPU or interpreted, and compiled for GPUs; C kernels as wheels ship them and other processors need them.
 test-kernels: setup
 	$(PYTEST) tests/kernels
 

@@ -22,7 +22,6 @@ from modes import (
     STEPS,
     backends,
     dense_run,
-    expert_cases,
     expert_layouts,
     generate,
     greedy_run,
@@ -43,7 +42,11 @@ every_type_on_implementations = pytest.mark.parametrize(
 )
 # each backend and each implementation; that both backends are equal is tested with every layout and implementation
 KINDS = [("eager", "masked"), ("eager", "inplace"), ("batched_mm", "inplace"), ("grouped_mm", "masked")]
-kinds = pytest.mark.parametrize(("implementation", "backend"), KINDS)
+# how state hangs on prompts and caches is no layout's matter: one layout in each of them, the others in turn
+kinds = pytest.mark.parametrize(
+    ("model_type", "implementation", "backend"),
+    [(model_type, *kind) for model_type, kind in in_turn(EXPERT_LAYOUTS, ("mixtral",), KINDS)],
+)
 EXACT = [mode for mode, (_, rows) in MODES.items() if rows and mode not in ("greedy", "single")]
 
 
@@ -219,9 +222,7 @@ def test_beams_of_two_prompts_equal_each_alone_per_sequence(load, model_type):
         assert torch.equal(model.generate(ids, **beams), torch.cat(alone))
 
 
-@backends
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3"])
-@pytest.mark.parametrize("min_tokens", [1, 3, 6])
+@covers(model_type=["mixtral", "gpt_oss", "deepseek_v3"], min_tokens=[1, 3, 6], backend=BACKENDS)
 def test_what_assisted_decoding_rejects_leaves_no_trace(load, model_type, backend, min_tokens):
     """Experts that the prompt did not reach learn from candidate tokens that may be rejected."""
     model = with_experts(load, model_type)
@@ -307,7 +308,6 @@ def continued(model, logits, cache, steps=STEPS):
 
 
 @kinds
-@expert_layouts
 def test_state_never_leaks_between_prompts(load, model_type, implementation, backend):
     model, prompts = with_experts(load, model_type, implementation), [prompt(1, 3, seed) for seed in range(3)]
     alone = []
@@ -322,7 +322,6 @@ def test_state_never_leaks_between_prompts(load, model_type, implementation, bac
 
 
 @kinds
-@expert_layouts
 def test_two_caches_in_turn_equal_each_alone(load, model_type, implementation, backend):
     model, prompts = with_experts(load, model_type, implementation), [prompt(1, 3, seed) for seed in range(2)]
     alone = []
@@ -438,7 +437,7 @@ def differences_of_weights(one, other):
     return [n for (n, a), b in zip(one.named_parameters(), other.parameters(), strict=True) if not torch.equal(a, b)]
 
 
-@expert_cases
+@kinds
 def test_copies_of_a_cache_go_their_own_ways(load, model_type, implementation, backend):
     model, ids = with_experts(load, model_type, implementation), prompt(1, 3)
     branches = [torch.tensor([[5]]), torch.tensor([[60]])]
