@@ -169,6 +169,26 @@ def footprint(
     )
 
 
+def bytes_per_token(
+    model: nn.Module, adapter: Adapter, plans: Sequence[Plan], kept: Sequence[float] | None
+) -> dict[str, int | None]:
+    """Bytes of weights that a decoded token reads, as reports have them.
+
+    Parameters
+    ----------
+    kept : sequence of float or None
+        Of each plan, the share of its weights that the steps read; None before the first.
+
+    Returns
+    -------
+    dict of str to int or None
+        "dense"; "intended"; "read", on the backends of now; and "kept".
+    """
+    now, meant = (footprint(model, adapter, plans, s) for s in (None, [plan.share_intended for plan in plans]))
+    read = None if kept is None else footprint(model, adapter, plans, kept).total
+    return {"dense": now.dense_total, "intended": meant.total, "read": now.total, "kept": read}
+
+
 def weights_per_token(model: nn.Module, adapter: Adapter, plans: Sequence[Plan]) -> dict[str, int]:
     """Weights that a decoded token reads from the dense model, by part. Of routed experts, those count that a token uses."""
     records = [plan.ffn for plan in plans if not isinstance(plan.ffn, InputGroup)]
@@ -193,6 +213,7 @@ __all__ = [
     "Plan",
     "Uniform",
     "WeightBytes",
+    "bytes_per_token",
     "footprint",
     "itemsize",
     "weights_per_token",

@@ -83,6 +83,11 @@ def added(by_modality: Mapping[int, Tensor], modality: int, value: Tensor) -> di
     return {**by_modality, modality: value if before is None else before + value.to(before.device)}
 
 
+def by_name(tokens_of: Mapping[int, Tensor]) -> dict[str, int]:
+    """Name of each modality that a prompt has -> its tokens, over all sequences."""
+    return {MODALITIES[m]: count for m, tokens in tokens_of.items() if (count := int(tokens.sum()))}
+
+
 def weighted_sum(by_modality: Mapping[int, Tensor], weights: Mapping[str, float]) -> Tensor | None:
     """Sum over modalities, each times its weight (1 if it has none); None if there is nothing."""
     total = None

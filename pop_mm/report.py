@@ -14,11 +14,11 @@ from torch import nn
 
 from .adapters import Adapter
 from .config import PopConfig
-from .footprint import footprint, weights_per_token
-from .modality import MODALITIES
+from .footprint import bytes_per_token, weights_per_token
+from .modality import by_name
 from .partition import Partition
 from .planning import FFNPlan
-from .shown import Shown, of_report, printed
+from .shown import ShownReport
 from .spread import notes_of
 from .timings import Timings
 
@@ -155,7 +155,7 @@ class FFNReport:
 
 
 @dataclass(frozen=True, repr=False)
-class Report(Shown):
+class Report(ShownReport):
     """What a session did. ``print(report)`` shows a table, :meth:`plot` a picture.
 
     Attributes
@@ -227,19 +227,11 @@ class Report(Shown):
                 "decode": self.timings.decode_forwards,
                 "decode_masked_not_resident": self.timings.masked_forwards,
             },
-            "seconds": {
-                "prefill": self.timings.prefill,
-                "decode": self.timings.decode,
-                "partitioning": self.timings.partitioning,
-                "moving": self.timings.moving,
-            },
+            "seconds": self.timings.seconds(),
             "moved_channels": self.moved_channels,
             "notes": list(self.notes),
             "ffns": [ffn.to_dict() for ffn in self.ffns],
         }
-
-    def _shown_line(self) -> str:
-        return of_report(self)
 
     def _shown_rows(self) -> Sequence[Mapping[str, Any]]:
         return [ffn.to_dict() for ffn in self.ffns]
@@ -263,9 +255,6 @@ class Report(Shown):
         from .tables import report_table
 
         yield from report_table(self, options.max_width)
-
-    def __str__(self) -> str:
-        return printed(self)
 
 
 Alone = tuple[Mapping[str, Partition], Mapping[str, torch.Tensor]]  # FFNReport.alone and .reached
@@ -297,31 +286,13 @@ def build_report(
             pruned += 1
         report = _ffn_report(plan, known, timings.decode_forwards > 0, config.batch == "shared")
         ffns.append(replace(report, alone=by_modality[0], reached=by_modality[1]))
-    counts = (
-        {}
-        if state is None
-        else {MODALITIES[m]: count for m, tokens in state.tokens_of.items() if (count := int(tokens.sum()))}
-    )
+    counts = {} if state is None else by_name(state.tokens_of)
     tokens = sum(counts.values())
     notes = [*_notes(config, plans, timings), *_expert_notes(ffns)]
     weights = sum(weights_per_token(model, adapter, plans).values())
-    bytes_read = _bytes(model, adapter, ffns, timings.decode_forwards > 0)
+    kept = [ffn.share_kept for ffn in ffns] if timings.decode_forwards else None
+    bytes_read = bytes_per_token(model, adapter, plans, kept)
     return Report(config, ffns, tokens, timings, moved_channels, weights, kernels, counts, notes, bytes_read)
-
-
-def _bytes(model: nn.Module, adapter: Adapter, ffns: Sequence[FFNReport], decoded: bool) -> dict[str, int | None]:
-    """:attr:`Report.bytes_per_token`."""
-    plans = [ffn.plan for ffn in ffns]
-    now, meant, kept = (
-        footprint(model, adapter, plans, shares)
-        for shares in (None, [plan.share_intended for plan in plans], [ffn.share_kept for ffn in ffns])
-    )
-    return {
-        "dense": now.dense_total,
-        "intended": meant.total,
-        "read": now.total,
-        "kept": kept.total if decoded else None,
-    }
 
 
 def _ffn_report(plan: FFNPlan, known: FFNState | None, decoded: bool, shared: bool) -> FFNReport:

@@ -120,17 +120,22 @@ class Session(Attachment, Shown):
     @property
     def report(self) -> Report:
         """What happened so far; the partition and the steps are those of the latest prompt."""
-        self._awaited = False
         self._inplace.static.flush()
-        state = self._last
-        if state is not None and state.tokens is not None and not state.partitioned and self._engine.decides_alone:
-            self._engine.partition_all(state)
-        self.timings.moving = self.moving_seconds
+        state = self._latest()
         name = "triton" if self.config.kernels == "triton" else "stock" if self._matvec is None else "compiled"
         alone = self._alone(state) if state is not None and self._engine.decides_alone else []
         return build_report(
             self.model, self._adapter, self.config, self.plans, state, self.timings, self.moved_channels, name, alone
         )
+
+    def _latest(self) -> PromptState | None:
+        """The latest prompt, for a report: decided, where this process decides alone."""
+        self._awaited = False
+        self.timings.moving = self.moving_seconds
+        state = self._last
+        if state is not None and state.tokens is not None and not state.partitioned and self._engine.decides_alone:
+            self._engine.partition_all(state)
+        return state
 
     def statistics(self) -> dict[str, Tensor]:
         """What the latest prompt's tokens did: name of an FFN -> sum of squared activations of each channel.

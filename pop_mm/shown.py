@@ -70,6 +70,16 @@ class Shown(Values):
         return f"<p>{escape(self._shown_line())}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+class ShownReport(Shown):
+    """What a session did: its line, and its tables for ``print``."""
+
+    def _shown_line(self) -> str:
+        return of_report(self)
+
+    def __str__(self) -> str:
+        return printed(self)
+
+
 def grouped(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     """Rows that are equal but for their first cell, a number, as one row: ``0-3, 5``."""
     numbers: dict[tuple[str, ...], list[str]] = {}
@@ -127,4 +137,4 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-__all__ = ["Shown", "Values", "counts", "grouped", "of_report", "printed", "share"]
+__all__ = ["Shown", "ShownReport", "Values", "counts", "grouped", "of_report", "printed", "share"]

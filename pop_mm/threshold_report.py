@@ -11,11 +11,11 @@ from torch import nn
 
 from .adapters import Adapter
 from .config import PopConfig
-from .footprint import footprint, weights_per_token
+from .footprint import bytes_per_token, weights_per_token
 from .groups import InputGroup
 from .methods.thresholds import MIN_PROMPT_TOKENS, PASS_ALL, deciding, share_above
-from .modality import MODALITIES
-from .shown import Shown, of_report, printed
+from .modality import MODALITIES, by_name
+from .shown import ShownReport
 from .shown import share as percent
 from .spread import notes_of
 from .threshold_state import InputState, RecordState
@@ -111,7 +111,7 @@ class InputReport:
 
 
 @dataclass(frozen=True, repr=False)
-class ThresholdReport(Shown):
+class ThresholdReport(ShownReport):
     """What a session did. ``print(report)`` shows a table.
 
     Attributes
@@ -170,7 +170,7 @@ class ThresholdReport(Shown):
         counts: dict[str, int] = {}
         notes = notes_of(plan.record for plan in plans)
         if state is not None:
-            counts = {MODALITIES[m]: n for m, tokens in state.tokens_of.items() if (n := int(tokens.sum()))}
+            counts = by_name(state.tokens_of)
             if state.tokens is not None and (short := int((state.tokens < MIN_PROMPT_TOKENS).sum())):
                 notes.append(
                     f"{short} of {state.rows} sequences decoded dense: their prompts have fewer than {MIN_PROMPT_TOKENS} tokens."
@@ -188,13 +188,8 @@ class ThresholdReport(Shown):
         used = {} if state is None else _deciding_tokens(state, known.values())
         weights = weights_per_token(model, adapter, plans)
         report = cls(config, inputs, sum(counts.values()), counts, used, timings, weights, plans, notes)
-        now, meant, kept = (
-            footprint(model, adapter, plans, shares)
-            for shares in (None, [plan.share_intended for plan in plans], report.shares_kept)
-        )
-        decoded = any(found.kept is not None for found in inputs)
-        sizes = {"dense": now.dense_total, "intended": meant.total, "read": now.total}
-        return replace(report, bytes_per_token={**sizes, "kept": kept.total if decoded else None})
+        kept = report.shares_kept if any(found.kept is not None for found in inputs) else None
+        return replace(report, bytes_per_token=bytes_per_token(model, adapter, plans, kept))
 
     @property
     def shares_kept(self) -> list[float]:
@@ -271,12 +266,7 @@ class ThresholdReport(Shown):
                 "decode": self.timings.decode_forwards,
                 "decode_masked": self.timings.masked_forwards,
             },
-            "seconds": {
-                "prefill": self.timings.prefill,
-                "decode": self.timings.decode,
-                "partitioning": self.timings.partitioning,
-                "moving": self.timings.moving,
-            },
+            "seconds": self.timings.seconds(),
             "notes": list(self.notes),
             "inputs": [report.to_dict() for report in self.inputs],
         }
@@ -297,9 +287,6 @@ class ThresholdReport(Shown):
             if (found := [shares[name] for shares in mine if name in shares])
         }
 
-    def _shown_line(self) -> str:
-        return of_report(self)
-
     def _shown_rows(self) -> Sequence[Mapping[str, Any]]:
         return [found.to_dict() for found in self.inputs]
 
@@ -319,9 +306,6 @@ class ThresholdReport(Shown):
         from .tables import narrowed
 
         yield from narrowed(threshold_table(self), ("matrix", "thresholds", "intended", "kept"), options.max_width)
-
-    def __str__(self) -> str:
-        return printed(self)
 
 
 def threshold_summary(report: ThresholdReport) -> Any:

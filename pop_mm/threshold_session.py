@@ -285,12 +285,8 @@ class ThresholdSession(Session):
     @property
     def report(self) -> ThresholdReport:  # type: ignore[override]
         """What happened so far; thresholds and kept shares are those of the latest prompt."""
-        self._awaited = False
         self._rows.flush()
-        self.timings.moving = self.moving_seconds
-        state = self._last
-        if state is not None and state.tokens is not None and not state.partitioned and self._engine.decides_alone:
-            self._engine.partition_all(state)
+        state = self._latest()
         plans: list[Any] = self.plans
         return ThresholdReport.of(self.model, self._adapter, self.config, plans, state, self.timings)
 

@@ -42,5 +42,9 @@ class Timings:
             self.prefill += seconds
             self.prefill_forwards += 1
 
+    def seconds(self) -> dict[str, float]:
+        """Seconds by what they were spent on, as reports have them."""
+        return {name: getattr(self, name) for name in ("prefill", "decode", "partitioning", "moving")}
+
 
 __all__ = ["Timings"]
