@@ -7,9 +7,9 @@ from functools import cache
 import pytest
 import torch
 
-from observe import differences, fingerprint, prompt
+from helpers.observe import differences, fingerprint, prompt
+from helpers.tiny_models import tiny
 from pop_mm.cli import main
-from tiny_models import tiny
 
 torch.set_num_threads(1)  # tiny models only lose by more
 
@@ -97,7 +97,7 @@ def interruptible():
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory):
     """A cache of samples in which the language models are tiny."""
-    from pages import stand_in_cache
+    from helpers.pages import stand_in_cache
 
     folder = tmp_path_factory.mktemp("samples")
     stand_in_cache(folder)
@@ -107,7 +107,7 @@ def stand_ins(tmp_path_factory):
 @pytest.fixture
 def away(stand_ins, tmp_path, monkeypatch):
     """For examples: a folder of their own, tiny samples, no network; what they register is forgotten."""
-    from pages import working_folder
+    from helpers.pages import working_folder
     from pop_mm.adapters import registered_adapters, unregister_adapter
     from pop_mm.methods import METHODS, unregister_method
 

@@ -3,11 +3,12 @@ from importlib import metadata
 
 import pytest
 import torch
-from channels import bits, logits, records_of, same_bits
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 import pop_mm
+from helpers.channels import bits, logits, records_of, same_bits
+from helpers.tiny_models import DENSE_MODELS, tiny
 from pop_mm import AdapterError
 from pop_mm.adapters import (
     Adapter,
@@ -20,7 +21,6 @@ from pop_mm.adapters import (
     support_table,
     unregister_adapter,
 )
-from tiny_models import DENSE_MODELS, tiny
 
 GEMMA3N = {
     "vocab_size_per_layer_input": 96,

@@ -2,9 +2,10 @@ import re
 
 import pytest
 import torch
-from channels import IDS, close, experts_of, logits, records_of, swap_everything
 from torch import nn
 
+from helpers.channels import IDS, close, experts_of, logits, records_of, swap_everything
+from helpers.tiny_models import MOE_MODELS, tiny
 from pop_mm import AdapterError
 from pop_mm.adapters import (
     ExpertPaths,
@@ -15,7 +16,6 @@ from pop_mm.adapters import (
 )
 from pop_mm.experts import LAYOUT_FLAGS, Experts
 from pop_mm.ratio import LayerWeights
-from tiny_models import MOE_MODELS, tiny
 
 # model types: layers with experts, layers with a dense FFN, channels of the shared expert
 _STRUCTURES = {

@@ -3,11 +3,13 @@ from functools import cache
 
 import pytest
 import torch
-from channels import IDS, bits, compute, inputs, run, same_bits, swap_everything
 from transformers import AutoConfig, AutoModelForImageTextToText, Blip2Config, Blip2ForConditionalGeneration
 
-from modes import in_turn
-from observe import differences, fingerprint
+from helpers.channels import IDS, bits, compute, inputs, run, same_bits, swap_everything
+from helpers.modes import in_turn
+from helpers.observe import differences, fingerprint
+from helpers.tiny_vlms import VLM_MODELS, image_inputs, tiny_vlm, video_inputs
+from helpers.vlm_images import IMAGE
 from pop_mm import AdapterError, prune
 from pop_mm.adapters import (
     LlamaAdapter,
@@ -21,8 +23,6 @@ from pop_mm.adapters import (
 )
 from pop_mm.experts import Experts
 from pop_mm.ratio import LayerWeights, ffn_ratios
-from tiny_vlms import VLM_MODELS, image_inputs, tiny_vlm, video_inputs
-from vlm_images import IMAGE
 
 TEXT_MODELS = {"idefics2", "idefics3", "smolvlm", "emu3"}
 FLAT = {"phi4_multimodal", "chameleon"}

@@ -13,10 +13,11 @@ from html import unescape
 from importlib.util import find_spec
 
 import pytest
-from app_model import QUESTION, SCENE, alone, changes, free_port, idle, tiny_asker
 from PIL import Image
 
-from observe import fingerprint
+from helpers.app_model import QUESTION, SCENE, alone, changes, free_port, idle, tiny_asker
+from helpers.observe import fingerprint
+from helpers.tiny_folder import save
 from pop_mm import PopConfig, prune
 from pop_mm.app import Answer, Asker, Progress, Turn
 from pop_mm.app.examples import examples
@@ -25,7 +26,6 @@ from pop_mm.app.server import serve
 from pop_mm.app.words import panels, part, result
 from pop_mm.cli import main
 from pop_mm.errors import PopError
-from tiny_folder import save
 
 EARLY = "gradio" in sys.modules
 SETTINGS = dict(ratio=0.4, gamma=0.1, max_new_tokens=12)

@@ -7,15 +7,15 @@ from importlib.resources import files
 from importlib.util import find_spec
 
 import pytest
-from app_model import QUESTION, SCENE, alone, changes, free_port, idle, tiny_asker
 from PIL import Image
 
-from observe import fingerprint
+from helpers.app_model import QUESTION, SCENE, alone, changes, free_port, idle, tiny_asker
+from helpers.observe import fingerprint
+from helpers.tiny_folder import save
 from pop_mm import PopConfig
 from pop_mm.app import Asker, Turn
 from pop_mm.app.examples import captions, examples
 from pop_mm.app.server import serve
-from tiny_folder import save
 
 MISSING = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
 MISSING += [name for name in ("gradio", "selenium", "axe_core_python") if find_spec(name) is None]

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modes import generate, left_padded, pruned, threads_of_torch, without_library
-from observe import differences, fingerprint, prompt
+from helpers.modes import generate, left_padded, pruned, threads_of_torch, without_library
+from helpers.observe import differences, fingerprint, prompt
+from helpers.tiny_models import tiny
 from pop_mm.accel.attention import with_own_interface
 from pop_mm.ops.layer import attention, attention_takes
 from pop_mm.ops.library import library
-from tiny_models import tiny
 
 TYPES = ("llama", "qwen3", "gemma3_text", "gpt_neox", "mixtral", "qwen2_moe", "deepseek_v3", "lfm2")
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import pop_mm
-from modes import LENGTH, backends, generate, pruned
-from observe import differences, fingerprint, prompt, same_afterwards
+from helpers.modes import LENGTH, backends, generate, pruned
+from helpers.observe import differences, fingerprint, prompt, same_afterwards
+from helpers.tiny_models import tiny
 from pop_mm import AdapterError, ConfigError, NonFiniteError, PhaseError, PopConfig, PopError, SessionError, prune
 from pop_mm.scoring import Scorer
-from tiny_models import tiny
 
 SETTINGS = [
     ({"ratio": -0.1}, r"ratio must lie in \[0, 1\); got -0.1"),

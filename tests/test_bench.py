@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers.tiny_folder import save
+from helpers.tiny_models import VOCAB, tiny
 from pop_mm import kernels
 from pop_mm.adapters import adapter_for
 from pop_mm.bench import BenchError, Setup, Source, check, measure, memory, run
@@ -23,8 +25,6 @@ from pop_mm.footprint import weights_per_token
 from pop_mm.kernels import MOST_TOKENS, Matvec
 from pop_mm.kernels.ffn import FFNStep
 from pop_mm.session import plan_ffns
-from tiny_folder import save
-from tiny_models import VOCAB, tiny
 
 PUBLISHED = {
     "llama2-7b": 6.74e9,

@@ -5,16 +5,16 @@ import warnings
 
 import pytest
 import torch
-from reference_thresholds import bin_of, edge, matrices
-from reference_thresholds import quantile as naive_quantile
 
 import pop_mm
-from modes import LENGTH, generate
-from observe import partitions, prompt
+from helpers.modes import LENGTH, generate
+from helpers.observe import partitions, prompt
+from helpers.reference import down_projections
+from helpers.reference_thresholds import bin_of, edge, matrices
+from helpers.reference_thresholds import quantile as naive_quantile
 from pop_mm import ConfigError, PopConfig, prune
 from pop_mm.methods import METHODS, get_method
 from pop_mm.methods.thresholds import BINS, hidden_share, histogram, magnitudes, quantile, share_above
-from reference import down_projections
 
 
 def weights(model, scope):

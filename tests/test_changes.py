@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils.prune import l1_unstructured
 
-from modes import BACKENDS, STEPS, backends, fresh, generate, pruned
-from observe import partitions, prompt, same_afterwards, standing
+from helpers.modes import BACKENDS, STEPS, backends, fresh, generate, pruned
+from helpers.observe import partitions, prompt, same_afterwards, standing
+from helpers.reference import down_projections
 from pop_mm import SessionError, prune
-from reference import down_projections
 
 FAMILIES = ("llama", "mixtral")
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modes import EXPERT_LAYOUTS, LAYOUTS, fresh, pruned, with_experts
-from observe import Wrapped, prompt, same_afterwards
+from helpers.modes import EXPERT_LAYOUTS, LAYOUTS, fresh, pruned, with_experts
+from helpers.observe import Wrapped, prompt, same_afterwards
+from helpers.tiny_folder import save
+from helpers.tiny_models import tiny
 from pop_mm import AdapterError, SessionError, prune
 from pop_mm.adapters import (
     FFNPaths,
@@ -24,8 +26,6 @@ from pop_mm.adapters import (
     registered_adapters,
     unregister_adapter,
 )
-from tiny_folder import save
-from tiny_models import tiny
 
 ROOT = Path(__file__).parent.parent
 BROKEN = r"channels are not independent|does not run on \d+ of its|not called"

@@ -12,11 +12,11 @@ import torch
 
 import pop_mm.cli
 import pop_mm.cli.generate
+from helpers.tiny_folder import WORDS, save
+from helpers.tiny_models import tiny
 from pop_mm.adapters import support_table
 from pop_mm.cli.terminal import write_json
 from pop_mm.config import PopConfig
-from tiny_folder import WORDS, save
-from tiny_models import tiny
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "w5 w9 w40 w7 w22"

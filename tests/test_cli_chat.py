@@ -10,12 +10,12 @@ import torch
 from transformers import AutoTokenizer
 
 import pop_mm
-from observe import differences, fingerprint
+from helpers.observe import differences, fingerprint
+from helpers.tiny_folder import save
+from helpers.tiny_models import tiny
 from pop_mm.cli.chat import Conversation, Streamer
 from pop_mm.cli.generate import Sampling
 from pop_mm.config import PopConfig
-from tiny_folder import save
-from tiny_models import tiny
 
 pytestmark = pytest.mark.usefixtures("wide_terminal_and_no_network")
 TEMPLATE = "{% for m in messages %}{{ m['role'] == 'user' and 'w7 w8' or '' }} {{ m['content'] }} {% endfor %}w9 w10"

@@ -10,12 +10,12 @@ import pytest
 import typer
 
 import pop_mm.cli.generate
+from helpers.tiny_folder import save
 from pop_mm.cli import app
 from pop_mm.cli.examples import EXAMPLES
 from pop_mm.cli.terminal import CommandError, words
 from pop_mm.errors import PopWarning
 from pop_mm.samples import HubError, SampleError, load_config
-from tiny_folder import save
 
 pytestmark = pytest.mark.usefixtures("wide_terminal_and_no_network")
 PROMPT = "w5 w9 w40 w7 w22"

@@ -16,14 +16,14 @@ from transformers import AutoTokenizer
 import pop_mm.bench.show
 import pop_mm.cli.generate
 import pop_mm.evaluation.show
+from helpers.tiny_folder import WORDS, save
+from helpers.tiny_models import VOCAB, tiny
+from helpers.tiny_vlm_folder import save_vlm
 from pop_mm.cli import main
 from pop_mm.cli.terminal import write_json
 from pop_mm.inputs import TokenError, check_tokens, context_of
 from pop_mm.samples import load_vision
 from pop_mm.vision import prepare
-from tiny_folder import WORDS, save
-from tiny_models import VOCAB, tiny
-from tiny_vlm_folder import save_vlm
 
 pytestmark = pytest.mark.usefixtures("wide_terminal_and_no_network")
 

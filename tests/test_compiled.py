@@ -5,10 +5,10 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-from modes import backends, pruned
-from observe import TRANSFORMERS_OWN, prompt
+from helpers.modes import backends, pruned
+from helpers.observe import TRANSFORMERS_OWN, prompt
+from helpers.tiny_models import tiny
 from pop_mm import PhaseError
-from tiny_models import tiny
 
 KERNELS = pytest.mark.parametrize("kernels", ["stock", "compiled"])
 LAYOUTS = (

@@ -5,8 +5,8 @@ import torch
 from test_rows_executor import both, by_rows
 from test_thresholds import same, thresholds
 
-from modes import LENGTH, fresh, generate, with_experts
-from observe import prompt
+from helpers.modes import LENGTH, fresh, generate, with_experts
+from helpers.observe import prompt
 from pop_mm.correction import BLOCK, Correction
 
 STEPS = 60

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import pop_mm
-from observe import prompt
-from tiny_models import tiny
-from tiny_vlms import image_inputs, tiny_vlm
+from helpers.observe import prompt
+from helpers.tiny_models import tiny
+from helpers.tiny_vlms import image_inputs, tiny_vlm
 
 PAGE = (Path(__file__).parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
 PACKAGE = Path(pop_mm.__file__).parent

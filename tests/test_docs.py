@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from pages import DOCS, PAGES, README, ROOT, blocks, run_python
+from helpers.pages import DOCS, PAGES, README, ROOT, blocks, run_python
 
 PYTHON = [block for block in blocks("python") if not (block.goes_on or block.not_run or block.slow)]
 

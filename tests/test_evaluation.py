@@ -12,6 +12,8 @@ from PIL import Image
 from rich.console import Console
 
 import pop_mm
+from helpers.tiny_folder import save
+from helpers.tiny_models import VOCAB
 from pop_mm import ConfigError, PopConfig
 from pop_mm.evaluation import METHODS, calibrate, config_for, cost_of, dense_cost, first_differences, score_texts
 from pop_mm.evaluation import run as module
@@ -20,8 +22,6 @@ from pop_mm.evaluation.intervals import bootstrap, difference
 from pop_mm.evaluation.run import EvaluationError, Point, Run, Setup, grid
 from pop_mm.evaluation.show import markdown_table, print_table
 from pop_mm.evaluation.texts import TextError, Window, pieces, read_dataset, read_files, windows
-from tiny_folder import save
-from tiny_models import VOCAB
 
 PREFILLS = ("dense", "partition")
 SETUP = Setup("tiny", prompt=12, continuation=5, generate=4, scope="ffn", batch_size=2)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from channels import (
+from torch import nn
+
+from helpers.channels import (
     IDS,
     bits,
     channel,
@@ -17,12 +19,10 @@ from channels import (
     same_bits,
     swap_everything,
 )
-from torch import nn
-
-from modes import EXPERT_LAYOUTS, IMPLEMENTATIONS, in_turn
+from helpers.modes import EXPERT_LAYOUTS, IMPLEMENTATIONS, in_turn
+from helpers.tiny_models import MOE_MODELS, tiny
 from pop_mm.adapters import ExpertPaths
 from pop_mm.experts import Experts
-from tiny_models import MOE_MODELS, tiny
 
 
 @pytest.fixture(params=MOE_MODELS)

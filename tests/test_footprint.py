@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import pop_mm
-from observe import prompt
+from helpers.observe import prompt
+from helpers.tiny_folder import save
 from pop_mm import PopConfig
 from pop_mm.adapters import adapter_for
 from pop_mm.bench.limits import step_bytes
@@ -12,7 +13,6 @@ from pop_mm.evaluation import cost_of
 from pop_mm.footprint import footprint
 from pop_mm.session import plan_ffns
 from pop_mm.tables import byte_size
-from tiny_folder import save
 
 MODELS = ("llama", "mixtral", "qwen2_moe")  # dense, experts, experts with a shared one and a dense layer
 SETTINGS = {

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pop_mm
 import pop_mm.advice
+from helpers.tiny_models import tiny
 from pop_mm import ConfigError, PopConfig, Scorer, register_scorer
 from pop_mm.advice import advice
 from pop_mm.errors import PopWarning
 from pop_mm.settings import Settings
-from tiny_models import tiny
 
 
 def warned(action):

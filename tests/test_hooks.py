@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from modes import backends, fresh, generate, pruned
-from observe import prompt, same_afterwards
+from helpers.modes import backends, fresh, generate, pruned
+from helpers.observe import prompt, same_afterwards
 from pop_mm import SessionError, prune
 
 FIRST = prompt(1, 12, seed=5)

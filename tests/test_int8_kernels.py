@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_rows import Maker, assert_close, between, naive_ffn, thresholds
 
-from covering import covers
-from modes import threads_of_torch
+from helpers.covering import covers
+from helpers.modes import threads_of_torch
 from pop_mm.kernels.activations import ACTIVATIONS
 from pop_mm.ops import library, reference
 from pop_mm.ops.reference import FFNWeights

@@ -6,13 +6,13 @@ from test_int8_kernels import quantised
 from test_int8_rows import CLOSE, dequantised, int8, matrices
 from test_rows import Maker, assert_close
 
-from modes import LENGTH, MODES, generate, pruned, threads_of_torch, without_library
-from observe import partitions, prompt, same_afterwards
+from helpers.modes import LENGTH, MODES, generate, pruned, threads_of_torch, without_library
+from helpers.observe import partitions, prompt, same_afterwards
+from helpers.tiny_models import tiny
 from pop_mm import SessionError, prune
 from pop_mm.formats import stored
 from pop_mm.ops import library
 from pop_mm.ops.dot import Dot
-from tiny_models import tiny
 
 pytest.importorskip("torchao")
 FAMILIES = ("llama", "phi3", "opt", "gpt_neox", "qwen2_moe")

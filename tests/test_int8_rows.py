@@ -7,15 +7,15 @@ import torch
 from test_rows_executor import both, by_rows, steps
 from test_thresholds import same, thresholds
 
-from modes import LENGTH, MODES, generate
-from observe import prompt, same_afterwards
+from helpers.modes import LENGTH, MODES, generate
+from helpers.observe import prompt, same_afterwards
+from helpers.tiny_models import tiny
+from helpers.tiny_vlms import image_inputs, tiny_vlm
 from pop_mm import PopConfig
 from pop_mm.formats import format_of, stored, tensors_behind
 from pop_mm.ops.turn import is_turned
 from pop_mm.quantise import quantise
 from pop_mm.threshold_session import plan_thresholds
-from tiny_models import tiny
-from tiny_vlms import image_inputs, tiny_vlm
 
 quantization = pytest.importorskip("torchao.quantization")
 CLOSE = 2e-5  # of logits in float32

@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from covering import covers
-from modes import (
+from helpers.covering import covers
+from helpers.modes import (
     BACKENDS,
     LAYOUTS,
     LENGTH,
@@ -22,9 +22,9 @@ from modes import (
     left_padded,
     pruned,
 )
-from observe import Active, partitions, prompt
-from reference import Pop, counts, down_projections
-from tiny_models import DENSE_MODELS
+from helpers.observe import Active, partitions, prompt
+from helpers.reference import Pop, counts, down_projections
+from helpers.tiny_models import DENSE_MODELS
 
 # Eager attention adds the smallest float to the scores of padding, which overflows in float64.
 NAN_IN_FLOAT64 = {"gemma2", "vaultgemma", "granite_swa", "mpt", "bloom"}

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pop_mm.kernels as kernels
-from modes import generate, left_padded, pruned, threads_of_torch
-from observe import prompt
+from helpers.modes import generate, left_padded, pruned, threads_of_torch
+from helpers.observe import prompt
+from helpers.tiny_models import tiny
 from pop_mm import ConfigError, PopConfig, prune
 from pop_mm.kernels import MOST_TOKENS, Matvec, Rows
 from pop_mm.kernels.activations import ACTIVATIONS
@@ -15,7 +16,6 @@ from pop_mm.kernels.ffn import FFNStep, Scratch
 from pop_mm.layout import FFN, Projection
 from pop_mm.ops.select import lowest, shared_scores
 from pop_mm.partition import Sizes
-from tiny_models import tiny
 
 DTYPES = (torch.float32, torch.bfloat16)
 

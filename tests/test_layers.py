@@ -9,11 +9,11 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 import pop_mm
-from modes import generate, left_padded
-from observe import differences, fingerprint, prompt
+from helpers.modes import generate, left_padded
+from helpers.observe import differences, fingerprint, prompt
+from helpers.tiny_models import tiny
 from pop_mm.accel.layers import Parts, agrees
 from pop_mm.accel.whole import WholeLayer
-from tiny_models import tiny
 
 COMMON = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 SETTINGS = {"dense": {"ratio": 0.0, "kernels": "compiled"}, "pop": {"ratio": 0.4}, "thresholds": {"budget": 0.6}}

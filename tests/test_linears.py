@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from modes import generate, pruned
-from observe import prompt
+from helpers.modes import generate, pruned
+from helpers.observe import prompt
+from helpers.tiny_models import tiny
 from pop_mm.adapters import adapter_for
 from pop_mm.kernels import Matvec
-from tiny_models import tiny
 
 
 @pytest.fixture

@@ -16,14 +16,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
-from modes import pruned
-from observe import differences, fingerprint
+from helpers.modes import pruned
+from helpers.observe import differences, fingerprint
+from helpers.reference import Pop
+from helpers.tiny_folder import save
 from pop_mm import ConfigError, PopConfig, PopError, prune
 from pop_mm.evaluation import lm_harness
 from pop_mm.evaluation.lm_harness import PopLM, tasks_folder
 from pop_mm.samples import SampleError
-from reference import Pop
-from tiny_folder import save
 
 CLOSE = 1e-9
 END = 2  # </s>, the prefix token of the tiny tokenizer

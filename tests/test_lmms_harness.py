@@ -22,10 +22,10 @@ from transformers import LogitsProcessor
 
 import pop_mm
 import pop_mm.evaluation
-from observe import InDouble, differences, fingerprint
+from helpers.observe import InDouble, differences, fingerprint
+from helpers.tiny_vlm_folder import save_vlm
 from pop_mm.samples import load_vision
 from pop_mm.vision import InputError, decode, prepare
-from tiny_vlm_folder import save_vlm
 
 SHAPES = Path(pop_mm.__file__).parent / "data" / "tiny_vlm"
 SCENES = Path(pop_mm.__file__).parent / "app" / "scenes"

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from modes import EXPERT_LAYOUTS, MODES, RATIO, dense_run, pruned, with_experts
-from observe import Active, prompt
+from helpers.modes import EXPERT_LAYOUTS, MODES, RATIO, dense_run, pruned, with_experts
+from helpers.observe import Active, prompt
+from helpers.tiny_vlms import image_inputs, tiny_vlm
 from pop_mm import ConfigError, PopConfig, prune
 from pop_mm.evaluation import METHODS, config_for, score_texts
 from pop_mm.methods import ChannelMethod, get_method, register_method, unregister_method
 from pop_mm.partition import partition_sizes
-from tiny_vlms import image_inputs, tiny_vlm
 
 
 class RandomSteps(ChannelMethod):
@@ -94,7 +94,7 @@ def test_an_own_method_is_compared_by_its_name(model):
 
 
 def test_an_own_method_is_timed_by_its_name(call, tmp_path):
-    from tiny_folder import save
+    from helpers.tiny_folder import save
 
     folder, found = save(tmp_path / "model"), tmp_path / "speed.json"
     asked = ["--method", "random_steps", "--kernels", "stock", "--ratio", 0.2]

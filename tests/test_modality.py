@@ -7,12 +7,12 @@ from functools import cache
 import pytest
 import torch
 
-from observe import InDouble
+from helpers.observe import InDouble
+from helpers.tiny_models import tiny
+from helpers.tiny_vlms import image_inputs, tiny_vlm, video_inputs
 from pop_mm import ConfigError, PhaseError, PopConfig, prune
 from pop_mm.adapters import adapter_for
 from pop_mm.modality import MODALITIES, positions_of
-from tiny_models import tiny
-from tiny_vlms import image_inputs, tiny_vlm, video_inputs
 
 TYPES = ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "smolvlm", "phi4_multimodal"]
 RATIO = 0.4

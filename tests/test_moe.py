@@ -6,11 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from reference_moe import MoEPop, experts_of, split_sizes
 from torch import nn
 
-from covering import covers
-from modes import (
+from helpers.covering import covers
+from helpers.modes import (
     BACKENDS,
     EXPERT_LAYOUTS,
     IMPLEMENTATIONS,
@@ -26,7 +25,7 @@ from modes import (
     pruned,
     with_experts,
 )
-from observe import (
+from helpers.observe import (
     Active,
     ActiveExperts,
     InDouble,
@@ -36,10 +35,11 @@ from observe import (
     prompt,
     same_afterwards,
 )
+from helpers.reference import counts
+from helpers.reference_moe import MoEPop, experts_of, split_sizes
+from helpers.tiny_models import MOE_MODELS, tiny
 from pop_mm import AdapterError, ConfigError, NonFiniteError, SessionError
 from pop_mm.adapters import Adapter, ExpertPaths, FFNPaths
-from reference import counts
-from tiny_models import MOE_MODELS, tiny
 
 GAMMA = 0.3  # a width of 19 of 24 channels, so that rounding it up shows
 

@@ -9,11 +9,10 @@ import threading
 
 import pytest
 import torch
-from reference_moe import experts_of
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from covering import covers
-from modes import (
+from helpers.covering import covers
+from helpers.modes import (
     BACKENDS,
     EXPERT_LAYOUTS,
     IMPLEMENTATIONS,
@@ -31,8 +30,9 @@ from modes import (
     pruned,
     with_experts,
 )
-from observe import ActiveExperts, differences, fingerprint, of_experts, prompt, same_afterwards
-from tiny_models import MOE_MODELS, tiny
+from helpers.observe import ActiveExperts, differences, fingerprint, of_experts, prompt, same_afterwards
+from helpers.reference_moe import experts_of
+from helpers.tiny_models import MOE_MODELS, tiny
 
 WAIT = {"min_tokens": 4}
 every_type = pytest.mark.parametrize("model_type", MOE_MODELS)

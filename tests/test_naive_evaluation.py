@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-import naive_evaluation as naive
-from covering import covers
-from observe import InDouble
-from observe import prompt as random_ids
+from helpers import naive_evaluation as naive
+from helpers.covering import covers
+from helpers.observe import InDouble
+from helpers.observe import prompt as random_ids
 from pop_mm import PopConfig, prune
 from pop_mm.evaluation import METHODS, calibrate, config_for, first_differences, score_texts
 from pop_mm.methods.fixed import RandomScorer
@@ -396,7 +396,7 @@ MISTAKES = [
 def test_a_wrong_definition_is_noticed(load, monkeypatch, place, wrong, method, model_type, settings):
     model, settings = load(model_type), dict(settings)
     ids = texts(*settings.pop("rows", ()))
-    monkeypatch.setattr(f"naive_evaluation.{place}", wrong)
+    monkeypatch.setattr(f"helpers.naive_evaluation.{place}", wrong)
     assert not close(*scored_by(model, method, ids, **settings))
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tiny_folder import save
-from tiny_models import VOCAB
+from helpers.tiny_folder import save
+from helpers.tiny_models import VOCAB
 
 
 @pytest.fixture(scope="module")

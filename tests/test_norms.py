@@ -9,12 +9,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 import pop_mm.kernels as kernels
-from covering import covers
-from modes import generate, pruned
-from observe import differences, fingerprint, prompt
+from helpers.covering import covers
+from helpers.modes import generate, pruned
+from helpers.observe import differences, fingerprint, prompt
+from helpers.tiny_models import tiny
 from pop_mm.accel.norms import FewTokensNorms
 from pop_mm.ops.library import library
-from tiny_models import tiny
 
 
 @pytest.fixture

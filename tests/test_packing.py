@@ -6,8 +6,8 @@ import signal
 import pytest
 import torch
 
-from modes import MODES, fresh, generate, pruned
-from observe import prompt, same_afterwards
+from helpers.modes import MODES, fresh, generate, pruned
+from helpers.observe import prompt, same_afterwards
 from pop_mm.executors import narrow
 from pop_mm.executors.packing import PackedDown
 from pop_mm.layout import Projection

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from observe import same_afterwards
+from helpers.observe import same_afterwards
 from pop_mm.errors import SessionError
 from pop_mm.patching import Patches, why_not
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
-from modes import LENGTH, MODES, RATIO, STEPS, alone, backends, generate, pruned, simple
-from observe import Active, partitions, prompt
+from helpers.modes import LENGTH, MODES, RATIO, STEPS, alone, backends, generate, pruned, simple
+from helpers.observe import Active, partitions, prompt
+from helpers.reference import Pop
+from helpers.tiny_models import tiny
 from pop_mm import PhaseError
-from reference import Pop
-from tiny_models import tiny
 
 
 @backends

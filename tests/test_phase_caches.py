@@ -7,10 +7,10 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from modes import LENGTH, RATIO, STEPS, alone, backends, generate, loop, pruned
-from observe import partitions, prompt
+from helpers.modes import LENGTH, RATIO, STEPS, alone, backends, generate, loop, pruned
+from helpers.observe import partitions, prompt
+from helpers.reference import Pop
 from pop_mm import ConfigError, PhaseError
-from reference import Pop
 
 
 @backends

@@ -7,12 +7,12 @@ import torch
 from test_modality import session_of, vlm
 from transformers import DynamicCache, StaticCache
 
-from modes import LENGTH, STEPS, alone, backends, generate, pruned, with_experts
-from observe import partitions, prompt
+from helpers.modes import LENGTH, STEPS, alone, backends, generate, pruned, with_experts
+from helpers.observe import partitions, prompt
+from helpers.tiny_models import tiny
+from helpers.tiny_vlms import image_inputs
 from pop_mm import PhaseError
 from pop_mm.adapters import adapter_for
-from tiny_models import tiny
-from tiny_vlms import image_inputs
 
 A, B, C = prompt(1, LENGTH), prompt(1, 6, seed=1), prompt(1, 5, seed=2)
 both_kinds = pytest.mark.parametrize("model_type", ["llama", "mixtral"])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin, StoppingCriteria
 
-from covering import covers
-from modes import BACKENDS, LENGTH, STEPS, backends, generate, pruned, with_experts
-from observe import partitions, prompt
+from helpers.covering import covers
+from helpers.modes import BACKENDS, LENGTH, STEPS, backends, generate, pruned, with_experts
+from helpers.observe import partitions, prompt
+from helpers.tiny_models import tiny
 from pop_mm import PhaseError
-from tiny_models import tiny
 
 both_kinds = pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 

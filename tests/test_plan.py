@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from helpers.tiny_models import DENSE_MODELS, tiny
 from pop_mm import AdapterError, PopConfig, SessionError, prune
 from pop_mm.adapters import adapter_for
 from pop_mm.session import plan_ffns
-from tiny_models import DENSE_MODELS, tiny
 
 CONFIG = PopConfig(0.4, scope="ffn")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_compiled import generate as generate_static
 
-from covering import covering
-from modes import BACKENDS, fresh, generate, padded, pruned
-from observe import partitions, prompt, same_afterwards
+from helpers.covering import covering
+from helpers.modes import BACKENDS, fresh, generate, padded, pruned
+from helpers.observe import partitions, prompt, same_afterwards
+from helpers.tiny_models import tiny
 from pop_mm import SessionError, prune
-from tiny_models import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*compiled before the session")
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from covering import covers
-from modes import BACKENDS, LAYOUTS, RATIO, STEPS, backends, fresh, generate, left_padded, pruned
-from observe import InDouble, partitions, prompt, same_afterwards
+from helpers.covering import covers
+from helpers.modes import BACKENDS, LAYOUTS, RATIO, STEPS, backends, fresh, generate, left_padded, pruned
+from helpers.observe import InDouble, partitions, prompt, same_afterwards
+from helpers.reference import Pop
+from helpers.tiny_models import tiny
+from helpers.tiny_vlms import image_inputs, tiny_vlm
 from pop_mm import ConfigError, PopConfig, prune
 from pop_mm.adapters import adapter_for
-from reference import Pop
-from tiny_models import tiny
-from tiny_vlms import image_inputs, tiny_vlm
 
 LENGTH = 23
 PROBES = (1, 4, 11)

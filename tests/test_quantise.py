@@ -8,6 +8,9 @@ import pytest
 import torch
 from test_tune import SIZES, TEXTS, Words
 
+from helpers.tiny_folder import save
+from helpers.tiny_models import VOCAB, tiny
+from helpers.tiny_vlm_folder import save_vlm
 from pop_mm.evaluation.fidelity import compare_rows, step_logits
 from pop_mm.evaluation.run import Point, Run, Setup
 from pop_mm.evaluation.texts import Window
@@ -15,9 +18,6 @@ from pop_mm.formats import format_of
 from pop_mm.quantise import QuantiseError, quantise, quantised_copy
 from pop_mm.samples import load
 from pop_mm.tuning import tune
-from tiny_folder import save
-from tiny_models import VOCAB, tiny
-from tiny_vlm_folder import save_vlm
 
 pytest.importorskip("torchao")
 LARGER = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}

@@ -9,9 +9,9 @@ import sys
 import pytest
 import typer
 
-from pages import PAGES, README, ROOT, TEMPLATE, blocks
+from helpers.pages import PAGES, README, ROOT, TEMPLATE, blocks
+from helpers.tiny_folder import save
 from pop_mm.cli import app
-from tiny_folder import save
 
 
 def name_of(page):

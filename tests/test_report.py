@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import pop_mm
+from helpers.tiny_models import tiny
 from pop_mm.footprint import Footprint
 from pop_mm.plotting import PlotError
 from pop_mm.tables import adapter_rows, adapters_markdown, byte_size, footprint_table, report_table
-from tiny_models import tiny
 
 PROMPT = torch.arange(5, 17).unsqueeze(0)
 

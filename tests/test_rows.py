@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from covering import covers
-from modes import threads_of_torch
+from helpers.covering import covers
+from helpers.modes import threads_of_torch
 from pop_mm.kernels.activations import ACTIVATIONS
 from pop_mm.ops import library, reference
 from pop_mm.ops.reference import FFNWeights

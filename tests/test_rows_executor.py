@@ -7,15 +7,15 @@ import pytest
 import torch
 from test_thresholds import LAYOUTS, same, thresholds
 
-from modes import EXPERT_LAYOUTS, IMPLEMENTATIONS, LENGTH, MODES, dense_run, generate, with_experts
-from observe import Wrapped, differences, fingerprint, prompt, same_afterwards, standing
+from helpers.modes import EXPERT_LAYOUTS, IMPLEMENTATIONS, LENGTH, MODES, dense_run, generate, with_experts
+from helpers.observe import Wrapped, differences, fingerprint, prompt, same_afterwards, standing
+from helpers.tiny_models import tiny
+from helpers.tiny_vlms import image_inputs, tiny_vlm
 from pop_mm import SessionError
 from pop_mm.executors import rows_record
 from pop_mm.methods import thresholds as methods
 from pop_mm.ops import library
 from pop_mm.ops.turn import Turned, is_turned
-from tiny_models import tiny
-from tiny_vlms import image_inputs, tiny_vlm
 
 MOST = ("single", "greedy", "chunked", "assisted", "beams", "static", "no_cache")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from modes import threads_of_torch
+from helpers.modes import threads_of_torch
 from pop_mm.ops.histogram import BINS, bin_edges, histogram
 from pop_mm.ops.turn import is_turned, turn, why_not
 

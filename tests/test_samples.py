@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.tiny_folder import save
+from helpers.tiny_vlm_folder import save_vlm
 from pop_mm import samples, smollm2
 from pop_mm.errors import PopError
 from pop_mm.folders import cache_folder
 from pop_mm.passages import load_passages
 from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_config, load_vision, resolve
-from tiny_folder import save
-from tiny_vlm_folder import save_vlm
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 

@@ -19,15 +19,9 @@ import openai
 import psutil
 
 import pop_mm.cli.serve
-from observe import differences, fingerprint
-from pages import ROOT
-from pop_mm import PopConfig, prune
-from pop_mm.app.examples import SCENES
-from pop_mm.engines.server.errors import RequestError
-from pop_mm.engines.server.run import Limits, ServedModel, ServeError, prepared, serve
-from pop_mm.samples import load, load_vision
-from pop_mm.vision import decode, prepare_chats
-from serve_model import (
+from helpers.observe import differences, fingerprint
+from helpers.pages import ROOT
+from helpers.serve_model import (
     BUDGETS,
     LIMITS,
     Expected,
@@ -39,7 +33,13 @@ from serve_model import (
     question,
     until,
 )
-from tiny_vlm_folder import save_vlm
+from helpers.tiny_vlm_folder import save_vlm
+from pop_mm import PopConfig, prune
+from pop_mm.app.examples import SCENES
+from pop_mm.engines.server.errors import RequestError
+from pop_mm.engines.server.run import Limits, ServedModel, ServeError, prepared, serve
+from pop_mm.samples import load, load_vision
+from pop_mm.vision import decode, prepare_chats
 
 NAME = "tiny"
 

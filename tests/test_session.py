@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import pop_mm.exchange
-from covering import covers
-from modes import BACKENDS, LAYOUTS, LENGTH, STEPS, alone, backends, fresh, generate, pruned
-from observe import differences, fingerprint, prompt, same_afterwards
+from helpers.covering import covers
+from helpers.modes import BACKENDS, LAYOUTS, LENGTH, STEPS, alone, backends, fresh, generate, pruned
+from helpers.observe import differences, fingerprint, prompt, same_afterwards
+from helpers.reference import down_projections
+from helpers.tiny_models import tiny
 from pop_mm import SessionError
-from reference import down_projections
-from tiny_models import tiny
 
 
 class Stop(Exception):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from helpers.tiny_folder import save
 from pop_mm import ConfigError, PopConfig, Scorer
-from tiny_folder import save
 
 PROMPT = "w5 w9 w31 w7 w44"
 CONFIGS = [

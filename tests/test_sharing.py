@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from modes import backends, fresh, generate, pruned
-from observe import partitions, prompt, same_afterwards
+from helpers.modes import backends, fresh, generate, pruned
+from helpers.observe import partitions, prompt, same_afterwards
+from helpers.reference import down_projections
 from pop_mm import ConfigError, prune
-from reference import down_projections
 
 AUTO = {"ratio": 0.4, "scope": "ffn", "kernels": "stock"}
 FAMILIES = ("llama", "mixtral")

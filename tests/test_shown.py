@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 import pop_mm
-from observe import prompt
+from helpers.observe import prompt
+from helpers.tiny_models import tiny
 from pop_mm.errors import PopError
 from pop_mm.shown import grouped
 from pop_mm.tables import least_width
-from tiny_models import tiny
 
 SETTINGS = [{"ratio": 0.4}, {"budget": 0.6}]
 

@@ -9,11 +9,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
-from modes import LENGTH, STEPS, backends, generate, left_padded, pruned
-from observe import Active, partitions, prompt
+from helpers.modes import LENGTH, STEPS, backends, generate, left_padded, pruned
+from helpers.observe import Active, partitions, prompt
+from helpers.reference import Pop
+from helpers.tiny_models import VOCAB
 from pop_mm import PhaseError, SessionError
-from reference import Pop
-from tiny_models import VOCAB
 
 CONTEXT = 6
 

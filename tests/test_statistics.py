@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covering import covers
-from modes import threads_of_torch, without_library
+from helpers.covering import covers
+from helpers.modes import threads_of_torch, without_library
 from pop_mm import kernels, scoring
 from pop_mm.scoring import channel_energy
 

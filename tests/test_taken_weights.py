@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from covering import covers
-from modes import backends, fresh, generate, pruned
-from observe import prompt, same_afterwards
+from helpers.covering import covers
+from helpers.modes import backends, fresh, generate, pruned
+from helpers.observe import prompt, same_afterwards
 from pop_mm import SessionError, prune
 
 FAMILIES = ("llama", "mixtral", "qwen2_moe")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_models import tiny
-from tp_cases import KINDS, SETTINGS, answers, load
+from helpers.tiny_models import tiny
+from helpers.tp_cases import KINDS, SETTINGS, answers, load
 
 PROCESSES = 3
 GLOBAL = [
@@ -36,7 +36,7 @@ def spread(folder):
     """What each of the processes saw."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES)]
     run = subprocess.run(
-        [*command, Path(__file__).with_name("tp_cases.py"), folder],
+        [*command, Path(__file__).parent / "helpers" / "tp_cases.py", folder],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

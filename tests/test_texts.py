@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from helpers.tiny_folder import save
 from pop_mm.evaluation.texts import TextError, pieces, read_dataset, read_files, windows
-from tiny_folder import save
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"

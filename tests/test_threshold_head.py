@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from modes import LENGTH, MODES, generate, left_padded, simple
-from observe import prompt, same_afterwards
+from helpers.modes import LENGTH, MODES, generate, left_padded, simple
+from helpers.observe import prompt, same_afterwards
+from helpers.tiny_models import DENSE_MODELS, tiny
 from pop_mm import AdapterError, ConfigError, PopConfig, SessionError, prune
 from pop_mm.adapters import adapter_for
 from pop_mm.methods.thresholds import quantile
 from pop_mm.ops.histogram import BINS, bin_edges
-from tiny_models import DENSE_MODELS, tiny
 
 SHARE = 0.5
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from modes import LENGTH, generate, left_padded
-from observe import prompt
+from helpers.modes import LENGTH, generate, left_padded
+from helpers.observe import prompt
+from helpers.tiny_models import tiny
 from pop_mm import prune
-from tiny_models import tiny
 
 JSON_PAGE = (Path(__file__).parents[1] / "docs" / "json.md").read_text()
 

@@ -6,15 +6,15 @@ from functools import cache
 
 import pytest
 import torch
-from reference_thresholds import FEWEST, Thresholds
 from test_invariants import NAN_IN_FLOAT64
 
-from modes import LENGTH, MODES, STEPS, dense_run, generate, in_modes, in_turn, left_padded, simple
-from observe import prompt, same_afterwards
+from helpers.modes import LENGTH, MODES, STEPS, dense_run, generate, in_modes, in_turn, left_padded, simple
+from helpers.observe import prompt, same_afterwards
+from helpers.reference_thresholds import FEWEST, Thresholds
+from helpers.tiny_models import DENSE_MODELS, tiny
 from pop_mm import NonFiniteError, SessionError, prune
 from pop_mm.methods.thresholds import MIN_PROMPT_TOKENS, threshold
 from pop_mm.ops.histogram import BINS, bin_edges, histogram
-from tiny_models import DENSE_MODELS, tiny
 
 BUDGET = 0.6
 LAYOUTS = ("llama", "phi3", "gpt2", "opt", "gpt_neox", "falcon", "lfm2", "minicpm3", "mpt")

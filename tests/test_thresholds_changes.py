@@ -15,13 +15,13 @@ from test_precompiled import compile_parts, every_layer, forward_compiled
 from test_precompiled import small as one_layer_of_experts
 from test_wrapped_weights import COMMON, OFFLOADS, small
 
-from compatibility import ADAPTERS, TORCHAO
-from modes import fresh, generate
-from observe import prompt, same_afterwards
+from helpers.compatibility import ADAPTERS, TORCHAO
+from helpers.modes import fresh, generate
+from helpers.observe import prompt, same_afterwards
+from helpers.reference import down_projections
+from helpers.tiny_models import tiny
+from helpers.tiny_vlms import image_inputs, tiny_vlm
 from pop_mm import SessionError, prune
-from reference import down_projections
-from tiny_models import tiny
-from tiny_vlms import image_inputs, tiny_vlm
 
 FAMILIES = ("llama", "mixtral", "qwen2_moe")
 families = pytest.mark.parametrize("family", FAMILIES)

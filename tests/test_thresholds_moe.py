@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from reference_thresholds import Thresholds
 from test_thresholds import same, shares, thresholds
 
-from modes import (
+from helpers.modes import (
     EXPERT_LAYOUTS,
     IMPLEMENTATIONS,
     LENGTH,
@@ -18,9 +17,10 @@ from modes import (
     simple,
     with_experts,
 )
-from observe import prompt, same_afterwards
+from helpers.observe import prompt, same_afterwards
+from helpers.reference_thresholds import Thresholds
+from helpers.tiny_models import MOE_MODELS
 from pop_mm import prune
-from tiny_models import MOE_MODELS
 
 # the reference leaves the routers' own arithmetic alone, so it must be that of the model
 REFERENCED = ("mixtral", "qwen2_moe", "gpt_oss", "olmoe", "qwen3_moe", "deepseek_v3", "granitemoeshared")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from reference_thresholds import FEWEST, Thresholds
 from test_thresholds import shares
 
-from observe import differences, fingerprint
+from helpers.observe import differences, fingerprint
+from helpers.reference_thresholds import FEWEST, Thresholds
+from helpers.tiny_vlms import VLM_MODELS, image_inputs, tiny_vlm
 from pop_mm import prune
-from tiny_vlms import VLM_MODELS, image_inputs, tiny_vlm
 
 
 def kinds(model, ids):

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import pop_mm
+from helpers.tiny_folder import WORDS, save
 from pop_mm import PopConfig
 from pop_mm.evaluation.fidelity import score_texts
 from pop_mm.tuning import TuneError, TunePoint, TuneResult, run
 from pop_mm.tuning.quality import Quality
 from pop_mm.tuning.search import first_that_holds, most_questions
 from pop_mm.tuning.speed import Speed
-from tiny_folder import WORDS, save
 
 TEXTS = [" ".join(f"w{3 + (start + 7 * n * n) % 90}" for n in range(60)) for start in (0, 5, 11)]
 SIZES = {"prompt": 12, "continuation": 6, "limit": 3, "rounds": 0}

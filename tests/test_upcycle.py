@@ -10,14 +10,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from helpers.tiny_models import VOCAB, tiny
+from helpers.tiny_vlm_folder import save_vlm
 from pop_mm import upcycle as module
 from pop_mm.errors import PopError
 from pop_mm.passages import load_passages
 from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_vision
 from pop_mm.upcycle import UpcycleError, logit_difference, upcycle
 from pop_mm.vision import prepare
-from tiny_models import VOCAB, tiny
-from tiny_vlm_folder import save_vlm
 
 PLAIN = {"mlp_bias": False, "attention_bias": False}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}

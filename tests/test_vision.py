@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, BatchFeature, pipeline
 
+from helpers.tiny_processors import processor_folder, tokenizer
 from pop_mm.errors import PopError
 from pop_mm.samples import SampleError
 from pop_mm.vision import (
@@ -32,7 +33,6 @@ from pop_mm.vision import (
     prepare,
     prepare_chats,
 )
-from tiny_processors import processor_folder, tokenizer
 
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 ALL = [*QWEN, "llava", "llava_next", "llava_onevision", "idefics3", "internvl"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.tiny_models import tiny
 from pop_mm import PopConfig
 from pop_mm.engines.vllm.masked import MaskedChannels, MaskedEntries
 from pop_mm.engines.vllm.planned import plan_inputs
@@ -22,7 +23,6 @@ from pop_mm.methods.thresholds import PASS_ALL, histogram, quantile
 from pop_mm.ops.library import library
 from pop_mm.partition import partition
 from pop_mm.planning import plan_ffns
-from tiny_models import tiny
 
 WIDTH, BLOCK = 24, 4
 

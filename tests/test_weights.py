@@ -6,12 +6,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import pop_mm
-from modes import BACKENDS, LAYOUTS, LENGTH, STEPS, alone, backends, fresh, generate, pruned
-from observe import Active, Wrapped, partitions, prompt, same_afterwards
+from helpers.modes import BACKENDS, LAYOUTS, LENGTH, STEPS, alone, backends, fresh, generate, pruned
+from helpers.observe import Active, Wrapped, partitions, prompt, same_afterwards
+from helpers.tiny_models import tiny
 from pop_mm import ConfigError, PopConfig, prune, register_scorer
 from pop_mm.adapters import LlamaAdapter
 from pop_mm.scoring import Scorer
-from tiny_models import tiny
 
 # --- weights inside a session ---------------------------------------------------------------------------------------
 

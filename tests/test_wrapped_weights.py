@@ -10,7 +10,7 @@ import torch.nn.utils.prune as torch_prune
 from torch import nn
 
 import pop_mm
-from compatibility import (
+from helpers.compatibility import (
     ADAPTERS,
     PAGE,
     PROJECTIONS,
@@ -21,12 +21,12 @@ from compatibility import (
     peft_model,
     randomise,
 )
-from modes import fresh, generate, pruned
-from observe import prompt, same_afterwards
+from helpers.modes import fresh, generate, pruned
+from helpers.observe import prompt, same_afterwards
+from helpers.tiny_models import tiny
+from helpers.wrapped import FEW_WAYS, WAYS, check, check_packed, choice_of_first_layer
 from pop_mm import AdapterError, prune
 from pop_mm.asking import asking
-from tiny_models import tiny
-from wrapped import FEW_WAYS, WAYS, check, check_packed, choice_of_first_layer
 
 WITHOUT_BIASES = [
     row for row in ADAPTERS if row.name not in ("LoRA with biases", "BEFT")
@@ -444,7 +444,7 @@ def test_a_model_without_weights_is_still_refused():
 
 
 def test_the_page_is_what_the_list_says():
-    assert PAGE.read_text() == page(), "run python tests/compatibility.py"
+    assert PAGE.read_text() == page(), "run python tests/helpers/compatibility.py"
 
 
 def test_a_progress_bar_shows_once_asking_takes_long(monkeypatch):

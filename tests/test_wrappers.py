@@ -11,12 +11,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
-from modes import EXPERT_LAYOUTS, STEPS, backends, fresh, generate, left_padded, pruned, with_experts
-from observe import prompt, same_afterwards
+from helpers.modes import EXPERT_LAYOUTS, STEPS, backends, fresh, generate, left_padded, pruned, with_experts
+from helpers.observe import prompt, same_afterwards
+from helpers.tiny_models import tiny
 from pop_mm import AdapterError, prune
 from pop_mm.adapters import LlamaAdapter, MixtralAdapter, adapter_for, check
 from pop_mm.unwrap import unwrap
-from tiny_models import tiny
 
 peft = pytest.importorskip("peft")
 QV, Q = ["q_proj", "v_proj"], ["q_proj"]

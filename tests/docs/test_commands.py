@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from pages import ROOT, asked_server, blocks, commands, run_python
+from helpers.pages import ROOT, asked_server, blocks, commands, run_python
 
 BASH = [block for block in blocks("bash") if not block.not_run and block.server is None]
 # A line that several pages have runs once.

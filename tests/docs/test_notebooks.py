@@ -2,7 +2,7 @@
 
 import pytest
 
-from pages import ROOT
+from helpers.pages import ROOT
 
 nbformat = pytest.importorskip("nbformat", reason="pip install 'pop_mm[notebooks]'")
 nbclient = pytest.importorskip("nbclient")

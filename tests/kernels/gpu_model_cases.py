@@ -7,13 +7,13 @@ import copy
 
 import pytest
 import torch
-
 from gpu_kernel_cases import DEVICE
-from modes import generate, left_padded, pruned
-from observe import prompt, same_afterwards
+
+from helpers.modes import generate, left_padded, pruned
+from helpers.observe import prompt, same_afterwards
+from helpers.tiny_models import tiny
 from pop_mm.executors.gathered import GatheredExecutor
 from pop_mm.kernels.gpu import FusedStep, GatheredStep
-from tiny_models import tiny
 
 
 def model_of(model_type="llama", dtype=torch.float64, **settings):

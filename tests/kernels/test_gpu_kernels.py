@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from modes import pruned
+from helpers.modes import pruned
+from helpers.tiny_models import tiny
 from pop_mm import ConfigError, PopConfig
 from pop_mm.kernels import gpu
 from pop_mm.session import plan_ffns
-from tiny_models import tiny
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from compatibility import PACKAGES, PROJECTIONS
-from wrapped import check_packed, importable
+from helpers.compatibility import PACKAGES, PROJECTIONS
+from helpers.wrapped import check_packed, importable
 
 
 @pytest.mark.filterwarnings("ignore")

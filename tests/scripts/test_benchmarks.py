@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.tiny_models import tiny
 from pop_mm import kernels
-from tiny_models import tiny
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 METHODS = ("static", "POP gamma 0.1", "POP gamma 0.2", "full")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from helpers.tiny_vlm_folder import save_vlm
 from pop_mm.upcycle import upcycle
-from tiny_vlm_folder import save_vlm
 
 DEMOS = Path(__file__).parents[2] / "demos"
 

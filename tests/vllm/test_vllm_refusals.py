@@ -5,10 +5,10 @@ import torch
 from serving import engine, save_llama
 from torch import nn
 
+from helpers.tiny_models import tiny
 from pop_mm import PopConfig
 from pop_mm.engines.vllm.planned import plan_inputs
 from pop_mm.errors import ConfigError, EngineError
-from tiny_models import tiny
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from pop_mm.adapters import adapter_for
-from tiny_models import randomise
-from vlm_images import (
+from helpers.tiny_models import randomise
+from helpers.vlm_images import (
     IMAGE,
     MARKS,
     VIDEO,
@@ -32,6 +31,7 @@ from vlm_images import (
     sized,
     tiles,
 )
+from pop_mm.adapters import adapter_for
 
 VOCAB = 128
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from tiny_models import randomise
-from tiny_processors import processor_folder
+from helpers.tiny_models import randomise
+from helpers.tiny_processors import processor_folder
 
 _TEXT = {
     "hidden_size": 32,

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from observe import differences, fingerprint
+from helpers.observe import differences, fingerprint
+from helpers.tiny_processors import processor_folder
 from pop_mm import PopConfig, prune
 from pop_mm.app import Asker
 from pop_mm.app.examples import examples
 from pop_mm.vision import load_image, load_processor, prepare
-from tiny_processors import processor_folder
 
 SCENE, QUESTION = examples(True)[0]
 

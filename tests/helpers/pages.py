@@ -27,12 +27,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.tiny_models import tiny
 from pop_mm import PopConfig
 from pop_mm.app.examples import SCENES
 from pop_mm.samples import SAMPLES
-from tiny_models import tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, *DOCS]

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from reference import Pop
+from helpers.reference import Pop
 
 
 def experts_of(model):

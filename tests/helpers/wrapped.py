@@ -5,10 +5,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from modes import RATIO, generate, pruned
-from observe import partitions, prompt, same_afterwards
-from reference import Pop, columns, down_projections
-from tiny_models import tiny
+from helpers.modes import RATIO, generate, pruned
+from helpers.observe import partitions, prompt, same_afterwards
+from helpers.reference import Pop, columns, down_projections
+from helpers.tiny_models import tiny
 
 WAYS = [(backend, batch) for backend in ("auto", "masked") for batch in ("shared", "per_sequence")]
 FEW_WAYS = [("auto", "shared"), ("masked", "per_sequence")]

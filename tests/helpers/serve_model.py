@@ -12,10 +12,10 @@ import httpx
 import openai
 import torch
 
+from helpers.tiny_folder import save
 from pop_mm import PopConfig, prune
 from pop_mm.engines.server.run import Limits, ServedModel, Serving
 from pop_mm.samples import load
-from tiny_folder import save
 
 TEMPLATE = (
     "{% for t in tools or [] %}w8 {% endfor %}{% if shout %}w7 {% endif %}"

@@ -9,10 +9,10 @@ import math
 
 import numpy as np
 import torch
-from reference_moe import Weights, experts_of
 from transformers import DynamicCache
 
-from reference import columns, down_projections
+from helpers.reference import columns, down_projections
+from helpers.reference_moe import Weights, experts_of
 
 ATTENTION_IN = (
     "q_proj",

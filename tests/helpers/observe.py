@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from reference import columns, down_projections
+from helpers.reference import columns, down_projections
 
 TRANSFORMERS_OWN = {"config", "generation_config", "_previous_max_cache_length"}  # generate() sets them itself
 _PRODUCTS = {F.linear, torch.mm, torch.addmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}

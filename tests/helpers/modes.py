@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import pop_mm.kernels as kernels
-from covering import covering, covers
-from observe import prompt
+from helpers.covering import covering, covers
+from helpers.observe import prompt
+from helpers.tiny_models import tiny
 from pop_mm import PopConfig, prune
-from tiny_models import tiny
 
 STEPS = 5
 LENGTH = 9

@@ -1,6 +1,6 @@
 """Wrappers of weights and ways to call a model, and what pop_mm makes of each.
 
-This list is behind the tests and docs/compatibility.md, which ``python tests/compatibility.py`` writes. A row says how to
+This list is behind the tests and docs/compatibility.md, which ``python tests/helpers/compatibility.py`` writes. A row says how to
 make the model (``make``), or which file tests it (``tests``).
 """
 
@@ -18,7 +18,7 @@ import torch.nn.utils.parametrize as parametrize
 import torch.nn.utils.prune as torch_prune
 from torch import nn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -576,7 +576,7 @@ def page() -> str:
         "# Compatibility",
         "",
         "What becomes of an FFN whose weights are wrapped or packed, or of a model that is called in this way. The tests make "
-        "this page from their own list (`python tests/compatibility.py`), with these versions.",
+        "this page from their own list (`python tests/helpers/compatibility.py`), with these versions.",
         "",
         "- **fast**: decode steps run on narrow views of the weights, in place; of a call, as the weights allow.",
         "- **masked**: right, but every channel is still computed; no speed-up. Column norms are those of what the module "
