@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo docs test test-docs test-kernels test-packages test-scripts test-vllm dist test-dist lint format clean
+.PHONY: setup demo docs test test-compile test-docs test-kernels test-packages test-scripts test-vllm dist test-dist lint format clean
 
 setup: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 # The files of tests/ itself; a folder in it has a target of its own.
 test: setup
 	$(PYTEST) tests/test_*.py
+
+# Models and decode steps that torch.compile has compiled.
+test-compile: setup
+	$(PYTEST) tests/compile
 
 # Triton kernels, on a GPU or interpreted, and compiled for GPUs; C kernels as wheels ship them and other processors need them.
 test-kernels: setup
