@@ -28,7 +28,11 @@ WAYS = {
     ),
     "POP, an expert": ("mixtral", POP, [*SESSION, CHANNELS, EXPERTS, ("executors/narrow_experts.py", "__call__")]),
     "POP, a picture and a text": ("qwen2_vl", POP, [*SESSION, ("modality.py", "positions_of"), CHANNELS, FFN]),
-    "thresholds": ("llama", THRESHOLDS, [*BY_BUDGET, BOUNDS, ("executors/rows.py", "begin"), ("ops/rows.py", "_run")]),
+    "thresholds": (
+        "llama",
+        THRESHOLDS,
+        [*BY_BUDGET, BOUNDS, ("executors/rows.py", "begin"), ("accel/whole.py", "__call__")],
+    ),
     "thresholds, an expert": (
         "mixtral",
         THRESHOLDS,
