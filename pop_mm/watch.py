@@ -1,8 +1,8 @@
 """What of a model a session relies on, and whether it is still so.
 
-Before every forward: the modules at their places, their classes, whether they are compiled, the tensors in them, their
-memory and their version counters. Before a prompt also the settings and hooks of modules that are made of others (adapters),
-and one line of each weight of an FFN, since writing to ``weight.data`` leaves no trace anywhere else.
+Before every forward: the modules at their places, their classes and the forwards of those, whether they are compiled, the
+tensors in them, their memory and their version counters. Before a prompt also the settings and hooks of modules that are made
+of others (adapters), and one line of each weight of an FFN, since writing to ``weight.data`` leaves no trace anywhere else.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .layout import FFN
 from .ops.sample import Sampled, sample
 
 _version = attrgetter("_version")
+_forward = attrgetter("forward")
 _data_ptr = torch.Tensor.data_ptr
 _CALLS = ("_compiled_call_impl", "forward")  # what a call runs, where it is not the class's forward
 _OF_EVERY_MODULE = set(vars(nn.Module()))
@@ -90,6 +91,8 @@ class Watch:
         self._call_names = [name for _ in self._callers for name in _CALLS]
         self._called = list(map(dict.get, self._calls, self._call_names))
         self._classes = list(map(type, self._callers))
+        self._kinds = list(dict.fromkeys(self._classes))
+        self._forwards = list(map(_forward, self._kinds))
         self._note()
 
     def _note(self) -> None:
@@ -139,6 +142,8 @@ class Watch:
             pairs = zip(self._classes, self._callers, strict=True)
             before, now = next((old, type(module)) for old, module in pairs if type(module) is not old)
             return f"a {before.__name__} was made a {now.__name__}"
+        if not all(map(is_, map(_forward, self._kinds), self._forwards)):
+            return "the forward of a class was replaced"
         if list(map(_data_ptr, self._addressed)) != self._addresses:
             return "the data of a weight was replaced"
         if list(map(_version, self._counted)) != list(self._versions.of.values()):

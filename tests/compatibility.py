@@ -531,6 +531,7 @@ CALLS = [
         "transformers",
     ),
     _call(_CALLS, "`generate(logits_to_keep=k)`", "fast", "phase_generate", "", "transformers"),
+    _call(_CALLS, "`torch.autocast`, within a session or around it", "fast", "changes", "POP; thresholds masked"),
     _call(_CALLS, "A cache cropped to where a prefill forward began", "fast", "phase_cropped", "", "transformers"),
     _call(
         _CALLS,
@@ -550,6 +551,8 @@ CALLS = [
     _call(_INSIDE, "Weights packed, parametrised or pruned", "masked", "changes", "refused once channels have moved"),
     _call(_INSIDE, "Adapters added, switched, disabled, merged", "masked", "changes", "", "peft"),
     _call(_INSIDE, "The forward of a module replaced", "masked", "changes", "refused where the session has its own"),
+    _call(_INSIDE, "The forward of a class replaced", "masked", "changes", "fast where no projection is of that class"),
+    _call(_INSIDE, "`cpu_offload`, `disk_offload`, `dispatch_model`", "masked", "changes", "", "accelerate"),
     _call(_INSIDE, "Hooks added to parts of an FFN", "masked", "hooks", "as hooks of before the session"),
     _call(_INSIDE, "Pre-hooks that change a masked input", "refused", "hooks", "register them before the session"),
     _call(_INSIDE, "`parameters()`, as a vector and back", "fast", "taken_weights", "in the model's own order"),
