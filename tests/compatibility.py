@@ -196,10 +196,15 @@ REFUSED_ADAPTERS = [
 # packed weights -----------------------------------------------------------------------------------------------------
 
 
+def _dense(model: Any) -> list[Any]:
+    """The FFN of each layer; of one with routed experts, its shared one."""
+    return [getattr(layer.mlp, "shared_expert", layer.mlp) for layer in model.model.layers]
+
+
 def _replaced(model: nn.Module, projections: tuple[str, ...], make: Callable[[Any], Any]) -> nn.Module:
-    for layer in model.model.layers:
+    for ffn in _dense(model):
         for name in projections:
-            setattr(layer.mlp, name, make(getattr(layer.mlp, name)))
+            setattr(ffn, name, make(getattr(ffn, name)))
     return model.eval()
 
 
@@ -281,8 +286,8 @@ TORCHAO = [
 
 
 def _quantize_dynamic(model: nn.Module, projections: tuple[str, ...] = PROJECTIONS) -> Any:
-    for layer in model.model.layers:
-        torch.ao.quantization.quantize_dynamic(layer.mlp, set(projections), dtype=torch.qint8, inplace=True)
+    for ffn in _dense(model):
+        torch.ao.quantization.quantize_dynamic(ffn, set(projections), dtype=torch.qint8, inplace=True)
     return model
 
 
