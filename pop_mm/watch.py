@@ -87,6 +87,8 @@ class Watch:
         self._positions = positions
         self.replaced: str | None = None
         self._callers = list(dict.fromkeys([model, *(child for *_, child in self._places), *besides]))
+        called = {r.holder if isinstance(r, FFN) else r.module for r in self._ffns}
+        self._bypassed = {*watched, *besides} - called - {child for child in self._modules if child not in watched}
         self._calls: list[Any] = [vars(module) for module in self._callers for _ in _CALLS]
         self._call_names = [name for _ in self._callers for name in _CALLS]
         self._called = list(map(dict.get, self._calls, self._call_names))
@@ -151,18 +153,24 @@ class Watch:
         return None
 
     def _other_call(self) -> str | None:
-        """What is called instead of what was; what wraps it (``functools.wraps``) calls the same."""
+        """What is called instead of what was.
+
+        What wraps it (``functools.wraps``) calls the same, if a session calls the module at all.
+        """
         now = list(map(dict.get, self._calls, self._call_names))
+        modules = [module for module in self._callers for _ in _CALLS]
         changed = [
             i
-            for i, called in enumerate(self._called)
-            if now[i] is not called and not _wraps(now[i], called, self._callers[i // len(_CALLS)])
+            for i, (called, module) in enumerate(zip(self._called, modules, strict=True))
+            if now[i] is not called
+            and not (_wraps(now[i], called, module) and (module not in self._bypassed or is_ours(now[i])))
         ]
         if not changed:
             return None
-        modules = [self._callers[i // len(_CALLS)] for i in changed]
+        modules = [modules[i] for i in changed]
         for i, module in zip(changed, modules, strict=True):
-            if is_ours(self._called[i]) and not is_compiled(module):
+            kept = vars(module).get("_old_forward") is self._called[i]  # by accelerate's hooks, which Patches knows
+            if is_ours(self._called[i]) and not is_compiled(module) and not kept:
                 self.replaced = type(module).__name__
         return f"a {type(modules[0]).__name__} was {'compiled' if is_compiled(modules[0]) else 'given another forward'}"
 

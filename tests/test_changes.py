@@ -1,6 +1,7 @@
 """What changes in a model while a session lasts, or between two: followed exactly, or refused with what to do."""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -19,6 +20,13 @@ from tiny_models import tiny
 
 FAMILIES = ("llama", "mixtral")
 families = pytest.mark.parametrize("family", FAMILIES)
+
+
+SESSIONS = {
+    "inplace": lambda model: pruned(model, "auto"),
+    "compiled": lambda model: pruned(model, "auto", kernels="auto"),
+    "rows": lambda model: prune(model, budget=0.6),
+}
 
 
 def random(shape, seed=3):
@@ -424,6 +432,40 @@ def test_another_forward_inside_a_session_is_followed_or_refused(which, backend)
                 generate(model, prompt())
 
 
+def wrapped_forward(module):
+    own = module.forward
+
+    @functools.wraps(own)
+    def forward(*args, **kwargs):
+        return 2 * own(*args, **kwargs)
+
+    module.forward = forward
+
+
+@pytest.mark.parametrize("kind", SESSIONS)
+@pytest.mark.parametrize("path", ["mlp", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj", "input_layernorm"])
+def test_a_forward_that_is_wrapped_inside_a_session_is_followed_or_refused(path, kind):
+    session_of = SESSIONS[kind]
+    refused = path in ("mlp.up_proj", "mlp.down_proj") or (path, kind) == ("self_attn.o_proj", "rows")
+    twin, model = fresh(), fresh()
+    changed = twin.model.layers[1].get_submodule("mlp.down_proj" if path == "mlp" else path)
+    for parameter in changed.parameters():
+        parameter.data *= 2
+    with session_of(twin):
+        expected = generate(twin, prompt())
+    with session_of(model):
+        generate(model, prompt(1, 12, seed=5))
+        wrapped_forward(model.model.layers[1].get_submodule(path))
+        if refused:
+            for _ in range(2):
+                with pytest.raises(SessionError, match=r"was replaced inside the session.*start a new session"):
+                    generate(model, prompt())
+        else:
+            found = generate(model, prompt())
+            assert torch.equal(found[0], expected[0])
+            torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9)
+
+
 @backends
 @families
 def test_a_session_attached_again_takes_the_weights_of_now(family, backend):
@@ -546,11 +588,6 @@ CLASSES = {  # of a Llama -> whose weights doubled give the same as its results 
     "norm": (LlamaRMSNorm, ""),
     "attention": (LlamaAttention, "o_proj"),
     "mlp": (LlamaMLP, "down_proj"),
-}
-SESSIONS = {
-    "inplace": lambda model: pruned(model, "auto"),
-    "compiled": lambda model: pruned(model, "auto", kernels="auto"),
-    "rows": lambda model: prune(model, budget=0.6),
 }
 
 
