@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .experts import Experts
+from .paragraphs import Paragraphs
 from .planning import FFNPlan
 from .report import Report
 
@@ -96,7 +97,7 @@ def _routing_table(report: Report) -> list[RenderableType]:
     return [table]
 
 
-def report_summary(report: Report) -> Text:
+def report_summary(report: Report) -> Paragraphs:
     """A few lines: settings, backends, tokens, times and everything that needs saying."""
     config, times = report.config, report.timings
     lines = [_settings(report)]
@@ -121,9 +122,7 @@ def report_summary(report: Report) -> Text:
         )
     if config.chosen_method != "pop":
         lines.append(f"Method {config.chosen_method!r}, for comparison: not POP itself.")
-    return Text("\n").join(
-        [Text(lines[0], style="bold"), *map(Text, lines[1:]), *(Text(n, "yellow") for n in report.notes)]
-    )
+    return Paragraphs([(lines[0], "bold"), *((line, "") for line in lines[1:]), *((n, "yellow") for n in report.notes)])
 
 
 def _settings(report: Report) -> str:
