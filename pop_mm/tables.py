@@ -208,12 +208,11 @@ def adapter_rows(support: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, s
 
 def adapters_table(support: Sequence[Mapping[str, Any]]) -> Table:
     """The support table for the terminal."""
-    table = Table(box=box.SIMPLE_HEAD, show_lines=False)
-    table.add_column("model types", ratio=5, overflow="fold")
-    table.add_column("kind")
-    table.add_column("projections", ratio=4, overflow="fold")
-    table.add_column("adapter", overflow="fold")
-    for row in adapter_rows(support):
+    rows = adapter_rows(support)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
+    for name, cells in zip(("model types", "kind", "projections", "adapter"), zip(*rows, strict=True), strict=True):
+        table.add_column(name, min_width=max(len(word) for cell in cells for word in cell.split()))
+    for row in rows:
         table.add_row(*map(Text, row))
     return table
 

@@ -64,7 +64,7 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="dense|static|pop|full|thresholds|wanda_sp|magnitude|griffin|random; repeat it.",
+        help="dense, thresholds, pop, static, full, griffin, wanda_sp, magnitude or random; repeat it.",
         show_default=False,
     ),
 ]
