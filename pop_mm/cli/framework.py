@@ -48,8 +48,8 @@ class App(typer.Typer):
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             known = name or function.__name__
-            shown = {"epilog": _examples(function.__name__), "short_help": SHORT.get(function.__name__)}
-            add = super(App, self).command(known, **shown, **settings)
+            examples, short = _examples(function.__name__), SHORT.get(function.__name__)
+            add = super(App, self).command(known, epilog=examples, short_help=short, **settings)
             add(_with_loudness(function))
             return function
 
