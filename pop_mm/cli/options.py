@@ -14,7 +14,6 @@ Model = Annotated[
     typer.Option(
         metavar="NAME",
         help="A sample's name (smollm2-135m), a folder, or a hub id.",
-        show_default=False,
         autocompletion=sample_names,
     ),
 ]
