@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -77,9 +78,11 @@ def runs_own_forward(module: nn.Module) -> bool:
     return moves and getattr(forward, "__func__", None) is type(module).forward
 
 
-def is_ours(forward: object) -> bool:
-    """Whether a function was defined in this package."""
-    return str(getattr(forward, "__module__", "")).partition(".")[0] == __package__
+def is_ours(thing: object) -> bool:
+    """Whether a function or class was defined in this package; what wraps a function is judged by itself."""
+    function = thing.func if isinstance(thing, partial) else thing
+    names = getattr(function, "__globals__", {"__name__": getattr(function, "__module__", "")})
+    return str(names.get("__name__")).partition(".")[0] == __package__
 
 
 def device_of(module: nn.Module) -> torch.device:

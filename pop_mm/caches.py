@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from .patching import leave_calls, tell_calls
 
+CACHE_NAMES = (
+    "cache",
+    "past_key_values",
+)  # of a forward's argument and output: in transformers from 5.24 on, and before
 _ROW_METHODS = ("reorder_cache", "batch_select_indices")  # of a cache: both take the rows that it has from now on
 
 
@@ -25,6 +30,21 @@ def leave_rows(cache: Any) -> None:
         leave_calls(cache, name)
 
 
+def cache_in(inputs: Mapping[str, Any]) -> Any:
+    """The cache among a forward's arguments; None without one."""
+    return next((cache for name in CACHE_NAMES if (cache := inputs.get(name)) is not None), None)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a forward or ``generate`` returned; None if it returned none."""
+    return next((cache for name in CACHE_NAMES if (cache := getattr(output, name, None)) is not None), None)
+
+
+def cache_name(call: Callable[..., Any]) -> str:
+    """The name of the cache among the arguments of a forward, or of what takes any arguments."""
+    return CACHE_NAMES[CACHE_NAMES[0] not in inspect.signature(call).parameters]
+
+
 def use_cache(model: nn.Module, inputs: dict[str, Any]) -> bool:
     """Whether a forward with these inputs makes or continues a cache."""
     use = inputs.get("use_cache")
@@ -39,4 +59,13 @@ def known_length(cache: Any) -> int | None:
     return int(length)
 
 
-__all__ = ["follow_rows", "known_length", "leave_rows", "use_cache"]
+__all__ = [
+    "CACHE_NAMES",
+    "cache_in",
+    "cache_name",
+    "cache_of",
+    "follow_rows",
+    "known_length",
+    "leave_rows",
+    "use_cache",
+]

@@ -1,4 +1,4 @@
-"""Which class something is: by identity, also for classes that are not imported until they are used."""
+"""Which class something is: by identity, also for classes that are not imported until they are used; and whose forward it has."""
 
 from __future__ import annotations
 
@@ -16,3 +16,13 @@ def same_class(kind: type, known: type | str) -> bool:
 def is_a(kind: type, *known: type | str) -> bool:
     """Whether a class is one of these or a subclass of one."""
     return any(same_class(parent, one) for parent in kind.__mro__ for one in known)
+
+
+def has_own_forward(kind: type) -> bool:
+    """Whether a class of modules computes what was written for it: its forward is a function of the module that defines it.
+
+    Libraries and experiments put other functions there for all instances (``nn.Linear.forward = ...``).
+    """
+    home = next((parent for parent in kind.__mro__ if "forward" in vars(parent)), kind)
+    module = sys.modules.get(home.__module__)
+    return module is None or getattr(vars(home).get("forward"), "__globals__", None) is vars(module)

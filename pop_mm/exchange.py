@@ -64,6 +64,8 @@ def swap_channels(matrices: Iterable[Matrix], first: Tensor, second: Tensor) -> 
         for exchange in reversed(done):
             exchange()
         raise
+    finally:
+        torch.clear_autocast_cache()  # else autocast goes on with casts of weights in the order of before
 
 
 def exchanges(matrix: Tensor, axis: int, first: Tensor, second: Tensor) -> Iterator[Callable[[], None]]:

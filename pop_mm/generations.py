@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .caches import cache_in
 from .errors import PhaseError
 from .patching import Patches
 
@@ -215,7 +216,7 @@ class Generations:
             elif first and generation.assisted_from is not None and inputs.get("inputs_embeds") is None:
                 candidates = ids.shape[1] - generation.assisted_from
             generation.ended = ended
-        return Prepared(inputs.get("past_key_values"), first, mask, ended, generation, candidates)
+        return Prepared(cache_in(inputs), first, mask, ended, generation, candidates)
 
 
 def refuse_continuous_batching(*_: Any, **__: Any) -> None:

@@ -25,7 +25,7 @@ from .asking import (
     multiplies_with,
     runs_own_forward,
 )
-from .classes import same_class
+from .classes import has_own_forward, same_class
 from .errors import AdapterError
 from .exchange import ChannelTensor, Matrix, swap_channels
 from .formats import Stored
@@ -113,7 +113,7 @@ class Projection:
         bias = getattr(module, "bias", None)
         if type(bias) is not nn.Parameter and bias is not None:
             return f"the bias of {self.name} is a {type(bias).__name__}"
-        if not runs_own_forward(module):
+        if not runs_own_forward(module) or not has_own_forward(type(module)):
             return f"the forward of {self.name} is replaced"
         return None
 

@@ -27,7 +27,7 @@ class Patches:
         """Set an attribute on the instance."""
         had, before = name in instance.__dict__, instance.__dict__.get(name)
         instance.__dict__[name] = value
-        self.undo_by(_put_back, instance, name, had, before)
+        self.undo_by(_put_back, instance, name, value, had, before)
 
     def remove(self, instance: object, name: str) -> None:
         """Take an attribute off the instance, so that its class's shows."""
@@ -69,8 +69,11 @@ class Patches:
         self.undo()
 
 
-def _put_back(instance: object, name: str, had: bool, before: object) -> None:
-    if had:
+def _put_back(instance: object, name: str, value: object, had: bool, before: object) -> None:
+    if instance.__dict__.get(name) is not value and instance.__dict__.get(f"_old_{name}") is value:
+        # accelerate's hooks, added since, call the forward that they found
+        instance.__dict__[f"_old_{name}"] = before if had else getattr(type(instance), name).__get__(instance)
+    elif had:
         instance.__dict__[name] = before
     else:
         instance.__dict__.pop(name, None)

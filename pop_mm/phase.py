@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .caches import follow_rows, known_length, leave_rows, use_cache
+from .caches import cache_in, cache_of, follow_rows, known_length, leave_rows, use_cache
+from .classes import is_a
 from .errors import PhaseError
 from .generations import Generations, Prepared, refuse_continuous_batching
 from .modality import Positions, positions_of
@@ -35,6 +36,9 @@ class Phase(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     MIXED = "mixed"
+
+
+_PAGED_CACHE = "transformers.generation.continuous_batching.cache:PagedAttentionCache"
 
 
 @dataclass(eq=False)
@@ -215,7 +219,7 @@ class PhaseTracker:
         if forward is None:
             return
         if output is not None and forward.cache is None:
-            cache = getattr(output, "past_key_values", None)
+            cache = cache_of(output)
             if cache is not None:
                 forward.state.bind(cache)
                 self._bind(cache, forward.state)
@@ -246,11 +250,11 @@ class PhaseTracker:
         rows, length = ids.shape[:2]
         if length == 0 or rows == 0:
             raise PhaseError(f"The prompt is empty: the input has shape {tuple(ids.shape)}. Give at least one token.")
-        if "cu_seq_lens_q" in inputs or "cache" in inputs:
+        cache = cache_in(inputs)
+        if "cu_seq_lens_q" in inputs or is_a(type(cache), _PAGED_CACHE):
             refuse_continuous_batching()
-        cache = inputs.get("past_key_values")
         if cache is not None and not hasattr(cache, "get_seq_length"):
-            raise PhaseError(f"past_key_values must be a transformers Cache; got {type(cache).__name__}.")
+            raise PhaseError(f"The cache must be a transformers Cache; got {type(cache).__name__}.")
         if prepared is not None and prepared.cache is not cache:
             prepared = None
         valid = _valid_positions(prepared.mask if prepared else inputs.get("attention_mask"), rows, length)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .experts import Experts
+from .paragraphs import Paragraphs
 from .planning import FFNPlan
 from .report import Report
 
@@ -96,7 +97,7 @@ def _routing_table(report: Report) -> list[RenderableType]:
     return [table]
 
 
-def report_summary(report: Report) -> Text:
+def report_summary(report: Report) -> Paragraphs:
     """A few lines: settings, backends, tokens, times and everything that needs saying."""
     config, times = report.config, report.timings
     lines = [_settings(report)]
@@ -121,9 +122,7 @@ def report_summary(report: Report) -> Text:
         )
     if config.chosen_method != "pop":
         lines.append(f"Method {config.chosen_method!r}, for comparison: not POP itself.")
-    return Text("\n").join(
-        [Text(lines[0], style="bold"), *map(Text, lines[1:]), *(Text(n, "yellow") for n in report.notes)]
-    )
+    return Paragraphs([(lines[0], "bold"), *((line, "") for line in lines[1:]), *((n, "yellow") for n in report.notes)])
 
 
 def _settings(report: Report) -> str:
@@ -209,12 +208,11 @@ def adapter_rows(support: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, s
 
 def adapters_table(support: Sequence[Mapping[str, Any]]) -> Table:
     """The support table for the terminal."""
-    table = Table(box=box.SIMPLE_HEAD, show_lines=False)
-    table.add_column("model types", ratio=5, overflow="fold")
-    table.add_column("kind")
-    table.add_column("projections", ratio=4, overflow="fold")
-    table.add_column("adapter", overflow="fold")
-    for row in adapter_rows(support):
+    rows = adapter_rows(support)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
+    for name, cells in zip(("model types", "kind", "projections", "adapter"), zip(*rows, strict=True), strict=True):
+        table.add_column(name, min_width=max(len(word) for cell in cells for word in cell.split()))
+    for row in rows:
         table.add_row(*map(Text, row))
     return table
 

@@ -15,6 +15,7 @@ from .footprint import bytes_per_token, weights_per_token
 from .groups import InputGroup
 from .methods.thresholds import MIN_PROMPT_TOKENS, PASS_ALL, deciding, share_above
 from .modality import MODALITIES, by_name
+from .paragraphs import Paragraphs
 from .shown import ShownReport
 from .shown import share as percent
 from .spread import notes_of
@@ -308,10 +309,8 @@ class ThresholdReport(ShownReport):
         yield from narrowed(threshold_table(self), ("matrix", "thresholds", "intended", "kept"), options.max_width)
 
 
-def threshold_summary(report: ThresholdReport) -> Any:
+def threshold_summary(report: ThresholdReport) -> Paragraphs:
     """A few lines: settings, tokens, times, bytes and everything that needs saying."""
-    from rich.text import Text
-
     from .tables import byte_size
 
     config, times = report.config, report.timings
@@ -331,9 +330,7 @@ def threshold_summary(report: ThresholdReport) -> Any:
     sizes = {name: byte_size(size) for name, size in report.bytes_per_token.items() if size is not None}
     line = f"Bytes of weights per decoded token, lm_head included: {sizes['dense']} dense, {sizes['intended']} intended"
     lines.append(line + (f", {sizes['kept']} kept." if "kept" in sizes else "."))
-    return Text("\n").join(
-        [Text(lines[0], style="bold"), *map(Text, lines[1:]), *(Text(note, "yellow") for note in report.notes)]
-    )
+    return Paragraphs([(lines[0], "bold"), *((line, "") for line in lines[1:]), *((n, "yellow") for n in report.notes)])
 
 
 def threshold_table(report: ThresholdReport) -> Any:

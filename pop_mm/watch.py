@@ -1,8 +1,8 @@
 """What of a model a session relies on, and whether it is still so.
 
-Before every forward: the modules at their places, their classes, whether they are compiled, the tensors in them, their
-memory and their version counters. Before a prompt also the settings and hooks of modules that are made of others (adapters),
-and one line of each weight of an FFN, since writing to ``weight.data`` leaves no trace anywhere else.
+Before every forward: the modules at their places, their classes and the forwards of those, whether they are compiled, the
+tensors in them, their memory and their version counters. Before a prompt also the settings and hooks of modules that are made
+of others (adapters), and one line of each weight of an FFN, since writing to ``weight.data`` leaves no trace anywhere else.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .layout import FFN
 from .ops.sample import Sampled, sample
 
 _version = attrgetter("_version")
+_forward = attrgetter("forward")
 _data_ptr = torch.Tensor.data_ptr
 _CALLS = ("_compiled_call_impl", "forward")  # what a call runs, where it is not the class's forward
 _OF_EVERY_MODULE = set(vars(nn.Module()))
@@ -86,10 +87,14 @@ class Watch:
         self._positions = positions
         self.replaced: str | None = None
         self._callers = list(dict.fromkeys([model, *(child for *_, child in self._places), *besides]))
+        called = {r.holder if isinstance(r, FFN) else r.module for r in self._ffns}
+        self._bypassed = {*watched, *besides} - called - {child for child in self._modules if child not in watched}
         self._calls: list[Any] = [vars(module) for module in self._callers for _ in _CALLS]
         self._call_names = [name for _ in self._callers for name in _CALLS]
         self._called = list(map(dict.get, self._calls, self._call_names))
         self._classes = list(map(type, self._callers))
+        self._kinds = list(dict.fromkeys(self._classes))
+        self._forwards = list(map(_forward, self._kinds))
         self._note()
 
     def _note(self) -> None:
@@ -139,6 +144,8 @@ class Watch:
             pairs = zip(self._classes, self._callers, strict=True)
             before, now = next((old, type(module)) for old, module in pairs if type(module) is not old)
             return f"a {before.__name__} was made a {now.__name__}"
+        if not all(map(is_, map(_forward, self._kinds), self._forwards)):
+            return "the forward of a class was replaced"
         if list(map(_data_ptr, self._addressed)) != self._addresses:
             return "the data of a weight was replaced"
         if list(map(_version, self._counted)) != list(self._versions.of.values()):
@@ -146,18 +153,24 @@ class Watch:
         return None
 
     def _other_call(self) -> str | None:
-        """What is called instead of what was; what wraps it (``functools.wraps``) calls the same."""
+        """What is called instead of what was.
+
+        What wraps it (``functools.wraps``) calls the same, if a session calls the module at all.
+        """
         now = list(map(dict.get, self._calls, self._call_names))
+        modules = [module for module in self._callers for _ in _CALLS]
         changed = [
             i
-            for i, called in enumerate(self._called)
-            if now[i] is not called and not _wraps(now[i], called, self._callers[i // len(_CALLS)])
+            for i, (called, module) in enumerate(zip(self._called, modules, strict=True))
+            if now[i] is not called
+            and not (_wraps(now[i], called, module) and (module not in self._bypassed or is_ours(now[i])))
         ]
         if not changed:
             return None
-        modules = [self._callers[i // len(_CALLS)] for i in changed]
+        modules = [modules[i] for i in changed]
         for i, module in zip(changed, modules, strict=True):
-            if is_ours(self._called[i]) and not is_compiled(module):
+            kept = vars(module).get("_old_forward") is self._called[i]  # by accelerate's hooks, which Patches knows
+            if is_ours(self._called[i]) and not is_compiled(module) and not kept:
                 self.replaced = type(module).__name__
         return f"a {type(modules[0]).__name__} was {'compiled' if is_compiled(modules[0]) else 'given another forward'}"
 

@@ -18,6 +18,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 LARGEST = 200_000  # bytes; a picture that has more keeps 256 colours
 # model, width and height of the window, and whether the picture of the layers is unfolded
 SHOTS = {"app": ("smollm2-135m", 1280, 800, True), "app-phone": ("tiny-vlm", 390, 844, False)}
+_ALL_PICTURES_ARE_THERE = "return [...document.images].every(image => image.complete)"
+_END_OF_PAGE = "return Math.ceil(document.querySelector('main').getBoundingClientRect().bottom + window.scrollY)"
 
 
 def main(folder: Path = DOCS, theme: str = "light") -> None:
@@ -46,7 +48,8 @@ def main(folder: Path = DOCS, theme: str = "light") -> None:
                 wait.until(lambda _: driver.find_elements("css selector", ".pop-facts"))
                 if unfolded:
                     driver.find_element("css selector", ".pop-result summary").click()
-                whole = driver.execute_script("return Math.ceil(document.querySelector('main').scrollHeight) + 40")
+                wait.until(lambda _: driver.execute_script(_ALL_PICTURES_ARE_THERE))
+                whole = driver.execute_script(_END_OF_PAGE) + 40
                 driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**size, "height": max(height, whole)})
                 driver.execute_script("window.scrollTo(0, 0)")
                 target = folder / f"{name}.png"

@@ -85,9 +85,7 @@ def command_reference() -> str:
     command = [sys.executable, "-m", "typer", "pop_mm.cli", "utils", "docs", "--name", "pop-mm"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     text = entities.unescape(done.stdout.split("**Commands**:")[1])
-    text = re.sub(
-        r"\x08\nExample:\n((?:  .*\n)+)", r"Example:\n\n```\n\1```\n", text
-    )  # \b keeps click from wrapping it
+    text = re.sub(r"\x08\n(Examples?:)\n((?:  .*\n)+)", r"\1\n\n```\n\2```\n", text)  # \b keeps click from wrapping it
     return re.sub(r"^(#+) ", r"#\1 ", text[text.index("## ") :], flags=re.MULTILINE)
 
 

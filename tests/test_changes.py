@@ -1,21 +1,32 @@
 """What changes in a model while a session lasts, or between two: followed exactly, or refused with what to do."""
 
 import copy
+import functools
 import io
 import pickle
 
+import accelerate
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.prune import l1_unstructured
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from helpers.modes import BACKENDS, STEPS, backends, fresh, generate, pruned
 from helpers.observe import partitions, prompt, same_afterwards, standing
 from helpers.reference import down_projections
+from helpers.tiny_models import tiny
 from pop_mm import SessionError, prune
 
 FAMILIES = ("llama", "mixtral")
 families = pytest.mark.parametrize("family", FAMILIES)
+
+
+SESSIONS = {
+    "inplace": lambda model: pruned(model, "auto"),
+    "compiled": lambda model: pruned(model, "auto", kernels="auto"),
+    "rows": lambda model: prune(model, budget=0.6),
+}
 
 
 def random(shape, seed=3):
@@ -421,6 +432,40 @@ def test_another_forward_inside_a_session_is_followed_or_refused(which, backend)
                 generate(model, prompt())
 
 
+def wrapped_forward(module):
+    own = module.forward
+
+    @functools.wraps(own)
+    def forward(*args, **kwargs):
+        return 2 * own(*args, **kwargs)
+
+    module.forward = forward
+
+
+@pytest.mark.parametrize("kind", SESSIONS)
+@pytest.mark.parametrize("path", ["mlp", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj", "input_layernorm"])
+def test_a_forward_that_is_wrapped_inside_a_session_is_followed_or_refused(path, kind):
+    session_of = SESSIONS[kind]
+    refused = path in ("mlp.up_proj", "mlp.down_proj") or (path, kind) == ("self_attn.o_proj", "rows")
+    twin, model = fresh(), fresh()
+    changed = twin.model.layers[1].get_submodule("mlp.down_proj" if path == "mlp" else path)
+    for parameter in changed.parameters():
+        parameter.data *= 2
+    with session_of(twin):
+        expected = generate(twin, prompt())
+    with session_of(model):
+        generate(model, prompt(1, 12, seed=5))
+        wrapped_forward(model.model.layers[1].get_submodule(path))
+        if refused:
+            for _ in range(2):
+                with pytest.raises(SessionError, match=r"was replaced inside the session.*start a new session"):
+                    generate(model, prompt())
+        else:
+            found = generate(model, prompt())
+            assert torch.equal(found[0], expected[0])
+            torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9)
+
+
 @backends
 @families
 def test_a_session_attached_again_takes_the_weights_of_now(family, backend):
@@ -534,6 +579,100 @@ def test_an_adapter_named_for_the_only_row_counts(backend):
         torch.testing.assert_close(found, plain, rtol=0, atol=1e-9)
         adapted_ones = generate(wrapper, prompt())[1]
     torch.testing.assert_close(adapted_ones, lora_logits(wrapper), rtol=0, atol=1e-9)
+
+
+# --- forwards of classes --------------------------------------------------------------------------------------------
+
+CLASSES = {  # of a Llama -> whose weights doubled give the same as its results doubled
+    "linear": (nn.Linear, ""),
+    "norm": (LlamaRMSNorm, ""),
+    "attention": (LlamaAttention, "o_proj"),
+    "mlp": (LlamaMLP, "down_proj"),
+}
+
+
+def doubling(own):
+    def forward(self, *args, **kwargs):
+        found = own(self, *args, **kwargs)
+        return (2 * found[0], *found[1:]) if isinstance(found, tuple) else 2 * found
+
+    return forward
+
+
+@pytest.mark.parametrize("when", ["before", "inside"])
+@pytest.mark.parametrize("session_of", SESSIONS.values(), ids=SESSIONS)
+@pytest.mark.parametrize("which", CLASSES)
+def test_a_forward_that_somebody_gives_a_class_counts(which, session_of, when, monkeypatch):
+    (kind, part), twin, model = CLASSES[which], fresh(), fresh()
+    for module in (module.get_submodule(part) for module in twin.modules() if type(module) is kind):
+        for parameter in module.parameters(False):
+            parameter.data *= 2
+    with session_of(twin):
+        expected = generate(twin, prompt())
+    if when == "before":
+        monkeypatch.setattr(kind, "forward", doubling(kind.forward))
+    with same_afterwards(model), session_of(model) as session:
+        generate(model, prompt(1, 12, seed=5))
+        if when == "inside":
+            monkeypatch.setattr(kind, "forward", doubling(kind.forward))
+        found = generate(model, prompt())
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9)
+    if which == "linear":
+        assert {plan.backend for plan in session.plans} == {"masked"}
+        assert "the forward of" in session.plans[0].reason
+
+
+# --- autocast -------------------------------------------------------------------------------------------------------
+
+
+@families
+def test_casts_that_autocast_keeps_follow_the_channels(family):
+    model, ids = tiny(family), prompt()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), pruned(model, "inplace") as session:
+        generate(model, ids)
+        wanted = partitions(session)
+    dense = generate(model, ids)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        before = generate(model, ids)[1]
+        with pruned(model, "inplace") as session:
+            generate(model, prompt(1, 12, seed=5))
+            generate(model, ids)
+            assert partitions(session) == wanted
+        assert torch.equal(generate(model, ids)[1], before)
+    assert torch.equal(generate(model, ids)[1], dense)
+
+
+# --- offloaded ------------------------------------------------------------------------------------------------------
+
+
+def _to_cpu(model, folder):
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def _to_disk(model, folder):
+    accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("follow", [True, False])
+@pytest.mark.parametrize("offload", [_to_cpu, _to_disk])
+@pytest.mark.parametrize("session_of", SESSIONS.values(), ids=SESSIONS)
+@families
+def test_a_model_that_is_offloaded_inside_a_session_is_followed(family, session_of, offload, follow, tmp_path):
+    model = fresh(family)
+    dense = generate(model, prompt())[1]
+    with session_of(fresh(family)) as other:
+        expected = generate(other.model, prompt())
+    with session_of(model) as session:
+        generate(model, prompt(1, 12, seed=5))
+        offload(model, tmp_path)
+        if follow:
+            found = generate(model, prompt())
+            assert torch.equal(found[0], expected[0])
+            torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9)
+            assert {plan.backend for plan in session.plans} == {"masked"}
+    assert all(p.device.type == "meta" for p in model.parameters())
+    assert torch.equal(generate(model, prompt())[1], dense)
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shlex
 import sys
 import warnings
@@ -27,35 +28,42 @@ def folder(tmp_path_factory) -> str:
 
 
 def commands(group=None, path=()):
+    """Path and command of each, groups too."""
     group = typer.main.get_command(app) if group is None else group
+    yield pytest.param(path, group, id=" ".join(("pop-mm", *path)))
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, (*path, name))
         else:
-            yield pytest.param((*path, name), id=" ".join((*path, name)))
+            yield pytest.param((*path, name), command, id=" ".join((*path, name)))
 
 
-@pytest.mark.parametrize("path", commands())
-def test_every_help_fits_and_has_an_example(call, monkeypatch, path):
+@pytest.mark.parametrize(("path", "command"), commands())
+def test_every_help_fits_and_ends_in_examples_on_lines_of_their_own(call, monkeypatch, path, command):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, err = call(*path, "--help")
     assert (code, err) == (0, "")
     assert call(*path, "-h") == (0, out, "")
     assert max(map(len, out.splitlines())) <= 80
-    assert f"  pop-mm {' '.join(path)}" in out.split("Example:")[1]
-    assert "-v, --verbose" in out and "-q, --quiet" in out
+    own = getattr(command.callback, "__name__", None)
+    examples = EXAMPLES[own if own in EXAMPLES else " ".join(path) or "pop-mm"]
+    head = "Example:" if len(examples) == 1 else "Examples:"
+    assert out.rstrip("\n").split(f"\n  {head}\n")[1].splitlines() == [f"    {line}" for line in examples]
+    assert not re.search(r"pop-mm \w+ .*--", out.split(f"\n  {head}\n")[0]), "an example in a sentence would be wrapped"
+    if not hasattr(command, "commands"):
+        assert "-v, --verbose" in out and "-q, --quiet" in out
 
 
-@pytest.mark.parametrize("path", commands())
-def test_the_examples_parse(path):
-    command = typer.main.get_command(app)
-    for name in path:
-        command = command.commands[name]
-    for line in EXAMPLES[command.callback.__name__]:
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_parse(name):
+    for line in EXAMPLES[name]:
         words = shlex.split(line)
         words = words[words.index("pop-mm") + 1 :]
-        assert words[: len(path)] == list(path)
-        command.make_context("pop-mm", words[len(path) :])
+        command = typer.main.get_command(app)
+        while words and words[0] in getattr(command, "commands", {}):
+            command, words = command.commands[words[0]], words[1:]
+        if words != ["COMMAND", "-h"]:
+            command.make_context("pop-mm", words)
 
 
 def test_the_list_of_commands_has_no_broken_sentence(call, monkeypatch):

@@ -79,6 +79,11 @@ def test_a_refused_session_says_nothing():
         (135e6, PopConfig(budget=0.75, method="pop"), True),
         (135e6, PopConfig(budget=0.85, method="pop"), False),
         (135e6, PopConfig(budget=0.65), False),
+        (135e6, PopConfig(budget=0.55), False),
+        (135e6, PopConfig(budget=0.45), True),
+        (135e6, PopConfig(budget=0.4, scope="ffn"), False),
+        (135e6, PopConfig(budget=0.2, scope="ffn"), True),
+        (7e9, PopConfig(budget=0.3), False),
         (7e9, PopConfig(0.4), False),
         (2e6, PopConfig(0.4), False),
     ],
@@ -87,7 +92,8 @@ def test_what_is_known(parameters, config, known):
     said = advice(int(parameters), config)
     assert (said is not None) == known
     if said:
-        assert "135 million parameters" in said and "method='thresholds'" in said
+        assert "135 million parameters" in said and "budget=0.65" in said
+        assert ("method='thresholds'" in said) == (config.chosen_method != "thresholds")
 
 
 def test_prune_says_it_once(monkeypatch):

@@ -1,10 +1,11 @@
 """Which part of a generation a plain forward belongs to: hand-written loops, and the caches that they bring."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from helpers.modes import LENGTH, RATIO, STEPS, alone, backends, generate, loop, pruned
@@ -34,6 +35,31 @@ def test_a_hand_written_loop_may_bring_its_own_cache(model, backend, cache):
         for _ in range(STEPS):
             token = model(token, past_key_values=own).logits[:, -1].argmax(-1, keepdim=True)
             tokens.append(token)
+    assert torch.equal(torch.cat(tokens, 1), expected)
+
+
+class WithNewNames(LlamaForCausalLM):
+    """As in transformers from 5.24 on, in what the cache is called."""
+
+    def forward(self, input_ids=None, cache=None, **kwargs):
+        found = super().forward(input_ids, past_key_values=cache, **kwargs)
+        return SimpleNamespace(logits=found.logits, cache=found.past_key_values)
+
+
+@backends
+@pytest.mark.parametrize("brings", [True, False])
+@torch.no_grad()
+def test_a_cache_may_be_called_by_its_new_name(model, backend, brings, monkeypatch):
+    ids = prompt(1, LENGTH)
+    expected = alone(model, ids)
+    monkeypatch.setattr(model, "__class__", WithNewNames)
+    with pruned(model, backend) as session:
+        token, tokens, cache = ids, [], DynamicCache(config=model.config) if brings else None
+        for _ in range(STEPS):
+            found = model(token, cache=cache)
+            token, cache = found.logits[:, -1].argmax(-1, keepdim=True), found.cache
+            tokens.append(token)
+        assert session.live_prompts == 1
     assert torch.equal(torch.cat(tokens, 1), expected)
 
 

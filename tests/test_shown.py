@@ -90,6 +90,13 @@ def test_a_printed_report_fits_the_terminal(session, monkeypatch, columns):
     assert not any("\u2026" in line for line in lines)
 
 
+@pytest.mark.parametrize("columns", range(40, 120))
+def test_a_figure_keeps_its_unit(session, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = str(session.report).splitlines()
+    assert [line for line in lines if re.match(r"(s|ms|B|kB|MB|GB|TB)\b", line)] == []
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=["pop", "thresholds"])
 def test_words_of_a_mixtures_report_are_whole_at_80_columns(settings, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

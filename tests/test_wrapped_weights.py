@@ -222,6 +222,17 @@ def test_packed_weights_give_what_plain_ones_give(row, projections):
     check_packed(row, projections)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", [row for row in (*TORCH, *TORCHAO) if row.options["exact"]], ids=lambda row: row.name)
+def test_packed_weights_in_a_mixture_give_what_plain_ones_give(row):
+    """Those of its dense FFN and of its shared experts; routed ones are packed in formats of their own."""
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "shared_expert_intermediate_size": 96}
+    model = row.make(tiny("qwen2_moe", **sizes))
+    twin = row.twin(model, tiny("qwen2_moe", **sizes))
+    generate(model, prompt(), 2)  # what a format sets up on first use is no change
+    check(model, twin, lambda name: row.outcome == "masked" and "experts" not in name, 2e-5)
+
+
 def test_pruned_biases_run_masked():
     model = fresh()
     for layer in model.model.layers:
@@ -413,6 +424,35 @@ def test_weights_on_disk_stay_there_bit_for_bit(settings, model_type, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert all(p.device.type == "meta" for p in model.parameters())
     assert torch.equal(generate(model, prompt())[1], expected[1])
+
+
+def behind(model):
+    """Of a model that accelerate offloads to memory: the tensors that its hooks load, and what stands in their places."""
+    found = {}
+    for name, module in model.named_modules():
+        parameters = {key: tensor.device.type for key, tensor in module._parameters.items() if tensor is not None}
+        calls = [id(module.__dict__.get(key)) for key in ("forward", "_old_forward", "_hf_hook")]
+        found[name] = parameters, calls, list(module._forward_hooks), list(module._forward_pre_hooks)
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        for key in parameters if weights is not None else ():
+            found[name, key] = weights[key].stride(), weights[key].numpy().tobytes()
+    return found
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2_moe"])
+@pytest.mark.parametrize("kind", ["cpu", "device map"])
+@pytest.mark.parametrize("settings", [{"ratio": 0.4, "scope": "ffn"}, {"budget": 0.6}])
+def test_weights_offloaded_to_memory_stay_what_they_are(settings, kind, model_type, tmp_path):
+    model = OFFLOADS[kind](small(model_type, None), str(tmp_path))
+    generate(model, prompt(), 2)
+    before = behind(model)
+    assert sum(isinstance(key, tuple) for key in before) > 10
+    with prune(model, **settings):
+        generate(model, prompt())
+        generate(model, prompt(1, 12, seed=5))
+    after = behind(model)
+    assert before.keys() == after.keys()
+    assert [key for key, value in before.items() if after[key] != value] == []
 
 
 def test_an_offloaded_adapter_gives_what_the_merged_model_gives(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
@@ -38,8 +39,10 @@ class SingleTokenAttention(FewTokens):
 def with_own_interface(forward: Any) -> FunctionType | None:
     """The same code, where the interface's name stands for one in which "sdpa" is ours; None if it asks no interface.
 
+    Of a forward that is wrapped (in transformers from 5.24 on, to take arguments by their old names) it is the code within.
     Its other names are those of now: what somebody puts into the module's namespace later is not seen.
     """
+    forward = inspect.unwrap(forward)
     if not isinstance(forward, FunctionType) or _INTERFACE not in forward.__code__.co_names:
         return None
     from transformers import AttentionInterface

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..asking import asked
+from ..caches import CACHE_NAMES, cache_in, cache_name
 from ..executors.base import hooks_of
 from ..executors.static import StaticSteps
 from ..kernels import Matvec
@@ -29,7 +30,7 @@ from .whole import WholeLayer
 _LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")  # of the heads, which some have
-_KNOWN = {"past_key_values", "position_embeddings", "position_ids", "use_cache", "cache_position"}
+_KNOWN = {*CACHE_NAMES, "position_embeddings", "position_ids", "use_cache", "cache_position"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +162,7 @@ class FewTokensLayers(FewTokens):
                 and config._attn_implementation == "sdpa"
                 and is_stock()
             ):
-                hidden, cache = args[0], kwargs.get("past_key_values")
+                hidden, cache = args[0], cache_in(kwargs)
                 angles: Any = kwargs.get("position_embeddings")
                 if _is_plain(kwargs) and _takes(parts, hidden, angles):
                     cos, sin = angles
@@ -225,7 +226,7 @@ def agrees(parts: Parts) -> bool:
     caches = [DynamicCache() for _ in range(2)]
     for cache in caches:
         cache.update(*(tensor.clone() for tensor in past), attn.layer_idx)
-    inputs = {"position_embeddings": angles, "attention_mask": None, "past_key_values": caches[0]}
+    inputs = {"position_embeddings": angles, "attention_mask": None, cache_name(type(attn).forward): caches[0]}
     expected = type(attn).forward(attn, hidden_states=x.clone(), position_ids=torch.tensor([[3]]), **inputs)[0]
     found = parts.attend(x.clone(), caches[1], *angles)
     stored = [cache.layers[attn.layer_idx] for cache in caches]

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..classes import has_own_forward
 from ..formats import stored, tensors_behind
 from ..kernels import Rows, traced
 from ..ops.dot import Dot
@@ -17,9 +18,11 @@ class FewTokensLinears(FewTokens):
 
     def forward_of(self, module: nn.Module) -> Forward | None:
         """None for anything else, and for weights that the kernel cannot read."""
-        if type(module) is nn.Linear and (found := stored(module.weight)) is not None and found.scale is not None:
+        if type(module) is not nn.Linear or not has_own_forward(nn.Linear):
+            return None
+        if (found := stored(module.weight)) is not None and found.scale is not None:
             return self._scaled(module)
-        if type(module) is not nn.Linear or not Rows.fit([module.weight]):
+        if not Rows.fit([module.weight]):
             return None
         parameters: dict[str, Any] = module._parameters
         few, matvec, static = self.few, self.library, self.static

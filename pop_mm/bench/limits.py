@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..adapters import adapter_for
+from ..caches import cache_of
 from ..config import PopConfig
 from ..footprint import FFN_PARTS, AsStored, footprint
 from ..plans import plans_of
@@ -74,7 +75,7 @@ def cache_bytes(model: Any, batch: int, context: float) -> float:
     A layer with a sliding window holds no more positions than that; states of linear attention are not counted.
     """
     ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=ids, use_cache=True))
     total = 0.0
     for layer in getattr(cache, "layers", ()):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

@@ -14,7 +14,7 @@ from .models import models_app
 from .running import main
 from .serve import serve as _serve
 
-app = App()
+app = App("pop-mm")
 app.add_typer(models_app, name="models")
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from ..caches import cache_name, cache_of
 from ..config import PopConfig
 from ..inputs import check_tokens, context_of
 from ..quantise import check_weights
@@ -122,13 +123,13 @@ class Conversation:
         output = self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=self._cache if held else None,
+            **{cache_name(type(self._model).forward): self._cache if held else None},
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([self._stop]),
             return_dict_in_generate=True,
             **self._sampling.settings(),
         )
-        self._ids, self._cache = output.sequences, output.past_key_values
+        self._ids, self._cache = output.sequences, cache_of(output)
         self.turns.append({"role": "assistant", "content": streamer.text})
         return self._said(output.sequences.shape[1] - ids.shape[1], streamer)
 

@@ -1,4 +1,4 @@
-"""What the help says of each command in short, and its examples, by the name of the command's function."""
+"""What the help says of each command in short, and its examples, by the name of the command's function, or of the group."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ EXAMPLES: dict[str, list[str]] = {
     ],
     "chat": ["pop-mm chat --model smollm2-135m --budget 0.65"],
     "ask": ['pop-mm ask "What is in the picture?" --image photo.png'],
-    "tune": ["pop-mm tune --model smollm2-135m --max-kl 0.1 --save settings.json"],
+    "tune": [
+        "pop-mm tune --model smollm2-135m --max-kl 0.05 --save settings.json",
+        "pop-mm generate --model smollm2-135m --prompt Hello --settings settings.json",
+    ],
     "evaluate": [
         "pop-mm eval --model smollm2-135m --method thresholds --limit 2",
         "pop-mm eval --text my.txt --ratio 0.2 --output results",
@@ -42,6 +45,12 @@ EXAMPLES: dict[str, list[str]] = {
     "adapters": ["pop-mm adapters --markdown"],
     "models_list": ["pop-mm models list"],
     "models_fetch": ["pop-mm models fetch smollm2-135m"],
+    "models": ["pop-mm models list", "pop-mm models fetch smollm2-135m"],
+    "pop-mm": [
+        'pop-mm generate --model smollm2-135m --prompt "Why is the sky blue?"',
+        "pop-mm chat --model smollm2-135m",
+        "pop-mm COMMAND -h",
+    ],
     "models_upcycle": [
         "pop-mm models upcycle --source smollm2-135m --to mixtral --output mixtral",
     ],

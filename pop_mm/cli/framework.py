@@ -30,13 +30,14 @@ def sample_names(incomplete: str) -> list[str]:
 class App(typer.Typer):
     """A group of commands. Help is plain text, which fits 80 columns and takes square brackets as they are."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, name: str, **settings: Any) -> None:
         names = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
         super().__init__(
             no_args_is_help=True,
             rich_markup_mode=None,
             pretty_exceptions_enable=False,
             context_settings=names,
+            epilog=_examples(name),
             **settings,
         )
 
@@ -47,13 +48,21 @@ class App(typer.Typer):
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             known = name or function.__name__
-            epilog = EXAMPLES.get(function.__name__)
-            shown = None if epilog is None else "\b\nExample:\n" + "\n".join(f"  {line}" for line in epilog)
-            add = super(App, self).command(known, epilog=shown, short_help=SHORT.get(function.__name__), **settings)
+            examples, short = _examples(function.__name__), SHORT.get(function.__name__)
+            add = super(App, self).command(known, epilog=examples, short_help=short, **settings)
             add(_with_loudness(function))
             return function
 
         return register
+
+
+def _examples(name: str) -> str | None:
+    """The examples of a command or group, on lines of their own; None if there are none."""
+    lines = EXAMPLES.get(name)
+    if lines is None:
+        return None
+    head = "Example:" if len(lines) == 1 else "Examples:"
+    return "\n".join(["\b", head, *(f"  {line}" for line in lines)])
 
 
 def _with_loudness(function: Callable[..., Any]) -> Callable[..., Any]:

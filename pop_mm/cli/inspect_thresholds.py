@@ -64,7 +64,7 @@ def inspect_thresholds(
     console.print(footprint_table(footprint(model, adapter, plans, meant, weights)))
     console.print(
         f"{type(model).__name__}: {len(plans)} inputs of FFNs and attention, found by {type(adapter).__name__}.\n"
-        f"{config.label.capitalize()} ({config.scope}). What a token reads is meant for entries that pick rows.",
+        f"{config.label.capitalize()} ({config.scope}). Pruned: what a token is meant to read.",
         highlight=False,
     )
     for reason in dict.fromkeys(plan.reason for plan in plans if plan.backend == "masked"):

@@ -54,8 +54,8 @@ def evaluate(
         str | None, typer.Option(metavar="NAME", help="Of `datasets`, or a .jsonl, .csv or .parquet.")
     ] = None,
     subset: Annotated[str | None, typer.Option(metavar="NAME", help="The data set's configuration.")] = None,
-    split: Annotated[str, typer.Option(help="The data set's split.")] = "test",
-    column: Annotated[str, typer.Option(help="The data set's column of text.")] = "text",
+    split: Annotated[str, typer.Option(metavar="NAME", help="The data set's split.")] = "test",
+    column: Annotated[str, typer.Option(metavar="NAME", help="The data set's column of text.")] = "text",
     limit: Annotated[
         int | None, typer.Option(min=1, max=MOST, metavar="N", help="Most pieces of text to score.")
     ] = None,
@@ -98,7 +98,7 @@ def evaluate(
 
 def bench(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="A sample's name, a folder, or a hub id.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="A sample's name, a folder, or a hub id.")] = None,
     config: Annotated[
         str | None, typer.Option(metavar="NAME", help="Published dimensions instead: llama3.2-1b, mixtral-8x7b, ...")
     ] = None,
@@ -184,25 +184,28 @@ def tune(
     ] = None,
     text: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Your text; else prose that ships.")] = None,
     save: Annotated[str | None, typer.Option(metavar="FILE", help="Write the settings file, for --settings.")] = None,
-    prompt: Annotated[int, typer.Option(min=1, max=MOST, help="Prompt tokens of each piece of text.")] = 256,
-    continuation: Annotated[int, typer.Option(min=1, max=MOST, help="Decode steps scored.")] = 128,
-    limit: Annotated[int, typer.Option(min=1, max=MOST, help="Most pieces of text to score.")] = 12,
-    new_tokens: Annotated[int, typer.Option(min=4, max=MOST, help="Decoded to measure speed, exactly.")] = 64,
-    rounds: Annotated[int, typer.Option(min=0, max=MOST, help="Dense and pruned in turn for each speed; 0: none.")] = 3,
+    prompt: Annotated[
+        int, typer.Option(min=1, max=MOST, metavar="N", help="Prompt tokens of each piece of text.")
+    ] = 256,
+    continuation: Annotated[int, typer.Option(min=1, max=MOST, metavar="N", help="Decode steps scored.")] = 128,
+    limit: Annotated[int, typer.Option(min=1, max=MOST, metavar="N", help="Most pieces of text to score.")] = 12,
+    new_tokens: Annotated[
+        int, typer.Option(min=4, max=MOST, metavar="N", help="Decoded to measure speed, exactly.")
+    ] = 64,
+    rounds: Annotated[
+        int, typer.Option(min=0, max=MOST, metavar="N", help="Dense and pruned in turn for each speed; 0: none.")
+    ] = 3,
     dtype: Dtype = "auto",
     weights: Weights = "auto",
     device: Device = "auto",
     json_file: JsonFile = None,
+    wide: Wide = False,
 ) -> None:
-    """Find the budget for a quality or a speed on your text, and write the settings for it. Code 1: it cannot be met.
-
-    Examples: pop-mm tune --model smollm2-135m --max-kl 0.05 --save settings.json; then
-    pop-mm generate --model smollm2-135m --prompt "Why is the sky blue?" --settings settings.json
-    """
+    """Find the budget for a quality or a speed on your text, and write the settings for it. Code 1: it cannot be met."""
     from .tune import run
 
     measured = (prompt, continuation, limit, new_tokens, rounds)
-    if not run(model, max_kl, min_speedup, text or (), *measured, save, dtype, device, json_file, weights):
+    if not run(model, max_kl, min_speedup, text or (), *measured, save, dtype, device, json_file, weights, wide):
         raise typer.Exit(1)
 
 

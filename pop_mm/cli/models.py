@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from .framework import App
+from .framework import App, sample_names
 
-models_app = App(help="Sample models that need no model hub.")
+models_app = App("models", help="Sample models that need no model hub.")
 
 
 @models_app.command("list")
@@ -26,7 +26,17 @@ def models_list() -> None:
 
 
 @models_app.command("fetch")
-def models_fetch(name: Annotated[str, typer.Argument(help="Name of a sample model.", show_default=False)]) -> None:
+def models_fetch(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Of a sample model: see `pop-mm models list`.",
+            show_default=False,
+            autocompletion=sample_names,
+        ),
+    ],
+) -> None:
     """Fetch a sample model and print its folder."""
     from ..samples import fetch
     from .terminal import quiet
@@ -38,15 +48,19 @@ def models_fetch(name: Annotated[str, typer.Argument(help="Name of a sample mode
 
 @models_app.command("upcycle")
 def models_upcycle(
-    source: Annotated[str, typer.Option(help="A dense model: a sample, a folder or a hub id.", show_default=False)],
+    source: Annotated[
+        str, typer.Option(metavar="NAME", help="A dense model: a sample, a folder or a hub id.", show_default=False)
+    ],
     to: Annotated[
         str, typer.Option(metavar="mixtral|qwen2_moe|qwen3_moe|qwen3_vl_moe", help="Type to make.", show_default=False)
     ],
     output: Annotated[str, typer.Option(metavar="DIR", help="New or empty folder for the model.", show_default=False)],
-    experts: Annotated[int, typer.Option(help="Routed experts of each layer.")] = 4,
-    top_k: Annotated[int, typer.Option(help="Routed experts that a token uses.")] = 2,
-    router_seed: Annotated[int, typer.Option(help="For the random routers, and the noise.")] = 0,
-    perturb: Annotated[float, typer.Option(help="Relative size of noise that makes the experts differ.")] = 0.0,
+    experts: Annotated[int, typer.Option(metavar="N", help="Routed experts of each layer.")] = 4,
+    top_k: Annotated[int, typer.Option(metavar="N", help="Routed experts that a token uses.")] = 2,
+    router_seed: Annotated[int, typer.Option(metavar="N", help="For the random routers, and the noise.")] = 0,
+    perturb: Annotated[
+        float, typer.Option(metavar="SHARE", help="Relative size of noise that makes the experts differ.")
+    ] = 0.0,
 ) -> None:
     """Make a Mixture-of-Experts model that computes what a dense one does."""
     from ..upcycle import logit_difference, upcycle

@@ -14,7 +14,6 @@ Model = Annotated[
     typer.Option(
         metavar="NAME",
         help="A sample's name (smollm2-135m), a folder, or a hub id.",
-        show_default=False,
         autocompletion=sample_names,
     ),
 ]
@@ -64,7 +63,7 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="dense|static|pop|full|thresholds|wanda_sp|magnitude|griffin|random; repeat it.",
+        help="dense, thresholds, pop, static, full, griffin, wanda_sp, magnitude or random; repeat it.",
         show_default=False,
     ),
 ]

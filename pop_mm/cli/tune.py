@@ -16,6 +16,8 @@ from ..tuning.run import check_target
 from .generate import check_context, find_device, load_model
 from .terminal import check_writable, quiet, write_json
 
+_SHORT_NOTE = "Bytes: of the layers' weights, for a token. --wide has intervals, the same top token and the speed-up."
+
 
 def run(
     name: str,
@@ -32,6 +34,7 @@ def run(
     device: str,
     json_file: str | None,
     weights: str = "auto",
+    wide: bool = False,
 ) -> bool:
     """The command; false, and nothing but the curve is written, if the target cannot be met. All is checked before the work."""
     check_target(max_kl, min_speedup, new_tokens, rounds)
@@ -72,16 +75,17 @@ def run(
     written = None if save is None or not found.met else found.save(save)
     if json_file is not None:
         write_json({**found.to_dict(), "weight_format": weights}, json_file)
-    _show(console, found, written)
+    _show(console, found, written, wide)
     return found.met
 
 
-def _show(console: Console, found: TuneResult, written: Path | None) -> None:
-    if not console.is_terminal:
+def _show(console: Console, found: TuneResult, written: Path | None, wide: bool) -> None:
+    table = found.table if wide else found.short_table
+    if wide and not console.is_terminal:
         console.width = max(console.width, 120)
-    console.print(found.table)
-    for note in found.notes:
-        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
+    console.print(table)
+    for note in (*(() if wide else (_SHORT_NOTE,)), *found.notes):
+        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=wide)
     if found.chosen is None or found.config is None:
         Console(stderr=True).print(f"Error: {found.unmet}", highlight=False, markup=False, soft_wrap=True)
         return

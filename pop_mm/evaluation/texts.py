@@ -215,10 +215,10 @@ def _read_json(name: str) -> list[dict[str, Any]]:
         try:
             value = json.loads(line, object_pairs_hook=unique_keys)
         except json.JSONDecodeError as error:
-            cut = " It is the last line: the file may be cut off." if number == lines[-1][0] else ""
-            raise TextError(
-                f"The data set {name!r} is damaged in line {number + error.lineno - 1}, column {error.colno}: {error.msg}.{cut}"
-            ) from error
+            cause = error.msg[:1].lower() + error.msg[1:].removesuffix(" starting at")  # the column says where
+            cut = "; as it is the last line, the file may be cut off" if number == lines[-1][0] else ""
+            where = f"line {number + error.lineno - 1}, column {error.colno}"
+            raise TextError(f"The data set {name!r} is damaged in {where}: {cause}{cut}.") from error
         except (ValueError, RecursionError) as error:
             raise TextError(f"The data set {name!r} is damaged in line {number}: {one_line(error)}.") from error
         for row in value if isinstance(value, list) else [value]:

@@ -152,7 +152,7 @@ class TuneResult(Values):
 
     @property
     def rows(self) -> list[list[str]]:
-        """Cells of the table, by falling bytes: budget, of what, bytes read, KL, same top token, speed-up, verdict."""
+        """Cells of the whole table, by falling bytes: budget, of what, bytes read, KL, same top token, speed-up, verdict."""
         return [
             [
                 f"{point.budget:.3g}",
@@ -161,21 +161,48 @@ class TuneResult(Values):
                 _with_range(point.kl, point.kl_interval, ".3g"),
                 "-" if point.agreement is None else f"{point.agreement:.1%}",
                 _with_range(point.speedup, point.speedup_range, ".2f"),
-                "chosen" if point == self.chosen else "holds" if point.holds else "no",
+                self._verdict(point),
             ]
-            for point in sorted(self.curve, key=lambda point: -point.bytes_read)
+            for point in self._points
         ]
 
     @property
+    def _points(self) -> list[TunePoint]:
+        return sorted(self.curve, key=lambda point: -point.bytes_read)
+
+    def _verdict(self, point: TunePoint) -> str:
+        return "chosen" if point == self.chosen else "holds" if point.holds else "no"
+
+    @property
     def table(self) -> Table:
-        """For a terminal."""
+        """For a terminal, as wide as it is."""
+        return self._table(_HEADS, self.rows, left=1)
+
+    @property
+    def short_table(self) -> Table:
+        """For a narrow terminal, four columns: the setting, its bytes, what the target asks for, and the verdict."""
+        asked = "KL to dense" if self.max_kl is not None else "speed-up"
+        rows = [
+            [
+                f"budget {point.budget:.3g}" + ("" if point.scope == "overall" else " of the FFNs"),
+                f"{point.bytes_read:.1%}",
+                _with_range(point.kl, None, ".3g")
+                if self.max_kl is not None
+                else _with_range(point.speedup, None, ".2f"),
+                self._verdict(point),
+            ]
+            for point in self._points
+        ]
+        return self._table(("setting", "bytes read", asked, ""), rows, left=0)
+
+    def _table(self, heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
         from rich import box
         from rich.table import Table
 
         table = Table(title=self.title, box=box.SIMPLE_HEAD, title_justify="left")
-        for number, name in enumerate(_HEADS):
-            table.add_column(name, justify="left" if number == 1 else "right", no_wrap=True)
-        for row in self.rows:
+        for number, name in enumerate(heads):
+            table.add_column(name, justify="left" if number == left else "right", no_wrap=True)
+        for row in rows:
             table.add_row(*row, style="bold" if row[-1] == "chosen" else None)
         return table
 

@@ -1,6 +1,7 @@
 """Every command line in a ``bash`` block of README and docs runs, on stand-ins for the samples (``make test-docs``)."""
 
 import importlib
+import io
 import os
 import shlex
 import shutil
@@ -22,7 +23,8 @@ LINES = {
 
 
 @pytest.mark.parametrize("line", LINES.values())
-def test_command_lines_run(line, away, call, capsys):
+def test_command_lines_run(line, away, call, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # a chat ends at once
     program, *words = shlex.split(line, comments=True)
     if (program, words[0]) == ("pop-mm", "app"):
         pytest.skip("a server does not end; test_app.py and test_app_browser.py start it")

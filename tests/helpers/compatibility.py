@@ -196,10 +196,15 @@ REFUSED_ADAPTERS = [
 # packed weights -----------------------------------------------------------------------------------------------------
 
 
+def _dense(model: Any) -> list[Any]:
+    """The FFN of each layer; of one with routed experts, its shared one."""
+    return [getattr(layer.mlp, "shared_expert", layer.mlp) for layer in model.model.layers]
+
+
 def _replaced(model: nn.Module, projections: tuple[str, ...], make: Callable[[Any], Any]) -> nn.Module:
-    for layer in model.model.layers:
+    for ffn in _dense(model):
         for name in projections:
-            setattr(layer.mlp, name, make(getattr(layer.mlp, name)))
+            setattr(ffn, name, make(getattr(ffn, name)))
     return model.eval()
 
 
@@ -281,8 +286,8 @@ TORCHAO = [
 
 
 def _quantize_dynamic(model: nn.Module, projections: tuple[str, ...] = PROJECTIONS) -> Any:
-    for layer in model.model.layers:
-        torch.ao.quantization.quantize_dynamic(layer.mlp, set(projections), dtype=torch.qint8, inplace=True)
+    for ffn in _dense(model):
+        torch.ao.quantization.quantize_dynamic(ffn, set(projections), dtype=torch.qint8, inplace=True)
     return model
 
 
@@ -531,6 +536,7 @@ CALLS = [
         "transformers",
     ),
     _call(_CALLS, "`generate(logits_to_keep=k)`", "fast", "phase_generate", "", "transformers"),
+    _call(_CALLS, "`torch.autocast`, within a session or around it", "fast", "changes", "POP; thresholds masked"),
     _call(_CALLS, "A cache cropped to where a prefill forward began", "fast", "phase_cropped", "", "transformers"),
     _call(
         _CALLS,
@@ -550,6 +556,8 @@ CALLS = [
     _call(_INSIDE, "Weights packed, parametrised or pruned", "masked", "changes", "refused once channels have moved"),
     _call(_INSIDE, "Adapters added, switched, disabled, merged", "masked", "changes", "", "peft"),
     _call(_INSIDE, "The forward of a module replaced", "masked", "changes", "refused where the session has its own"),
+    _call(_INSIDE, "The forward of a class replaced", "masked", "changes", "fast where no projection is of that class"),
+    _call(_INSIDE, "`cpu_offload`, `disk_offload`, `dispatch_model`", "masked", "changes", "", "accelerate"),
     _call(_INSIDE, "Hooks added to parts of an FFN", "masked", "hooks", "as hooks of before the session"),
     _call(_INSIDE, "Pre-hooks that change a masked input", "refused", "hooks", "register them before the session"),
     _call(_INSIDE, "`parameters()`, as a vector and back", "fast", "taken_weights", "in the model's own order"),

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pop_mm import kernels, native
+from helpers.modes import generate
+from helpers.observe import prompt
+from pop_mm import kernels, native, prune
 from pop_mm.kernels import Matvec, Rows
 from pop_mm.native import compiler, shipped
 from pop_mm.ops import library
@@ -113,3 +115,47 @@ def test_ffns_by_rows_are_those_of_a_compiled_library(folder, dtype, monkeypatch
         monkeypatch.setattr("pop_mm.ops.rows.library", lambda *_, made=made: Library(made, dtype))
         found.append(RowsFFN(weights)(x, torch.tensor([0.4]), torch.tensor([0.1])))
     assert torch.equal(*found)
+
+
+# every variant -------------------------------------------------------------------------------------------------------
+
+RUNNABLE = [variant for variant in VARIANTS if variant.needs <= shipped.processor_flags()]
+METHODS = {"rows": {"budget": 0.6}, "inplace": {"ratio": 0.4, "scope": "ffn"}}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The libraries for float32 models in every variant that this processor runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shipped, "FOLDER", tmp_path_factory.mktemp("libraries"))
+        for variant in RUNNABLE:
+            for sources in (*map(kernels.sources, kernels.DTYPES), library.sources(torch.float32)):
+                ship(sources, variant)
+        yield shipped.FOLDER
+
+
+@pytest.fixture(params=RUNNABLE, ids=lambda variant: variant.name)
+def variant(request, built, monkeypatch):
+    """The processor has no more than this variant needs, and there is no compiler."""
+    monkeypatch.setattr(shipped, "FOLDER", built)
+    monkeypatch.setattr(shipped, "processor_flags", lambda: request.param.needs)
+    monkeypatch.setattr(compiler, "command", list)
+    for cached in (kernels._library, library._library):
+        cached.cache_clear()
+    yield request.param
+    for cached in (kernels._library, library._library):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("backend", METHODS)
+def test_a_session_decodes_right_on_every_variant(variant, load, backend):
+    model = load("llama", torch.float32)
+    assert f"/{variant.name}/" in native.load(library.sources(torch.float32))._name
+    with prune(model, backend="masked", **METHODS[backend]):
+        expected = generate(model, prompt(), 6)
+    with prune(model, **METHODS[backend]) as session:
+        found = generate(model, prompt(), 6)
+        assert set(session.report.backends) == {backend}
+        assert session.report.to_dict()["kernels"] == "compiled"
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-4)

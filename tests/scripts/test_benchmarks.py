@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from helpers.tiny_models import tiny
 from pop_mm import kernels
+from pop_mm.native import compiler, shipped
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 METHODS = ("static", "POP gamma 0.1", "POP gamma 0.2", "full")
@@ -53,6 +55,16 @@ def test_tensor_parallel_runs(tiny_folder, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     together, apart, _ = json.loads((tmp_path / "out.json").read_text())["settings"].values()
     assert together == apart and len(together) == 2  # there is one process
+
+
+@pytest.mark.skipif(not (shipped.VARIANTS.get(platform.machine()) and compiler.command()), reason="nothing to compare")
+def test_shipped_kernels_runs(tiny_folder, tmp_path):
+    done = run("shipped_kernels.py", "--model", tiny_folder, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = json.loads((tmp_path / "out.json").read_text())["steps"]
+    runnable = [v.name for v in shipped.VARIANTS[platform.machine()] if v.needs <= shipped.processor_flags()]
+    assert list(steps) == ["this machine's", *runnable]
+    assert all(len(rounds) == 1 for found in steps.values() for rounds in found.values())
 
 
 def test_decode_fidelity_runs(tiny_folder, tmp_path):

@@ -102,6 +102,7 @@ def world(llama):
 
 
 def test_modules_that_differ_from_the_plan(world):
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 
     from pop_mm.engines.vllm.takeover import take_over
@@ -133,10 +134,13 @@ def test_modules_that_differ_from_the_plan(world):
         module.quant_method = object()
         return module
 
-    class FusedMoELookalike(nn.Module):
-        pass
+    class OwnExperts(RoutedExperts):
+        def __init__(self):
+            nn.Module.__init__(self)
 
-    FusedMoELookalike.__name__ = "FusedMoE"
+    class FusedMoE(nn.Module):
+        """Named as one of vLLM's, and none."""
+
     name = "model.layers.0.mlp.down_proj"
     assert [found.name for found in attempt(plain, {name: torch.ones(size)})] == [name]
     with pytest.raises(EngineError, match="has no counterpart in vLLM's Layer"):
@@ -152,4 +156,6 @@ def test_modules_that_differ_from_the_plan(world):
     with pytest.raises(EngineError, match="norms are unknown"):
         attempt(plain)
     with pytest.raises(EngineError, match="computes routed experts in one kernel"):
-        attempt(lambda name: FusedMoELookalike())
+        attempt(lambda name: OwnExperts())
+    with pytest.raises(EngineError, match="not one of its linear layers"):
+        attempt(lambda name: FusedMoE())

@@ -15,6 +15,7 @@ from vllm.distributed import (
     get_tp_group,
     tensor_model_parallel_all_reduce,
 )
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, RowParallelLinear, UnquantizedLinearMethod
 
 from ...config import PopConfig
@@ -152,7 +153,7 @@ def take_over(
 
 def _refuse_experts(modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
-        if any("FusedMoE" in base.__name__ or "RoutedExperts" in base.__name__ for base in type(module).__mro__):
+        if isinstance(module, RoutedExperts):  # holds the weights of experts, whatever runs or wraps it
             raise EngineError(
                 f"{name} is a {type(module).__name__}: vLLM computes routed experts in one kernel, which pop_mm cannot reach "
                 "into. Serve the model with transformers, or leave pop_mm's settings out."
