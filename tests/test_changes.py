@@ -466,6 +466,27 @@ def test_a_forward_that_is_wrapped_inside_a_session_is_followed_or_refused(path,
             torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["compiled", "rows"])
+@pytest.mark.parametrize(
+    "path", ["self_attn.q_proj", "self_attn.o_proj", "input_layernorm", "post_attention_layernorm"]
+)
+def test_a_wrapped_part_of_a_layer_is_called_in_float32(path, kind):
+    """There norms and whole layers are the library's, which reads past their modules."""
+    if "proj" in path and kind == "rows":
+        pytest.skip("refused: read by rows")
+    twin, model = (tiny("llama", torch.float32) for _ in range(2))
+    for parameter in twin.model.layers[1].get_submodule(path).parameters():
+        parameter.data *= 2
+    with SESSIONS[kind](twin):
+        expected = generate(twin, prompt())
+    with SESSIONS[kind](model):
+        generate(model, prompt(1, 12, seed=5))
+        wrapped_forward(model.model.layers[1].get_submodule(path))
+        found = generate(model, prompt())
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-4)
+
+
 @backends
 @families
 def test_a_session_attached_again_takes_the_weights_of_now(family, backend):
