@@ -10,10 +10,7 @@ from torch import Tensor, nn
 
 from .patching import leave_calls, tell_calls
 
-CACHE_NAMES = (
-    "cache",
-    "past_key_values",
-)  # of a forward's argument and output: in transformers from 5.24 on, and before
+CACHE_NAMES = ("cache", "past_key_values")  # among arguments and outputs: of transformers 5.24 and later, and before
 _ROW_METHODS = ("reorder_cache", "batch_select_indices")  # of a cache: both take the rows that it has from now on
 
 
