@@ -156,7 +156,7 @@ class Attachment(ABC):
             common = (self._matvec, self._few, self._inplace.static)
             # layers come first: they leave forwards alone that somebody else has replaced
             norms = FewTokensNorms(*common)
-            layers = FewTokensLayers(*common, self._tracker, self._masked.by_rows, norms, self._is_wrapped)
+            layers = FewTokensLayers(*common, self._tracker, self._masked.by_rows, norms)
             self._besides = [layers, FewTokensLinears(*common), SingleTokenAttention(*common), norms]
         modules = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
         self._expert_configs: list[Any] = list({id(module.config): module.config for module in modules}.values())
@@ -324,10 +324,6 @@ class Attachment(ABC):
                 f"{written_message(self._versions.written)} It was put back as if each channel had been changed alone.",
                 stacklevel=2,
             )
-
-    def _is_wrapped(self) -> bool:
-        """Whether somebody has wrapped a forward of the model inside the session."""
-        return self._watch is not None and self._watch.wrapped
 
     def _few(self) -> bool:
         """Whether the forward that runs now is a step of a few tokens that the compiled library may compute."""

@@ -52,8 +52,6 @@ class Watch:
     ----------
     replaced : str or None
         The class of a module where somebody has replaced the session's own forward, once :meth:`change` has seen it.
-    wrapped : bool
-        Whether somebody has wrapped a forward that :meth:`change` looked at, which has to be called then.
     """
 
     def __init__(
@@ -88,7 +86,6 @@ class Watch:
         self._versions = versions
         self._positions = positions
         self.replaced: str | None = None
-        self.wrapped = False
         self._callers = list(dict.fromkeys([model, *(child for *_, child in self._places), *besides]))
         called = {r.holder if isinstance(r, FFN) else r.module for r in self._ffns}
         self._bypassed = {*watched} - called - {child for child in self._modules if child not in watched}
@@ -140,7 +137,6 @@ class Watch:
                 where for (where, d, name), t in zip(self._slots, self._tensors, strict=True) if d.get(name) is not t
             )
             return f"{where} was replaced"
-        self.wrapped = False
         other = all(map(is_, map(dict.get, self._calls, self._call_names), self._called)) or self._other_call()
         if isinstance(other, str):
             return other
@@ -159,17 +155,16 @@ class Watch:
     def _other_call(self) -> str | None:
         """What is called instead of what was.
 
-        What wraps it (``functools.wraps``) calls the same, if the session calls the module at all.
+        What wraps it (``functools.wraps``) calls the same, if a session calls the module at all.
         """
         now = list(map(dict.get, self._calls, self._call_names))
-        modules, changed = [module for module in self._callers for _ in _CALLS], []
-        for i, (called, module) in enumerate(zip(self._called, modules, strict=True)):
-            if now[i] is called:
-                continue
-            if _wraps(now[i], called, module) and (module not in self._bypassed or is_ours(now[i])):
-                self.wrapped |= not is_ours(now[i])
-            else:
-                changed.append(i)
+        modules = [module for module in self._callers for _ in _CALLS]
+        changed = [
+            i
+            for i, (called, module) in enumerate(zip(self._called, modules, strict=True))
+            if now[i] is not called
+            and not (_wraps(now[i], called, module) and (module not in self._bypassed or is_ours(now[i])))
+        ]
         if not changed:
             return None
         modules = [modules[i] for i in changed]

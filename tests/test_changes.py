@@ -487,6 +487,18 @@ def test_a_wrapped_part_of_a_layer_is_called_in_float32(path, kind):
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", SESSIONS)
+def test_a_wrapped_attention_is_called(kind):
+    model, calls = fresh(), []
+    with SESSIONS[kind](model):
+        generate(model, prompt())
+        attention = model.model.layers[1].self_attn
+        own = attention.forward
+        attention.forward = functools.wraps(own)(lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+        generate(model, prompt(), 4)
+    assert len(calls) == 4
+
+
 @backends
 @families
 def test_a_session_attached_again_takes_the_weights_of_now(family, backend):

@@ -118,8 +118,6 @@ class FewTokensLayers(FewTokens):
         Module -> what leaves out its entries itself in a fast step, and hooks it for all others.
     norms : FewTokensNorms
         Of the same session.
-    wrapped : callable
-        Whether somebody has wrapped the forward of a part, which has to be called then.
     """
 
     def __init__(
@@ -130,10 +128,9 @@ class FewTokensLayers(FewTokens):
         tracker: PhaseTracker,
         by_rows: Mapping[nn.Module, Any],
         norms: FewTokensNorms,
-        wrapped: Callable[[], bool],
     ) -> None:
         super().__init__(library, few, static)
-        self._tracker, self._by_rows, self._norms, self._wrapped = tracker, by_rows, norms, wrapped
+        self._tracker, self._by_rows, self._norms = tracker, by_rows, norms
         self._probed: dict[object, bool] = {}
 
     def forward_of(self, module: nn.Module) -> Forward | None:
@@ -145,14 +142,13 @@ class FewTokensLayers(FewTokens):
         if replaced or not self._is_common(parts):
             return None
         own_forward, tracker, static, config = type(module).forward, self._tracker, self.static, parts.attn.config
-        wrapped = self._wrapped
         mine = [self._by_rows[part] for part in parts.modules if part in self._by_rows]
         hooks = hooks_of(parts.modules)
         group = self._by_rows.get(parts.attn.q_proj)
         if group is not None and list(group.modules) != [getattr(parts.attn, name) for name in _ATTENTION[:3]]:
             group = None
         whole = None if group is None else WholeLayer.of(parts, group, self._by_rows, self._norms.replaced)
-        is_stock = is_stock_sdpa()
+        is_stock, of_attention = is_stock_sdpa(), vars(parts.attn)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             current = tracker.current
@@ -161,11 +157,11 @@ class FewTokensLayers(FewTokens):
                 and current.few
                 and len(args) == 1
                 and not static.active
-                and not wrapped()
                 and (not mine or current.fast)
                 and sum(map(len, hooks)) == len(mine)
                 and config._attn_implementation == "sdpa"
                 and is_stock()
+                and not hasattr(of_attention.get("forward"), "__wrapped__")  # by somebody, who is to be called
             ):
                 hidden, cache = args[0], cache_in(kwargs)
                 angles: Any = kwargs.get("position_embeddings")
