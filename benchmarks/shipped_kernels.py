@@ -99,7 +99,7 @@ def on(folder: Path, variant: shipped.Variant | None, dtype: torch.dtype) -> Ite
         try:
             for made in (kernels._library, library._library):
                 made.cache_clear()
-            if (reason := kernels.why_not() or library.why_not(dtype)) is not None:
+            if (reason := kernels.why_not() or library.why_not_dtypes(dtype)) is not None:
                 raise SystemExit(f"{OWN if variant is None else variant.name}: no library of this source ({reason}).")
             yield
         finally:

@@ -92,7 +92,7 @@ class PopConfig:
         dense model on those kernels. What is not a layer's arithmetic (the prompt's statistics, moving channels, the
         choice among candidates) uses the compiled library on any CPU that has a compiler. ``triton`` is for CUDA devices
         (on a CPU only where TRITON_INTERPRET=1 is set, for tests): kernels for one token of each of up to 8 sequences,
-        which also let each have its own channels with ``batch="per_sequence"``.
+        which also let each have its own channels with ``batch="per_sequence"``; of thresholds, for one sequence.
     budget : float, optional
         Share of the weight bytes in ``scope`` that a decoded token reads, in (0, 1]; of routed experts, those that a token
         uses. 1 is the dense model, bit for bit. POP reads R and C of gate, up and down.
@@ -227,7 +227,7 @@ class PopConfig:
                     f"{setting.name}={value!r} is a setting of POP, and has no meaning for method='thresholds'. Leave it out, or "
                     "set method='pop'."
                 )
-        if self.backend == "inplace" or self.kernels in ("compiled", "triton"):
+        if self.backend == "inplace" or self.kernels == "compiled":
             asked = "backend='inplace'" if self.backend == "inplace" else f"kernels={self.kernels!r}"
             raise ConfigError(
                 f"{asked} cannot serve method='thresholds', which has kernels of its own. Leave it out, or set method='pop'."

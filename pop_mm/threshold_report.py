@@ -244,6 +244,13 @@ class ThresholdReport(ShownReport):
         plans = {id(report.plan): report.plan.backend for report in self.inputs}
         return {name: list(plans.values()).count(name) for name in dict.fromkeys(plans.values())}
 
+    @property
+    def kernels(self) -> str:
+        """What decodes: ``"compiled"`` or ``"triton"`` where rows are read, else ``"stock"``."""
+        if "rows" not in self.backends:
+            return "stock"
+        return "triton" if self.config.kernels == "triton" else "compiled"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as :meth:`to_json` writes them."""
         return {
@@ -251,7 +258,7 @@ class ThresholdReport(ShownReport):
             "method": "thresholds",
             "budget": self.config.budget,
             "backends": self.backends,
-            "kernels": "compiled" if "rows" in self.backends else "stock",
+            "kernels": self.kernels,
             "prompt_tokens": self.prompt_tokens,
             "modality_tokens": dict(self.modality_tokens),
             "threshold_tokens": dict(self.threshold_tokens),

@@ -175,7 +175,7 @@ def _chooser(
             return "dense", "a budget of 1"
         if config.backend == "masked" or config.kernels == "stock":
             return "masked", "asked for"
-        reason = why_not_rows(record, tuple(types))
+        reason = why_not_rows(record, tuple(types), config.kernels == "triton")
         own = 2 if isinstance(record, InputGroup) and _plainly_tied(record) else 1
         if reason is None and _is_shared(record, shared, own):
             reason = f"{record.name} shares its weights with another module"
@@ -228,7 +228,9 @@ class ThresholdSession(Session):
     def _build(self, plans: list[Any]) -> None:
         super()._build(plans)
         before = getattr(self, "_rows", None)
-        self._rows = RowsExecutor(self._engine, self._tracker, self._masked, self._moved)
+        self._rows = RowsExecutor(
+            self._engine, self._tracker, self._masked, self._moved, self.config.kernels == "triton"
+        )
         self._rows.seconds = 0.0 if before is None else before.seconds
 
     def _moved(self, tensors: Iterable[Tensor]) -> None:

@@ -117,7 +117,7 @@ BAD = [
     ({"budget": 0.6, "prefill": "partition"}, "prefill='partition' is a setting of POP"),
     ({"budget": 0.6, "layer_ratios": {0: 0.1}}, "layer_ratios=.* is a setting of POP"),
     ({"budget": 0.6, "backend": "inplace"}, "backend='inplace' cannot serve method='thresholds'"),
-    ({"budget": 0.6, "kernels": "triton"}, "kernels='triton' cannot serve method='thresholds'"),
+    ({"budget": 0.6, "kernels": "compiled"}, "kernels='compiled' cannot serve method='thresholds'"),
     ({"ratio": 0.4, "variant": "static", "method": "full"}, "variant='static' contradicts method='full'"),
 ]
 

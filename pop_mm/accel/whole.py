@@ -67,8 +67,8 @@ class WholeLayer:
         """The layer on one token, ``[1, 1, H]``; None, with nothing done, where its parts have to be called one by one."""
         parts, inward, outward = self.parts, self._inward, self._outward
         if (
-            inward.kernel is None
-            or outward.kernel is None
+            not isinstance(inward.kernel, RowsLinear)
+            or not isinstance(outward.kernel, RowsLinear)
             or outward.kernel.library is not inward.kernel.library
             or not (inward.counts and outward.counts)
             or not inward.kernel.takes(hidden)
@@ -80,7 +80,7 @@ class WholeLayer:
         if holder is not None and not (holder.nobody_looks() and vars(layer.mlp).get("forward") == holder.forward):
             holder = None
         ffn = None if holder is None else holder.kernel
-        if ffn is not None and ffn.library is not inward.kernel.library:
+        if not isinstance(ffn, RowsFFN) or ffn.library is not inward.kernel.library:
             ffn = None
         step = self._step
         if step is None or step.made_of != (inward.kernel, outward.kernel, ffn):

@@ -1,4 +1,4 @@
-"""The fast executor of thresholds on a CPU: decode steps of one token of one sequence read the rows that pass, and no others.
+"""The fast executor of thresholds: decode steps of one token of one sequence read the rows that pass, and no others.
 
 The weights of each record are stored input-major in the same Parameters (:mod:`pop_mm.ops.turn`) from the first such step on, and
 as they were again when the session ends or somebody takes or moves them. Whatever else runs (prompts, several tokens, batches)
@@ -44,6 +44,8 @@ class RowsExecutor:
         Serves what is not such a step.
     on_move : callable
         Told the parameters that have been given other memory.
+    triton : bool
+        Whether by the Triton kernels, on a GPU, instead of compiled ones on a CPU.
 
     Attributes
     ----------
@@ -63,8 +65,10 @@ class RowsExecutor:
         tracker: PhaseTracker,
         masked: MaskedExecutor,
         on_move: Callable[[Iterable[Tensor]], None],
+        triton: bool = False,
     ) -> None:
         self.engine = engine
+        self.triton = triton
         self.tracker = tracker
         self.events = engine.events
         self.room = Room()
@@ -76,9 +80,9 @@ class RowsExecutor:
         self._records: dict[int, RowsRecord] = {}
         self._resident: PromptState | None = None
         self._factor: Tensor | None = None  # of the resident prompt's thresholds
-        self._kept = torch.zeros(len(engine.ffns), 2, dtype=torch.int64, device="cpu")  # of each record, of x and of h
+        self._kept: dict[torch.device, Tensor] = {}  # [records, 2], int64: of each record on the device, of x and of h
         costs = [[cost.get(which, 0.0) for which in "xh"] for cost in engine.costs]
-        self._costs = torch.tensor(costs, dtype=torch.float64).view(-1)
+        self._costs = torch.tensor(costs, dtype=torch.float64, device="cpu").view(-1)
         self._whole: list[tuple[list[int], int, float]] = []  # vectors of a record, which of them, weights of one
         self._before = 0.0, 0.0  # weights read up to the latest such step, and of how many
         self._patches = Patches()
@@ -86,7 +90,10 @@ class RowsExecutor:
     def attach(self, index: int) -> None:
         """Take over record number ``index`` of the engine."""
         record: Any = self.engine.ffns[index]
-        mine = self._records[index] = RowsRecord(record, self._kept[index])
+        kept = self._kept.setdefault(
+            record.device, torch.zeros(len(self.engine.ffns), 2, dtype=torch.int64, device=record.device)
+        )
+        mine = self._records[index] = RowsRecord(record, kept[index])
         for which, cost in self.engine.costs[index].items():
             number = "xh".index(which)
             self._whole.append((mine.vectors, number, cost * mine.sizes[number]))
@@ -149,7 +156,7 @@ class RowsExecutor:
 
     def begin(self, forward: Forward) -> None:
         """Before a decode step: say how it may be computed."""
-        plain = forward.length == 1 and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        plain = forward.length == 1 and not torch.is_grad_enabled() and not any(map(_is_autocast, self._kept))
         forward.few = plain and forward.rows <= MOST_TOKENS
         state: PromptState = forward.state
         if not plain or forward.rows != 1 or state.rows != 1:
@@ -175,7 +182,7 @@ class RowsExecutor:
 
     def _read(self) -> tuple[float, float]:
         """Weights read since the last flush, and of how many."""
-        read = float(torch.dot(self._kept.view(-1).double(), self._costs))
+        read = sum([float(torch.dot(kept.view(-1).double().to("cpu"), self._costs)) for kept in self._kept.values()])
         return read, sum([vectors[number] * weights for vectors, number, weights in self._whole])
 
     def _load(self, state: PromptState, factor: Tensor | None) -> bool:
@@ -216,6 +223,11 @@ class RowsExecutor:
         for index, mine in self._records.items():
             mine.flush(states[index])
         self._before = 0.0, 0.0
+
+
+def _is_autocast(device: torch.device) -> bool:
+    """Whether products on a device run in another dtype than was asked for."""
+    return torch.is_autocast_enabled(device.type)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels.activations import activation_name
 from ..layout import FFN
+from ..ops.gpu_rows import GPURowsFFN
 from ..ops.reference import FFNWeights
 from ..ops.rows import RowsFFN
 from .base import hooks_of, hooks_on_parts
@@ -39,16 +40,16 @@ class RowsHolder:
 
     Attributes
     ----------
-    kernel : RowsFFN or None
+    kernel : RowsFFN, GPURowsFFN or None
         None while the weights are not turned.
     """
 
     def __init__(self, executor: RowsExecutor, index: int, mine: RowsRecord, ffn: FFN) -> None:
         assert ffn.holder is not None
-        self.kernel: RowsFFN | None = None
+        self.kernel: RowsFFN | GPURowsFFN | None = None
         self.mine = mine
         self._ffn, self._module = ffn, ffn.holder
-        self._tracker, self._room = executor.tracker, executor.room
+        self._tracker, self._room, self._triton = executor.tracker, executor.room, executor.triton
         self._norms = executor.engine.channel_weights()[index].to(torch.float32).contiguous()
         self._own_forward = type(ffn.holder).forward
         self._hooks, self._ours = hooks_on_parts(ffn), len(ffn.projections)
@@ -69,7 +70,7 @@ class RowsHolder:
         gate, name = views[0] if len(views) == 3 else None, activation_name(self._ffn.activation)
         assert name is not None
         weights = FFNWeights.alone(gate, views[-2], views[-1], name, self._norms[0], scales)
-        self.kernel = RowsFFN(weights, self._room, dtype)
+        self.kernel = GPURowsFFN(weights, dtype) if self._triton else RowsFFN(weights, self._room, dtype)
 
     def alone(self) -> bool:
         """Whether nobody else looks at what its parts are given, or compute."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..formats import stored
 from ..kernels import View
+from ..ops.gpu_rows import GPURowsLinear
 from ..ops.rows import RowsLinear
 from .rows_record import RowsRecord, is_transposed
 
@@ -23,7 +24,7 @@ class RowsLinears:
     Attributes
     ----------
     modules : sequence of nn.Module
-    kernel : RowsLinear or None
+    kernel : RowsLinear, GPURowsLinear or None
         None while the weights are not turned.
     bound, kept : Tensor
         ``[1]`` each: the threshold, and how many entries were kept.
@@ -48,7 +49,7 @@ class RowsLinears:
         self.bound = mine.x if norms is None else mine.h
         self.kept = mine.kept[self._number : self._number + 1]
         self._hooks = [module._forward_pre_hooks for module in modules]
-        self.kernel: RowsLinear | None = None
+        self.kernel: RowsLinear | GPURowsLinear | None = None
         self.forwards = [self._forward_of(number) for number in range(len(modules))]
         self._step = -1
         self._x: Tensor | None = None
@@ -60,7 +61,11 @@ class RowsLinears:
         self.kernel = self._x = None
         if wanted:
             views, scales, dtype = input_major(self.modules)
-            self.kernel = RowsLinear(views, self._executor.room, dtype, scales)
+            executor = self._executor
+            if executor.triton:
+                self.kernel = GPURowsLinear(views, dtype, scales)
+            else:
+                self.kernel = RowsLinear(views, executor.room, dtype, scales)
 
     def alone(self) -> bool:
         """Whether nobody else looks at what the modules are given: then a step need not mask it."""
@@ -91,7 +96,7 @@ class RowsLinears:
         kernel = self.kernel
         return self._run(kernel, x) if kernel is not None and kernel.takes(x) else None
 
-    def _compute(self, kernel: RowsLinear, x: Tensor) -> Sequence[Tensor]:
+    def _compute(self, kernel: RowsLinear | GPURowsLinear, x: Tensor) -> Sequence[Tensor]:
         parts = self._run(kernel, x)
         if len(parts) > 1:
             self._x, self._version, self._parts = x, _version(x), list(parts)
@@ -107,7 +112,7 @@ class RowsLinears:
         self._step = self._executor.step
         self._mine.vectors[self._number] += 1
 
-    def _run(self, kernel: RowsLinear, x: Tensor) -> Sequence[Tensor]:
+    def _run(self, kernel: RowsLinear | GPURowsLinear, x: Tensor) -> Sequence[Tensor]:
         kept = None
         if self.counts:
             kept = self.kept

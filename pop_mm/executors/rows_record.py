@@ -15,20 +15,26 @@ from ..groups import InputGroup
 from ..interrupts import uninterrupted
 from ..layout import FFN, Projection
 from ..methods.thresholds import PASS_ALL
-from ..ops import library
+from ..ops import gpu_rows, library
 from ..ops.turn import Turned, turn
 from ..ops.turn import why_not as why_not_turned
 from ..threshold_state import RecordState
 
 
-def why_not(record: FFN | Experts | InputGroup, plain_types: Sequence[type[nn.Module] | str]) -> str | None:
+def why_not(
+    record: FFN | Experts | InputGroup, plain_types: Sequence[type[nn.Module] | str], triton: bool = False
+) -> str | None:
     """Why a record's weights cannot be read by rows, or None if they can; one that is not loaded is judged as on a CPU.
 
     Parameters
     ----------
     plain_types : sequence of type or str
         Classes of modules that are ``x @ W.T + b``, as :class:`pop_mm.layout.Projection` takes them.
+    triton : bool
+        Whether by the Triton kernels, where those run, instead of compiled ones on a CPU.
     """
+    if isinstance(record, Experts) and triton:
+        return "the Triton kernels of chosen rows know no routed experts"
     if isinstance(record, Experts):
         reason = record.why_not_plain()
         module: Any = record.module
@@ -41,13 +47,14 @@ def why_not(record: FFN | Experts | InputGroup, plain_types: Sequence[type[nn.Mo
         return reason
     parameters = [p for module in record.modules for p in module.parameters(False)]
     tensors = [tensor for p in parameters for tensor in tensors_behind(p)]
-    if any(p.device.type not in ("cpu", "meta") for p in tensors):
-        return f"the weights of {record.name} are on {record.device}"
+    if len({p.device for p in tensors}) > 1 or (not triton and tensors[0].device.type not in ("cpu", "meta")):
+        return f"the weights of {record.name} are on {', '.join(sorted({str(p.device) for p in tensors}))}"
     stored = {p.dtype for p in map(matrix_of, parameters) if p.dim() > 1}
     if len({p.dtype for p in parameters}) > 1 or len(stored) > 1:
         return f"the weights of {record.name} have several dtypes"
-    if (reason := library.why_not(parameters[0].dtype, stored.pop())) is not None:
-        return f"there are no compiled kernels: {reason}"
+    of = gpu_rows if triton else library
+    if (reason := of.why_not_dtypes(parameters[0].dtype, stored.pop())) is not None:
+        return f"there are no {'Triton' if triton else 'compiled'} kernels: {reason}"
     for weight in (p for p in map(matrix_of, parameters) if p.dim() > 1 and p.device.type != "meta"):
         if not weight.is_contiguous() and (reason := why_not_turned(weight)):
             return f"a weight of {record.name} cannot be turned: {reason}"
@@ -94,7 +101,7 @@ class RowsRecord:
     ----------
     record : FFN, Experts or InputGroup
     kept : Tensor
-        ``[2]``, int64, zeros: entries of x and h that were kept.
+        ``[2]``, int64, zeros, where the record is: entries of x and h that were kept.
 
     Attributes
     ----------
@@ -109,8 +116,8 @@ class RowsRecord:
     def __init__(self, record: Any, kept: Tensor) -> None:
         experts = record.count if isinstance(record, Experts) else 1
         self.record = record
-        self.x = torch.full((1,), PASS_ALL, dtype=torch.float32, device="cpu")
-        self.h = torch.full((experts,), PASS_ALL, dtype=torch.float32, device="cpu")
+        self.x = torch.full((1,), PASS_ALL, dtype=torch.float32, device=kept.device)
+        self.h = torch.full((experts,), PASS_ALL, dtype=torch.float32, device=kept.device)
         self.kept = kept
         self.vectors = [0, 0]
         self.sizes = (record.size if isinstance(record, InputGroup) else record.hidden_size, record.size)

@@ -23,6 +23,13 @@ _FINISH = {"BLOCK": 256}
 _PROGRAMS = 1024  # of a product: several for each multiprocessor
 
 
+def why_not_dtypes(dtype: torch.dtype, weights: torch.dtype) -> str | None:
+    """Why there are no kernels for a model's dtype and that of its weights, or None if there are."""
+    if dtype not in _DTYPES or weights not in (dtype, torch.int8):
+        return f"there is none for {dtype} with weights of {weights}"
+    return None
+
+
 def why_not(weights: Sequence[View], dtype: torch.dtype | None = None) -> str | None:
     """Why the kernels cannot read these, ``[..., in, out]`` each, or None if they can; ``dtype`` as for :func:`.rows.why_not`."""
     tensors = [t for view in weights for t in view if t is not None]
@@ -31,8 +38,12 @@ def why_not(weights: Sequence[View], dtype: torch.dtype | None = None) -> str | 
     if len({t.device for t in tensors}) > 1 or (tensors[0].device.type != "cuda" and not _interpreted()):
         return "the weights are not on one CUDA device"
     stored, wanted = weights[0][0].dtype, weights[0][0].dtype if dtype is None else dtype
-    same = {weight.dtype for weight, _ in weights} == {stored} and stored in (wanted, torch.int8)
-    if not same or wanted not in _DTYPES or any(bias is not None and bias.dtype is not wanted for _, bias in weights):
+    same = {weight.dtype for weight, _ in weights} == {stored}
+    if (
+        not same
+        or why_not_dtypes(wanted, stored)
+        or any(bias is not None and bias.dtype is not wanted for _, bias in weights)
+    ):
         return f"the weights' dtypes: {', '.join(sorted({str(t.dtype) for t in tensors}))}"
     for weight, bias in weights:
         if not weight.numel():

@@ -83,7 +83,7 @@ def library(dtype: torch.dtype, weights: torch.dtype | None = None) -> Library |
     return None if isinstance(made, str) else made
 
 
-def why_not(dtype: torch.dtype, weights: torch.dtype | None = None) -> str | None:
+def why_not_dtypes(dtype: torch.dtype, weights: torch.dtype | None = None) -> str | None:
     """Why there are no compiled functions for a dtype, or None if there are."""
     made = _library(dtype, weights)
     return made if isinstance(made, str) else None

@@ -28,7 +28,7 @@ def why_not(weights: Sequence[View], dtype: torch.dtype | None = None) -> str | 
     dtype : torch.dtype, optional
         Of inputs, biases and outputs; by default that of the weights.
     """
-    from .library import why_not as why_no_library
+    from .library import why_not_dtypes
 
     stored, biases = weights[0][0].dtype, [bias for _, bias in weights if bias is not None]
     dtype = stored if dtype is None else dtype
@@ -45,7 +45,7 @@ def why_not(weights: Sequence[View], dtype: torch.dtype | None = None) -> str | 
             return f"a weight is not stored input-major: {tuple(weight.shape)} with strides {weight.stride()}"
         if bias is not None and columns > 1 and bias.stride(-1) != 1:
             return f"a bias is not contiguous: {tuple(bias.shape)} with strides {bias.stride()}"
-    return why_no_library(dtype, stored)
+    return why_not_dtypes(dtype, stored)
 
 
 class Room:
