@@ -48,6 +48,17 @@ def test_common_layers_are_recognised(model_type, dtype):
     assert agrees(Parts.of(first_layer(tiny(model_type, dtype))))
 
 
+def test_a_layer_whose_attention_cancels_is_recognised():
+    """Of the sums of its o projection little is left, so that rounding is much of it: as in the first layer of SmolLM2."""
+    layer, given = first_layer(tiny("llama", torch.float32)), []
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: given.append(args[0].flatten()))
+    agrees(Parts.of(layer))
+    weight, x = layer.self_attn.o_proj.weight.data, given[0]
+    weight -= torch.outer(weight @ x, x) / x.square().sum() * (1 - 2**-8)
+    layer.self_attn.o_proj.bias.data.zero_()
+    assert agrees(Parts.of(layer))
+
+
 @pytest.mark.parametrize("model_type", ["gemma2", "phi3", "olmo2", "gpt2", "gpt_neox"])
 def test_layers_with_other_parts_are_not(model_type):
     model = tiny(model_type)
