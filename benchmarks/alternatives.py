@@ -154,6 +154,8 @@ class LlamaCpp:
         import llama_cpp
 
         assert variant.gguf is not None
+        if task["plain_buffers"]:
+            use_plain_buffers(llama_cpp.llama_cpp)
         self.path, self.new_tokens, scores = gguf_file(variant.gguf), task["new_tokens"], task["part"] == "quality"
         context = PROMPT + CONTINUATION if scores else len(task["prompts"][0]) + task["new_tokens"]
         threads = torch.get_num_threads()
@@ -180,6 +182,18 @@ class LlamaCpp:
         self.model.reset()
         self.model.eval(text[:-1])
         return torch.from_numpy(np.array(self.model.scores[PROMPT : PROMPT + CONTINUATION], dtype=np.float32))
+
+
+def use_plain_buffers(library: Any) -> None:
+    """Let models that are loaded from now on keep their weights as the file has them."""
+    defaults = library.llama_model_default_params
+
+    def changed() -> Any:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    library.llama_model_default_params = changed
 
 
 def quality(task: dict[str, Any], run: Transformers | LlamaCpp) -> dict[str, Any]:
@@ -307,6 +321,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument(
+        "--plain-buffers",
+        action="store_true",
+        help="llama.cpp repacks no weights: for machines that name AMX and lack it",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="an interrupted run goes on from it")
     args = parser.parse_args(argv)
     if args.child:
@@ -324,7 +343,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = load_json(args.json) or {"machine": machine_facts(), "speed": {}, "quality": {}}
     texts = passages(args.texts) if args.texts and not args.config else []
     prompts = prompts_of(Source(**source), args.rounds, args.prompt)
-    base = {"source": source, "new_tokens": args.new_tokens, "threads": args.threads, "prompts": [], "texts": []}
+    base = {
+        "source": source,
+        "plain_buffers": args.plain_buffers,
+        "new_tokens": args.new_tokens,
+        "threads": args.threads,
+        "prompts": [],
+        "texts": [],
+    }
     with Progress(console=Console(file=sys.stderr), transient=True, refresh_per_second=1) as progress:
         bar = progress.add_task("", total=args.rounds * len(known) + (len(known) if texts else 0))
         for number in range(args.rounds):
