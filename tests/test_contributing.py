@@ -35,7 +35,7 @@ def test_make_targets_exist(page):
     assert named <= targets
 
 
-@pytest.mark.parametrize("name", ["Projection.effective_norms", "Projection.why_not_plain"])
+@pytest.mark.parametrize("name", ["Projection.effective_norms"])
 def test_what_the_recipes_name_is_there(name):
     from pop_mm import layout
 
