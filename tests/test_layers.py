@@ -1,5 +1,6 @@
 """Decoder layers of one token without a frame for each part: what they compute, and when they are left to themselves."""
 
+import gc
 import json
 from contextlib import nullcontext
 
@@ -14,6 +15,7 @@ from helpers.observe import differences, fingerprint, prompt
 from helpers.tiny_models import tiny
 from pop_mm.accel.layers import Parts, agrees
 from pop_mm.accel.whole import WholeLayer
+from pop_mm.ops.rows import RowsFFN, RowsLinear
 
 COMMON = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 SETTINGS = {"dense": {"ratio": 0.0, "kernels": "compiled"}, "pop": {"ratio": 0.4}, "thresholds": {"budget": 0.6}}
@@ -157,6 +159,21 @@ def test_two_calls_a_layer_give_the_bits_of_its_parts(model_type, dtype):
     expected = decoded(model, without_whole_layers=True)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     assert found[2] == expected[2]
+
+
+def test_nothing_of_the_turned_weights_is_kept_after_a_session():
+    def kernels():
+        gc.collect()
+        return sum(isinstance(thing, RowsLinear | RowsFFN) for thing in gc.get_objects())
+
+    model, before = tiny("llama"), kernels()
+    with pop_mm.prune(model, budget=0.6) as session:
+        generate(model, prompt(), 4)
+        assert kernels() > before
+        model.state_dict()
+        assert kernels() == before
+        generate(model, prompt(), 4)
+    assert kernels() == before and session.report.prompt_tokens
 
 
 @pytest.mark.parametrize("weights", ["all", "ffn"])

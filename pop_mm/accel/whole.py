@@ -83,7 +83,7 @@ class WholeLayer:
         if not isinstance(ffn, RowsFFN) or ffn.library is not inward.kernel.library:
             ffn = None
         step = self._step
-        if step is None or step.made_of != (inward.kernel, outward.kernel, ffn):
+        if step is None or not step.is_of(inward.kernel, outward.kernel, ffn):
             step = self._step = self._made(inward.kernel, outward.kernel, ffn)
         inward.count()
         query, key, value = step.begin(self._described, hidden, cos, sin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from struct import pack
 
@@ -36,9 +37,7 @@ class RowsLayer:
     head : int
         Entries of one.
 
-    Attributes
-    ----------
-    made_of : tuple of RowsLinear, RowsLinear and RowsFFN or None
+    It does not keep the kernels and their weights alive: whoever calls it has them (:meth:`is_of`).
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class RowsLayer:
         kept: Sequence[Tensor],
         head: int,
     ) -> None:
-        self.made_of = inward, outward, ffn
+        self._made_of = tuple(None if kernel is None else weakref.ref(kernel) for kernel in (inward, outward, ffn))
         self._held = *thresholds, *kept  # as the memory is
         first, second = ([t.data_ptr() for t in some] for some in (thresholds, kept))
         first, second = first + [0] * (4 - len(first)), second + [0] * (3 - len(second))
@@ -58,7 +57,14 @@ class RowsLayer:
         matrices = inward.described + outward.described + (none if ffn is None else ffn.described)
         self._described = matrices + pack("=8q", *first, *second, head)
         self._library, self._room, self._head = inward.library, inward.room, head
+        self._columns, self._outputs, self._dtype = inward.columns, inward.outputs, inward.dtype
         self._sizes: dict[tuple[int, int], int] = {}
+
+    def is_of(self, *kernels: RowsLinear | RowsFFN | None) -> bool:
+        """Whether it was made of these, which are alive then."""
+        return all(
+            (None if known is None else known()) is kernel for known, kernel in zip(self._made_of, kernels, strict=True)
+        )
 
     @untraced
     def begin(self, norms: bytes, hidden: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,16 +85,15 @@ class RowsLayer:
         tuple of Tensor
             ``[1, heads, 1, d]`` each.
         """
-        inward, threads = self.made_of[0], torch.get_num_threads()
-        outputs = inward.outputs
+        outputs, threads = self._outputs, torch.get_num_threads()
         if (size := self._sizes.get((0, threads))) is None:
-            size = self._sizes[0, threads] = self._library.begin_room(self._described, inward.columns, threads)
-        out = torch.empty(1, 1, sum(outputs), dtype=inward.dtype, device="cpu")
+            size = self._sizes[0, threads] = self._library.begin_room(self._described, self._columns, threads)
+        out = torch.empty(1, 1, sum(outputs), dtype=self._dtype, device="cpu")
         self._library.begin_layer(
             self._described,
             norms,
             hidden.data_ptr(),
-            inward.columns,
+            self._columns,
             cosine.data_ptr(),
             sine.data_ptr(),
             out.data_ptr(),
