@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -240,32 +239,44 @@ def table(results: Sequence[Result]) -> Table:
     return found
 
 
-def interpret(console: Console) -> int:
+def options(description: str | None, shapes: Sequence[str]) -> argparse.ArgumentParser:
+    """The options of a benchmark for GPUs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=shapes, help="one shape")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for all figures")
+    parser.add_argument("--interpret", action="store_true", help="a tiny check on the CPU instead")
+    return parser
+
+
+def without_gpu(interpret: bool, check: Callable[[], str]) -> int | None:
+    """The exit code where nothing is timed: after a check on the CPU, which says what it found, or without a device."""
+    if interpret:
+        if os.environ.get("TRITON_INTERPRET") != "1":  # it must be set before anything imports Triton: begin again
+            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
+        print(f"{check()}, interpreted on the CPU. Times need a CUDA device.")
+        return 0
+    if not torch.cuda.is_available():
+        print("This benchmark needs a CUDA device, and there is none. --interpret checks the kernels on the CPU.")
+        return 2
+    return None
+
+
+def interpret() -> str:
     """Every variant on tiny FFNs on the CPU."""
     for rows, share in ((1, 0.4), (2, 0.7)):
         sizes = partition_sizes(70, 1 - share + GAMMA / 2, GAMMA)
         check(Shape("tiny", 24, 70), rows, sizes, torch.float32, "cpu")
-    console.print("The variants agree on tiny FFNs, interpreted on the CPU. Times need a CUDA device.")
-    return 0
+    return "The variants agree on tiny FFNs"
 
 
 @torch.no_grad()
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[shape.name for shape in SHAPES], help="one shape")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--interpret", action="store_true", help="a tiny check on the CPU instead")
-    arguments = parser.parse_args()
+    arguments = options(__doc__, [shape.name for shape in SHAPES]).parse_args()
     console = wide_console()
     torch.manual_seed(0)
-    if arguments.interpret:
-        if os.environ.get("TRITON_INTERPRET") != "1":  # it must be set before anything imports Triton: begin again
-            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
-        return interpret(console)
-    if not torch.cuda.is_available():
-        print("This benchmark needs a CUDA device, and there is none. --interpret checks the kernels on the CPU.")
-        return 2
+    if (code := without_gpu(arguments.interpret, interpret)) is not None:
+        return code
     assert max(ROWS) <= MAX_ROWS
     shapes = [shape for shape in SHAPES if arguments.only in (None, shape.name)]
     results = [result for shape in shapes for result in measure_shape(shape, arguments.rounds)]

@@ -11,18 +11,14 @@ that reading less allows. What lies between the matrices is the same on both sid
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_kernels import timed
-from rich.console import Console
+from gpu_kernels import options, timed, without_gpu
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import linear, silu
@@ -155,31 +151,21 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return found
 
 
-def interpret(console: Console) -> int:
+def interpret() -> str:
     """A tiny layer on the CPU."""
     check(TINY, torch.float32, "cpu")
-    console.print("Rows and the reference agree on a tiny layer, interpreted on the CPU. Times need a CUDA device.")
-    return 0
+    return "Rows and the reference agree on a tiny layer"
 
 
 @torch.no_grad()
 def main() -> int:
     """Measure; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[shape.name for shape in SHAPES], help="one shape")
+    parser = options(__doc__, [shape.name for shape in SHAPES])
     parser.add_argument("--budget", type=float, nargs="+", default=[0.75, 0.65, 0.5])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--interpret", action="store_true", help="a tiny check on the CPU instead")
     arguments = parser.parse_args()
     console = wide_console()
-    if arguments.interpret:
-        if os.environ.get("TRITON_INTERPRET") != "1":  # it must be set before anything imports Triton: begin again
-            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
-        return interpret(console)
-    if not torch.cuda.is_available():
-        print("This benchmark needs a CUDA device, and there is none. --interpret checks the kernels on the CPU.")
-        return 2
+    if (code := without_gpu(arguments.interpret, interpret)) is not None:
+        return code
     rows = []
     for shape in [shape for shape in SHAPES if arguments.only in (None, shape.name)]:
         check(shape, torch.bfloat16, "cuda")

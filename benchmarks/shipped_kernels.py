@@ -65,19 +65,10 @@ def unpack(wheel: Path, folder: Path) -> None:
 
 
 def compile_variants(variants: Sequence[shipped.Variant], dtype: torch.dtype) -> None:
-    """Compile what a model of the dtype needs into :data:`shipped.FOLDER`, with a wheel's options.
-
-    Raises
-    ------
-    SystemExit
-        A library cannot be compiled.
-    """
+    """Compile what a model of the dtype needs into :data:`shipped.FOLDER`, with a wheel's options."""
     for variant in variants:
         for sources in (*map(kernels.sources, kernels.DTYPES), library.sources(dtype)):
-            target = shipped.path(sources, variant)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if (reason := compiler.build(sources.files, target, (*sources.options, "-s"), variant.options)) is not None:
-                raise SystemExit(f"{target.name} for {variant.name}: {reason}")
+            shipped.build(sources, variant, shipped.FOLDER)
 
 
 @contextmanager

@@ -32,11 +32,13 @@ def advice(parameters: int, config: PopConfig) -> str | None:
         asked = f"ratio={config.ratio:g}"
         measured = "at 40 % SmolLM2-135M has three times the perplexity of the whole model, and repeats itself"
     elif config.budget is not None and 1 - (1 - config.budget) * whole <= _FEWEST_READ[method]:
-        asked = f"budget={config.budget:g} with POP"
-        measured = "at 75 % the KL to the whole model is 27 times that of thresholds (SmolLM2-135M)"
+        asked = f"budget={config.budget:g}"
         if method == "thresholds":
-            asked, remedy = f"budget={config.budget:g}", "Take budget=0.65 or more"
             measured = "at 45 % SmolLM2-135M has 1.8 times the perplexity of the whole model"
+            remedy = "Take budget=0.65 or more"
+        else:
+            asked += " with POP"
+            measured = "at 75 % the KL to the whole model is 27 times that of thresholds (SmolLM2-135M)"
     else:
         return None
     return f"{asked} is known to break {model}: {measured}. {remedy}; `pop-mm eval` measures it on your text."

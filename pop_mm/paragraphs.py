@@ -26,6 +26,11 @@ class Paragraphs:
     def __init__(self, parts: Sequence[tuple[str, str]]) -> None:
         self.parts = parts
 
+    @classmethod
+    def summary(cls, lines: Sequence[str], notes: Sequence[str]) -> Paragraphs:
+        """A report's: its first line in bold, notes in yellow."""
+        return cls([(lines[0], "bold"), *((line, "") for line in lines[1:]), *((note, "yellow") for note in notes)])
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The paragraphs, wrapped."""
         from rich.text import Text

@@ -122,7 +122,7 @@ def report_summary(report: Report) -> Paragraphs:
         )
     if config.chosen_method != "pop":
         lines.append(f"Method {config.chosen_method!r}, for comparison: not POP itself.")
-    return Paragraphs([(lines[0], "bold"), *((line, "") for line in lines[1:]), *((n, "yellow") for n in report.notes)])
+    return Paragraphs.summary(lines, report.notes)
 
 
 def _settings(report: Report) -> str:

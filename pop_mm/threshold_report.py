@@ -337,7 +337,7 @@ def threshold_summary(report: ThresholdReport) -> Paragraphs:
     sizes = {name: byte_size(size) for name, size in report.bytes_per_token.items() if size is not None}
     line = f"Bytes of weights per decoded token, lm_head included: {sizes['dense']} dense, {sizes['intended']} intended"
     lines.append(line + (f", {sizes['kept']} kept." if "kept" in sizes else "."))
-    return Paragraphs([(lines[0], "bold"), *((line, "") for line in lines[1:]), *((n, "yellow") for n in report.notes)])
+    return Paragraphs.summary(lines, report.notes)
 
 
 def threshold_table(report: ThresholdReport) -> Any:

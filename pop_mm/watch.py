@@ -88,7 +88,7 @@ class Watch:
         self.replaced: str | None = None
         self._callers = list(dict.fromkeys([model, *(child for *_, child in self._places), *besides]))
         called = {r.holder if isinstance(r, FFN) else r.module for r in self._ffns}
-        self._bypassed = {*watched} - called - {child for child in self._modules if child not in watched}
+        self._bypassed = {*watched} - called
         self._calls: list[Any] = [vars(module) for module in self._callers for _ in _CALLS]
         self._call_names = [name for _ in self._callers for name in _CALLS]
         self._called = list(map(dict.get, self._calls, self._call_names))

@@ -22,11 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pop_mm import kernels
-from pop_mm.native import Sources, compiler, shipped
+from pop_mm.native import Sources, shipped
 from pop_mm.ops import library
 
 ROOT = Path(__file__).parents[1]
-STRIP = "-s"  # no symbols but those that are loaded
 
 
 def every() -> list[Sources]:
@@ -46,11 +45,10 @@ def compile_libraries(folder: Path) -> None:
         raise SystemExit(f"No libraries can be shipped for {platform.machine()!r}: add it to pop_mm.native.shipped.")
     for variant in variants:
         for sources in every():
-            target = folder / shipped.path(sources, variant).relative_to(shipped.FOLDER)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            reason = compiler.build(sources.files, target, (*sources.options, STRIP), variant.options)
-            if reason is not None:
-                raise SystemExit(f"{target.name} for {variant.name}: {reason}")
+            try:
+                shipped.build(sources, variant, folder)
+            except RuntimeError as error:
+                raise SystemExit(str(error)) from error
 
 
 def repack(sdist: Path, date: int) -> None:

@@ -104,8 +104,13 @@ class Parts:
     def run(self, hidden: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """The whole layer on one token, ``[1, 1, H]``; ``attend`` is what its attention does."""
         layer: Any = self.layer
-        hidden = hidden + attend(layer.input_layernorm.forward(hidden))
-        return hidden + layer.mlp(layer.post_attention_layernorm.forward(hidden))
+        return self.behind(hidden + attend(layer.input_layernorm.forward(hidden)))
+
+    def behind(self, hidden: Tensor) -> Tensor:
+        """What the layer makes of it behind its attention."""
+        layer: Any = self.layer
+        out: Tensor = hidden + layer.mlp(layer.post_attention_layernorm.forward(hidden))
+        return out
 
 
 class FewTokensLayers(FewTokens):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.layer import attention_takes, norm_takes
 from ..ops.rows import RowsFFN, RowsLinear
-from ..ops.whole import NO_NORM, RowsLayer, norm_described
+from ..ops.whole import NO_NORM, Norm, RowsLayer, norms_described
 from .norms import Replaced
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class WholeLayer:
         layer: Any = parts.layer
         of_heads = [parts.attn._modules.get(name) for name in ("q_norm", "k_norm")]
         self._modules = [layer.input_layernorm, *of_heads, layer.post_attention_layernorm]
-        self._known: list[tuple[int, float]] | None = None
+        self._known: list[Norm] = []
         self._described = b""
         self._step: RowsLayer | None = None
 
@@ -90,12 +90,12 @@ class WholeLayer:
         if cache is not None:
             key, value = cache.update(key, value, parts.attn.layer_idx)
         if not attention_takes(query, key, value):
-            return parts.run(hidden, lambda _: parts.attended(query, key, value))
+            return parts.behind(hidden + parts.attended(query, key, value))
         outward.count()
         if holder is not None and ffn is not None:
             holder.count()
         hidden = step.end(self._described, query, key, value, parts.attn.scaling, hidden)
-        return hidden if ffn is not None else hidden + layer.mlp(layer.post_attention_layernorm.forward(hidden))
+        return hidden if ffn is not None else parts.behind(hidden)
 
     def _made(self, inward: RowsLinear, outward: RowsLinear, ffn: RowsFFN | None) -> RowsLayer:
         bounds, kept = [self._inward.bound, self._outward.bound], [self._inward.kept, self._outward.kept]
@@ -106,26 +106,21 @@ class WholeLayer:
 
     def _norms_fit(self, hidden: Tensor) -> bool:
         """Whether the norms are the library's now; describes them if they are."""
-        found = [None if module is None else self._norms.get(module) for module in self._modules]
         now = []
-        for module, norm in zip(self._modules, found, strict=True):
+        for module in self._modules:
             if module is None:
-                now.append((0, 0.0))
-            elif norm is None or vars(module).get("forward") is not norm.forward:
+                now.append(NO_NORM)
+                continue
+            norm = self._norms.get(module)
+            if norm is None or vars(module).get("forward") is not norm.forward:
                 return False
-            else:
-                now.append((module._parameters["weight"].data_ptr(), getattr(module, norm.eps)))
+            now.append(Norm(module._parameters["weight"].data_ptr(), getattr(module, norm.eps), norm.kind))
         if now != self._known:
-            weights = [None if module is None else module._parameters["weight"] for module in self._modules]
-            query = hidden.new_empty(1, self.parts.head)
-            given = (hidden, query, query, hidden)
-            if not all(w is None or norm_takes(x, w) for x, w in zip(given, weights, strict=True)):
-                return False
-            self._described = b"".join(
-                NO_NORM if w is None or norm is None else norm_described(w, eps, norm.kind)
-                for w, norm, (_, eps) in zip(weights, found, now, strict=True)
-            )
-            self._known = now
+            head = hidden.new_empty(1, self.parts.head)
+            for module, x in zip(self._modules, (hidden, head, head, hidden), strict=True):
+                if module is not None and not norm_takes(x, module._parameters["weight"]):
+                    return False
+            self._known, self._described = now, norms_described(now)
         return True
 
 

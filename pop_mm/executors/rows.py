@@ -90,10 +90,10 @@ class RowsExecutor:
     def attach(self, index: int) -> None:
         """Take over record number ``index`` of the engine."""
         record: Any = self.engine.ffns[index]
-        kept = self._kept.setdefault(
-            record.device, torch.zeros(len(self.engine.ffns), 2, dtype=torch.int64, device=record.device)
-        )
-        mine = self._records[index] = RowsRecord(record, kept[index])
+        device = record.device
+        if device not in self._kept:
+            self._kept[device] = torch.zeros(len(self.engine.ffns), 2, dtype=torch.int64, device=device)
+        mine = self._records[index] = RowsRecord(record, self._kept[device][index])
         for which, cost in self.engine.costs[index].items():
             number = "xh".index(which)
             self._whole.append((mine.vectors, number, cost * mine.sizes[number]))

@@ -10,9 +10,11 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import compiler
 from .sources import Sources
 
 FOLDER = Path(__file__).with_name("libraries")  # empty but in a platform wheel
+_STRIP = "-s"  # no symbols but those that are loaded
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,22 @@ VARIANTS = {
 def path(sources: Sources, variant: Variant) -> Path:
     """Where the library of these sources lies for a variant, whether or not it is there."""
     return FOLDER / variant.name / f"{sources.name}_{sources.digest()}.so"
+
+
+def build(sources: Sources, variant: Variant, folder: Path) -> Path:
+    """Compile the library of some sources for a variant, as releases do, into a folder laid out as :data:`FOLDER`; the file.
+
+    Raises
+    ------
+    RuntimeError
+        It cannot be compiled.
+    """
+    target = folder / path(sources, variant).relative_to(FOLDER)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    reason = compiler.build(sources.files, target, (*sources.options, _STRIP), variant.options)
+    if reason is not None:
+        raise RuntimeError(f"{target.name} for {variant.name}: {reason}")
+    return target
 
 
 def load(sources: Sources) -> ctypes.CDLL | str | None:

@@ -84,6 +84,12 @@ def attention_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
+def attention_described(query: Tensor, key: Tensor, value: Tensor, scale: float, length: int | None = None) -> bytes:
+    """Shapes and strides of :func:`attention` as the C functions take them; ``length`` instead of the keys' own."""
+    sizes = query.shape[1], key.shape[1], value.shape[2] if length is None else length, query.shape[3], value.shape[3]
+    return pack("=9qd", *sizes, key.stride(1), key.stride(2), value.stride(1), value.stride(2), scale)
+
+
 @untraced
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """``softmax(q K^T * scale) V`` for a single query; scores and sums in float32 (float64 for float64).
@@ -101,20 +107,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
         ``[1, 1, H, d_v]``.
     """
     query = query.contiguous()
-    heads, groups, size = query.shape[1], key.shape[1], query.shape[3]
-    length, wide = value.shape[2:]
+    heads, size, (length, wide) = query.shape[1], query.shape[3], value.shape[2:]
     sums = torch.float64 if query.dtype is torch.float64 else torch.float32
     out = torch.empty(1, 1, heads, wide, dtype=query.dtype, device="cpu")
     room = torch.empty(heads * (size + length + wide), dtype=sums, device="cpu")
     found = library(query.dtype)
     assert found is not None
     found.attend(
-        pack(
-            "=9qd",
-            *(heads, groups, length, size, wide),
-            *(key.stride(1), key.stride(2), value.stride(1), value.stride(2)),
-            scale,
-        ),
+        attention_described(query, key, value, scale),
         query.data_ptr(),
         key.data_ptr(),
         value.data_ptr(),
@@ -125,4 +125,4 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
     return out
 
 
-__all__ = ["KINDS", "attention", "attention_takes", "norm", "norm_takes", "rotate"]
+__all__ = ["KINDS", "attention", "attention_described", "attention_takes", "norm", "norm_takes", "rotate"]

@@ -8,7 +8,7 @@ the same number of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from struct import pack
+from struct import calcsize, pack
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from ..kernels.activations import ACTIVATIONS
 from ..kernels.functions import untraced
 from .library import Library, library
 from .reference import FFNWeights
+
+_FFN = "=23q"  # as the C functions take it
+NO_FFN = bytes(calcsize(_FFN))
 
 
 def why_not(weights: Sequence[View], dtype: torch.dtype | None = None) -> str | None:
@@ -229,7 +232,7 @@ class RowsFFN(_Step):
         self._kept = weights.norms, weights.scales  # as the memory is
         scales = [None] * (3 - len(weights.scales or ())) + list(weights.scales or ())
         self.described = pack(
-            "=23q",
+            _FFN,
             *(0 if t is None else t.data_ptr() for t in (*matrices, *biases, *scales, weights.norms)),
             *(0 if t is None else t.stride(1) for t in matrices),
             *(0 if t is None else t.stride(0) for t in (*matrices, *biases)),

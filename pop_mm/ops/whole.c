@@ -18,7 +18,7 @@ typedef struct {
     int64_t kind;
 } Norm;
 
-enum { BEFORE, OF_QUERY, OF_KEY, BEHIND, NORMS };
+enum { BEFORE, OF_QUERY, OF_KEY, BEHIND }; /* numbers of norms */
 
 static int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -5,24 +5,38 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from struct import pack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.functions import untraced
-from .rows import RowsFFN, RowsLinear
+from .layer import attention_described
+from .rows import NO_FFN, RowsFFN, RowsLinear
 
 _LENGTHS = 256  # tokens in a cache, after which its room is asked for again
-NO_NORM = pack("=qdq", 0, 0.0, 0)
 
 
-def norm_described(weight: Tensor, eps: float, kind: int) -> bytes:
-    """A norm as the C functions take it: as :func:`pop_mm.ops.layer.norm`."""
-    return pack("=qdq", weight.data_ptr(), eps, kind)
+class Norm(NamedTuple):
+    """A norm as the C functions take it."""
+
+    weight: int  # its address
+    eps: float
+    kind: int  # as of pop_mm.ops.layer.norm
+
+
+NO_NORM = Norm(0, 0.0, 0)
+
+
+def norms_described(norms: Sequence[Norm]) -> bytes:
+    """Norms one behind the other."""
+    return b"".join(pack("=qdq", *norm) for norm in norms)
 
 
 class RowsLayer:
     """Norms, projections by rows, rotation, attention and residuals of a layer; what the modules compute one by one, bit for bit.
+
+    It does not keep the kernels and their weights alive: whoever calls it has them (:meth:`is_of`).
 
     Parameters
     ----------
@@ -36,8 +50,6 @@ class RowsLayer:
         int64 on the CPU, ``[1]``, ``[1]`` and ``[2]``: the numbers of entries kept are added to them.
     head : int
         Entries of one.
-
-    It does not keep the kernels and their weights alive: whoever calls it has them (:meth:`is_of`).
     """
 
     def __init__(
@@ -53,8 +65,7 @@ class RowsLayer:
         self._held = *thresholds, *kept  # as the memory is
         first, second = ([t.data_ptr() for t in some] for some in (thresholds, kept))
         first, second = first + [0] * (4 - len(first)), second + [0] * (3 - len(second))
-        none = bytes(len(pack("=23q", *range(23))))
-        matrices = inward.described + outward.described + (none if ffn is None else ffn.described)
+        matrices = inward.described + outward.described + (NO_FFN if ffn is None else ffn.described)
         self._described = matrices + pack("=8q", *first, *second, head)
         self._library, self._room, self._head = inward.library, inward.room, head
         self._columns, self._outputs, self._dtype = inward.columns, inward.outputs, inward.dtype
@@ -73,7 +84,7 @@ class RowsLayer:
         Parameters
         ----------
         norms : bytes
-            Four, each from :func:`norm_described`: the layer's first, those of a query head and a key head (:data:`NO_NORM`
+            Four, from :func:`norms_described`: the layer's first, those of a query head and a key head (:data:`NO_NORM`
             twice if there are none), the layer's second.
         hidden : Tensor
             ``[1, 1, H]``.
@@ -116,20 +127,15 @@ class RowsLayer:
             As of :func:`pop_mm.ops.layer.attention`.
         """
         threads = torch.get_num_threads()
-        heads, groups, size, (length, wide) = query.shape[1], key.shape[1], query.shape[3], value.shape[2:]
-        strides = key.stride(1), key.stride(2), value.stride(1), value.stride(2)
-
-        def shape(length: int) -> bytes:
-            return pack("=9qd", heads, groups, length, size, wide, *strides, scale)
-
-        longest = -(-length // _LENGTHS) * _LENGTHS
+        longest = -(-value.shape[2] // _LENGTHS) * _LENGTHS
         if (room := self._sizes.get((longest, threads))) is None:
-            room = self._sizes[longest, threads] = self._library.end_room(self._described, shape(longest), threads)
+            shape = attention_described(query, key, value, scale, longest)
+            room = self._sizes[longest, threads] = self._library.end_room(self._described, shape, threads)
         out = torch.empty(hidden.shape, dtype=hidden.dtype, device="cpu")
         self._library.end_layer(
             self._described,
             norms,
-            shape(length),
+            attention_described(query, key, value, scale),
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
@@ -141,4 +147,4 @@ class RowsLayer:
         return out
 
 
-__all__ = ["NO_NORM", "RowsLayer", "norm_described"]
+__all__ = ["NO_NORM", "Norm", "RowsLayer", "norms_described"]

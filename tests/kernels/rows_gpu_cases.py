@@ -1,4 +1,4 @@
-"""What test_rows_gpu.py runs in a process of its own, since Triton decides once whether it interprets.
+"""What test_gpu_kernels.py runs in a process of its own, since Triton decides once whether it interprets.
 
 On a GPU if there is one; else with TRITON_INTERPRET=1 on the CPU.
 """

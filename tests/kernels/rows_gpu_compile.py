@@ -1,4 +1,4 @@
-"""Compile the Triton kernels of chosen rows for an H100; test_rows_gpu.py runs it in a process of its own."""
+"""Compile the Triton kernels of chosen rows for an H100; test_gpu_kernels.py runs it in a process of its own."""
 
 import sys
 

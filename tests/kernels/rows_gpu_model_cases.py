@@ -1,4 +1,4 @@
-"""What test_rows_gpu.py runs in a process of its own: thresholds of whole models on the Triton kernels against masked ones.
+"""What test_gpu_kernels.py runs in a process of its own: thresholds of whole models on the Triton kernels against masked ones.
 
 On a GPU if there is one; else with TRITON_INTERPRET=1 on the CPU, where a step of a tiny model takes a second.
 """

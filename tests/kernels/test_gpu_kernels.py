@@ -36,19 +36,20 @@ def run(*command, **environment):
 
 
 @needs_triton
-def test_kernels_are_right():
+@pytest.mark.parametrize("cases", ["gpu_kernel", "gpu_model", "rows_gpu", "rows_gpu_model"])
+def test_kernels_are_right(cases):
     """On the GPU if there is one, else interpreted; in a process of its own."""
     own = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     options = ("-p", "no:xdist", "-p", "no:cacheprovider", "--noconftest")  # whose imports take their time
-    cases = [HERE / "gpu_kernel_cases.py", HERE / "gpu_model_cases.py"]
-    code, output = run("-m", "pytest", *options, *cases, **own)
+    code, output = run("-m", "pytest", *options, HERE / f"{cases}_cases.py", **own)
     assert code == 0 and " passed" in output, output
 
 
 @needs_triton
 @no_gpu
-def test_kernels_compile_for_gpus(tmp_path):
-    code, output = run(HERE / "gpu_compile.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+@pytest.mark.parametrize("kernels", ["gpu", "rows_gpu"])
+def test_kernels_compile_for_gpus(kernels, tmp_path):
+    code, output = run(HERE / f"{kernels}_compile.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
     assert code == 0, output
 
 

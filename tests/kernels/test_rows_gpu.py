@@ -1,27 +1,8 @@
-"""The Triton kernels of chosen rows: right against the reference; compiled for GPUs even where there is none. The benchmark."""
+"""The benchmarks of chosen rows; test_gpu_kernels.py holds the Triton kernels to the reference."""
 
 import json
 
-import pytest
-import torch
-from test_gpu_kernels import HERE, ROOT, needs_triton, no_gpu, run
-
-
-@needs_triton
-@pytest.mark.parametrize("cases", ["rows_gpu_cases.py", "rows_gpu_model_cases.py"])
-def test_kernels_are_right(cases):
-    """On the GPU if there is one, else interpreted; in a process of its own."""
-    own = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    options = ("-p", "no:xdist", "-p", "no:cacheprovider", "--noconftest")
-    code, output = run("-m", "pytest", *options, HERE / cases, **own)
-    assert code == 0 and " passed" in output, output
-
-
-@needs_triton
-@no_gpu
-def test_kernels_compile_for_gpus(tmp_path):
-    code, output = run(HERE / "rows_gpu_compile.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
-    assert code == 0, output
+from test_gpu_kernels import ROOT, needs_triton, no_gpu, run
 
 
 @needs_triton

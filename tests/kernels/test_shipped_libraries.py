@@ -24,10 +24,7 @@ pytestmark = [
 
 def ship(sources, variant):
     """Put the library of some sources where a wheel has it."""
-    target = shipped.path(sources, variant)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    assert compiler.build(sources.files, target, sources.options, variant.options) is None
-    return target
+    return shipped.build(sources, variant, shipped.FOLDER)
 
 
 @pytest.fixture
