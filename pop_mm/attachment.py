@@ -37,7 +37,7 @@ from .kernels import gpu
 from .layout import FFN
 from .modality import MODALITIES
 from .patching import Patches
-from .phase import Forward, PhaseTracker
+from .phase import Forward, Phase, PhaseTracker
 from .planning import FFNPlan, kind_of, plan_ffns
 from .sharing import fixed_weights
 from .state import PromptState
@@ -155,7 +155,7 @@ class Attachment(ABC):
         if self._matvec is not None:
             common = (self._matvec, self._few, self._inplace.static)
             # layers come first: they leave forwards alone that somebody else has replaced
-            norms = FewTokensNorms(*common)
+            norms = FewTokensNorms(*common, self._is_prompt)
             layers = FewTokensLayers(*common, self._tracker, self._masked.by_rows, norms)
             self._besides = [layers, FewTokensLinears(*common), SingleTokenAttention(*common), norms]
         modules = [plan.ffn.module for plan in pruned if isinstance(plan.ffn, Experts)]
@@ -329,6 +329,12 @@ class Attachment(ABC):
         """Whether the forward that runs now is a step of a few tokens that the compiled library may compute."""
         forward = self._tracker.current
         return forward is not None and forward.few
+
+    def _is_prompt(self) -> bool:
+        """Whether the forward that runs now is a prompt's, without what the compiled library knows nothing of."""
+        forward = self._tracker.current
+        plain = forward is not None and forward.phase is Phase.PREFILL
+        return plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
     def __enter__(self: A) -> A:
         return self.attach()

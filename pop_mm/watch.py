@@ -110,6 +110,7 @@ class Watch:
         self._versions.of.clear()
         self._versions.of.update(zip(map(id, self._counted), map(_version, self._counted), strict=True))
         self._settings = self._settings_now()
+        self._looked_at = {record: LookedAt(record) for record in self._ffns}
         self._sums = dict(zip(self._ffns, self._sums_now(self._ffns), strict=True))
 
     def moved(self, tensors: Iterable[Tensor]) -> None:
@@ -204,7 +205,7 @@ class Watch:
         """By FFN, id of a weight -> a sum over numbers of it."""
         keys, matrices = list[tuple[int, int]](), list[Sampled]()
         for number, record in enumerate(records):
-            for key, sampled in _sampled(record, self._positions(record)):
+            for key, sampled in self._looked_at[record].sampled(self._positions(record)):
                 keys.append((number, key))
                 matrices.append(sampled)
         sums: list[dict[int, int]] = [{} for _ in records]
@@ -260,23 +261,31 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
     yield from getattr(hook, "hooks", [] if hook is None else [hook])
 
 
-def _sampled(record: FFN | Experts, positions: Tensor | None) -> Iterator[tuple[int, Sampled]]:
-    """Of each weight what is looked at: a number of every channel, and in turn of every input or output of the FFN.
+class LookedAt:
+    """The weights of an FFN that can be read, and what of each is looked at."""
 
-    Of what holds nothing of the channels some numbers.
-    """
-    looked_at = set()
-    for weight, matrices in _channel_weights(record):
-        looked_at.add(id(weight))
-        for matrix, axis in matrices(weight.detach(), None):
-            rows = matrix if axis == 0 else matrix.transpose(-1, -2)
-            yield id(weight), (rows if rows.dim() == 3 else rows.unsqueeze(0), positions)
-    own = {id(tensor) for module in record.modules for tensor in module._parameters.values()}  # biases of down
-    parts = dict.fromkeys(part for module in record.modules for part in module.modules())
-    held = {id(t): t for part in parts for t in part._parameters.values() if t is not None and id(t) not in looked_at}
-    for tensor in filter(_is_readable, held.values()):
-        step = 1 if id(tensor) in own else max(1, tensor.numel() // _SAMPLE)
-        yield id(tensor), (tensor.detach().reshape(-1)[::step].view(1, -1, 1), None)
+    def __init__(self, record: FFN | Experts) -> None:
+        self._channels = list(_channel_weights(record))
+        own = {id(tensor) for module in record.modules for tensor in module._parameters.values()}  # biases of down
+        parts = dict.fromkeys(part for module in record.modules for part in module.modules())
+        held = {id(t): t for part in parts for t in part._parameters.values() if t is not None}
+        for weight, _ in self._channels:
+            held.pop(id(weight), None)
+        others = filter(_is_readable, held.values())
+        self._others = [(t, 1 if id(t) in own else max(1, t.numel() // _SAMPLE)) for t in others]
+
+    def sampled(self, positions: Tensor | None) -> Iterator[tuple[int, Sampled]]:
+        """Of each weight a number of every channel, and in turn of every input or output of the FFN.
+
+        Of what holds nothing of the channels some numbers.
+        """
+        for weight, matrices in self._channels:
+            for matrix, axis in () if weight.is_meta else matrices(weight.detach(), None):
+                rows = matrix if axis == 0 else matrix.transpose(-1, -2)
+                yield id(weight), (rows if rows.dim() == 3 else rows.unsqueeze(0), positions)
+        for tensor, step in self._others:
+            if not tensor.is_meta:
+                yield id(tensor), (tensor.detach().reshape(-1)[::step].view(1, -1, 1), None)
 
 
 def _channel_weights(

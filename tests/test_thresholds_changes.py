@@ -248,13 +248,14 @@ def test_what_is_saved_inside_a_session_is_the_model(family, tmp_path):
 def test_dtypes_that_change_inside_a_session(family, moves):
     twin, model = moves(fresh(family)), fresh(family)
     expected = masked(twin)
-    narrow = 0.06 if twin.dtype == torch.bfloat16 else 2e-4 if twin.dtype == torch.float32 else 1e-9
+    narrow = {torch.bfloat16: 3 * 2**-7, torch.float32: 5e-5, torch.float64: 1e-9}[twin.dtype]  # of the largest logit
     with thresholds(model):
         generate(model, FIRST)
         moves(model)
         found = generate(model, prompt())
     if twin.dtype != torch.bfloat16 or family == "llama":  # a router's choice hangs on the last bit
-        torch.testing.assert_close(found[1][:2], expected[1][:2], rtol=0, atol=narrow)
+        bound = narrow * float(expected[1][:2].abs().max())
+        torch.testing.assert_close(found[1][:2], expected[1][:2], rtol=0, atol=bound)
     same_weights(model, twin)
 
 

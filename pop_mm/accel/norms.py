@@ -1,12 +1,15 @@
-"""Root mean square norms of decoder layers, for a few tokens, by the compiled library."""
+"""Root mean square norms of decoder layers, for a few tokens and for prompts, by the compiled library."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..executors.static import StaticSteps
+from ..kernels import Matvec
 from ..ops.layer import KINDS, norm, norm_takes
 from .few import FewTokens, Forward
 
@@ -20,15 +23,23 @@ class Replaced(NamedTuple):
 
 
 class FewTokensNorms(FewTokens):
-    """Norms of a few operators each, which cost a step of a small model more than what they compute.
+    """Norms of a few operators each, which cost a small model more than what they compute.
+
+    Parameters
+    ----------
+    is_prompt : callable
+        Whether the forward of the model that runs now is a prompt's, of any number of tokens.
 
     Attributes
     ----------
     replaced : dict of nn.Module to Replaced
     """
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(
+        self, library: Matvec, few: Callable[[], bool], static: StaticSteps, is_prompt: Callable[[], bool]
+    ) -> None:
+        super().__init__(library, few, static)
+        self.is_prompt = is_prompt
         self.replaced: dict[nn.Module, Replaced] = {}
 
     def detach(self) -> None:
@@ -47,11 +58,12 @@ class FewTokensNorms(FewTokens):
         kind = self._kind(module, weight.detach(), getattr(module, eps))
         if kind is None:
             return None
-        few, static, own_forward = self.few, self.static, type(module).forward
+        few, is_prompt, static, own_forward = self.few, self.is_prompt, self.static, type(module).forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:  # a gated norm takes more than one argument
             weight = parameters["weight"]
-            if static.active or len(args) != 1 or kwargs or not few() or not norm_takes(args[0], weight):
+            mine = not static.active and len(args) == 1 and not kwargs and (few() or is_prompt())
+            if not mine or not norm_takes(args[0], weight):
                 return own_forward(module, *args, **kwargs)
             return norm(args[0], weight, getattr(module, eps), kind)
 

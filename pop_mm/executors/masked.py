@@ -73,7 +73,6 @@ class MaskedExecutor:
 
         is_compiling = torch.compiler.is_compiling
 
-        @torch.compiler.disable
         def masked(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if asking():  # its norms are being read: these are unit vectors
                 return None
@@ -83,11 +82,14 @@ class MaskedExecutor:
                 self._hold_to(record.name, module, forward, found)
             return None if found is args[0] else (found, *args[1:])
 
+        untraced = torch.compiler.disable(masked)  # which costs more than a look at the step
+
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not is_compiling():  # what disable() wraps costs more than this look
-                forward = tracker.current
-                if forward is not None and forward.fast and (rows := by_rows.get(module)) is not None and rows.alone():
-                    return None
+            if is_compiling():
+                return untraced(args)
+            forward = tracker.current
+            if forward is not None and forward.fast and (rows := by_rows.get(module)) is not None and rows.alone():
+                return None
             return masked(args)
 
         handle = module.register_forward_pre_hook(before)

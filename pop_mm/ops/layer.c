@@ -10,6 +10,7 @@
 #define ROOT sqrtf
 #endif
 #define ALONE (1 << 18) /* products that one thread does alone: waking others takes longer */
+#define SHORT (1 << 14) /* numbers of norms, likewise */
 
 static S sum_of(Sums v) {
     S total = 0;
@@ -88,19 +89,23 @@ void rotate(T *x, const T *cosine, const T *sine, int64_t heads, int64_t size) {
         }
 }
 
+static void norm_row(const T *restrict x, const T *restrict weight, T *restrict out, int64_t size, S eps, int kind) {
+    Sums squares = {0};
+    int64_t i = 0;
+    for (; i + WIDTH <= size; i += WIDTH) squares += widen(x + i) * widen(x + i);
+    S total = sum_of(squares);
+    for (; i < size; i++) total += from_T(x[i]) * from_T(x[i]);
+    const S scale = 1 / ROOT(total / size + eps);
+    if (kind == 0)
+        for (i = 0; i < size; i++) out[i] = to_T(from_T(to_T(from_T(x[i]) * scale)) * from_T(weight[i]));
+    else
+        for (i = 0; i < size; i++) out[i] = to_T(from_T(x[i]) * scale * ((kind == 2) + from_T(weight[i])));
+}
+
 /* Root mean square norms of rows, as transformers' modules compute them: in sums, rounded where they round.
  * x, out: [rows, size]; weight: [size]; kind: in the order of pop_mm.ops.layer.KINDS */
-void rms_norm(const T *restrict x, const T *restrict weight, T *restrict out, int64_t rows, int64_t size, double eps, int kind) {
-    for (; rows > 0; rows--, x += size, out += size) {
-        Sums squares = {0};
-        int64_t i = 0;
-        for (; i + WIDTH <= size; i += WIDTH) squares += widen(x + i) * widen(x + i);
-        S total = sum_of(squares);
-        for (; i < size; i++) total += from_T(x[i]) * from_T(x[i]);
-        const S scale = 1 / ROOT(total / size + (S)eps);
-        if (kind == 0)
-            for (i = 0; i < size; i++) out[i] = to_T(from_T(to_T(from_T(x[i]) * scale)) * from_T(weight[i]));
-        else
-            for (i = 0; i < size; i++) out[i] = to_T(from_T(x[i]) * scale * ((kind == 2) + from_T(weight[i])));
-    }
+void rms_norm(const T *x, const T *weight, T *out, int64_t rows, int64_t size, double eps, int kind, int threads) {
+    if (rows * size < SHORT) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) norm_row(x + row * size, weight, out + row * size, size, eps, kind);
 }

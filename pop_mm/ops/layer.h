@@ -11,4 +11,4 @@ typedef struct {
 
 void attend(const Shape *s, const T *query, const T *keys, const T *values, S *room, T *out, int threads);
 void rotate(T *x, const T *cosine, const T *sine, int64_t heads, int64_t size);
-void rms_norm(const T *restrict x, const T *restrict weight, T *restrict out, int64_t rows, int64_t size, double eps, int kind);
+void rms_norm(const T *x, const T *weight, T *out, int64_t rows, int64_t size, double eps, int kind, int threads);

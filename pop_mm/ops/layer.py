@@ -43,7 +43,8 @@ def norm(x: Tensor, weight: Tensor, eps: float, kind: int) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     size, found = weight.numel(), library(x.dtype)
     assert found is not None
-    found.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps, kind)
+    addresses = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    found.rms_norm(*addresses, x.numel() // size, size, eps, kind, torch.get_num_threads())
     return out
 
 

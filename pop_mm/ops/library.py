@@ -64,7 +64,7 @@ class Library:
         self.page_out = function(found, "page_out", POINTER, INTEGER)
         self.attend = function(found, "attend", ctypes.c_char_p, *[POINTER] * 5, INT)
         self.rotate = function(found, "rotate", *[POINTER] * 3, INTEGER, INTEGER)
-        self.rms_norm = function(found, "rms_norm", *[POINTER] * 3, INTEGER, INTEGER, DOUBLE, INT)
+        self.rms_norm = function(found, "rms_norm", *[POINTER] * 3, INTEGER, INTEGER, DOUBLE, INT, INT)
         self.begin_layer = function(found, "begin_layer", *[ctypes.c_char_p] * 2, POINTER, INTEGER, *[POINTER] * 4, INT)
         self.end_layer = function(found, "end_layer", *[ctypes.c_char_p] * 3, *[POINTER] * 6, INT)
         self.rows_room, self.ffn_room = found.rows_room, found.ffn_room

@@ -28,7 +28,7 @@ static int64_t attention_bytes(const Shape *s) {
 }
 
 static void normed(const Norm *norm, const T *x, int64_t rows, int64_t size, T *out) {
-    rms_norm(x, norm->weight, out, rows, size, norm->eps, (int)norm->kind);
+    rms_norm(x, norm->weight, out, rows, size, norm->eps, (int)norm->kind, 1);
 }
 
 static void add(const T *a, const T *b, int64_t n, T *out) {
