@@ -1,4 +1,4 @@
-"""Norms of prompts and of a few tokens by the compiled library: as transformers' modules compute them, and only those that do so."""
+"""Norms of prompts and of a few tokens by the compiled library: as transformers' modules compute them, if they do so."""
 
 import pytest
 import torch

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..experts import Experts
 from ..kernels import View
-from ..kernels.activations import ACTIVATIONS, activation_name
+from ..ops.gpu_rows import GPURowsFFN
 from ..ops.reference import FFNWeights
 from ..ops.rows import RowsFFN, RowsLinear
 from .experts import MaskedExperts
 from .rows_linears import detached
+from .rows_record import whole_activation
 
 if TYPE_CHECKING:
     from .rows import RowsExecutor
@@ -26,10 +26,10 @@ class RowsExperts(MaskedExperts):
     def __init__(self, executor: RowsExecutor, index: int, mine: RowsRecord) -> None:
         super().__init__(executor.engine, index, executor.tracker)
         self._mine = mine
-        self._room = executor.room
+        self._room = None if executor.triton else executor.room
         self._norms = executor.engine.channel_weights()[index].contiguous()
-        self._name = _whole(self._record)
-        self._whole: RowsFFN | None = None
+        self._name = whole_activation(self._record)
+        self._whole: RowsFFN | GPURowsFFN | None = None
         self._inward: RowsLinear | None = None
         self._outward: RowsLinear | None = None
         mine.makers.append(self._make)
@@ -46,7 +46,8 @@ class RowsExperts(MaskedExperts):
             return
         gate = _part(inward, 0, record.size) if record.module.has_gate else None
         up = inward if gate is None else _part(inward, record.size, 2 * record.size)
-        self._whole = RowsFFN(FFNWeights(gate, up, down, self._name, self._norms), self._room)
+        weights = FFNWeights(gate, up, down, self._name, self._norms)
+        self._whole = GPURowsFFN(weights) if self._room is None else RowsFFN(weights, self._room)
 
     @torch.compiler.disable
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -68,28 +69,6 @@ class RowsExperts(MaskedExperts):
         if getattr(module, "has_post_expert_norm", False):
             out = module.post_expert_norm(out)
         return (out * weights[0].unsqueeze(1)).sum(0, keepdim=True).to(hidden.dtype)
-
-
-@torch.no_grad()
-def _whole(record: Experts) -> str | None:
-    """The activation, if experts are ``act(gate) * up`` or ``act(up)``, gate first, and nothing else; None otherwise."""
-    module: Any = record.module
-    name = activation_name(getattr(module, "act_fn", None))
-    if name is None or getattr(module, "has_post_expert_norm", False):
-        return None
-    if not module.has_gate:
-        return name
-    if not module.is_concatenated:
-        return None
-    x = torch.randn(2, 2 * record.size, generator=torch.Generator().manual_seed(0)).mul_(4)
-    x = x.to(record.down.device, record.down.dtype)
-    gate, up = x.chunk(2, -1)
-    try:
-        found = module._apply_gate(x)
-    except Exception:  # whatever it wants, it is asked as it stands
-        return None
-    expected = ACTIVATIONS[name](gate) * up
-    return name if found.shape == expected.shape and torch.allclose(found, expected, rtol=0.01, atol=0.01) else None
 
 
 def _part(view: View, start: int, end: int) -> View:

@@ -13,6 +13,7 @@ from ..experts import Experts
 from ..formats import tensors_behind
 from ..groups import InputGroup
 from ..interrupts import uninterrupted
+from ..kernels.activations import ACTIVATIONS, activation_name
 from ..layout import FFN, Projection
 from ..methods.thresholds import PASS_ALL
 from ..ops import gpu_rows, library
@@ -33,10 +34,10 @@ def why_not(
     triton : bool
         Whether by the Triton kernels, where those run, instead of compiled ones on a CPU.
     """
-    if isinstance(record, Experts) and triton:
-        return "the Triton kernels of chosen rows know no routed experts"
     if isinstance(record, Experts):
         reason = record.why_not_plain()
+        if reason is None and triton and not record.down.is_meta and whole_activation(record) is None:
+            reason = "the Triton kernels of chosen rows know experts that are act(gate) * up, gate first, and no others"
         module: Any = record.module
         if reason is None and module._is_expert_parallel:
             reason = f"the experts of {record.name} are on several devices"
@@ -61,6 +62,28 @@ def why_not(
     turning = [p for p in _turning(record) if p.device.type != "meta"]
     reason = next((why for p in turning if (why := why_not_turned(p))), None)
     return None if reason is None else f"a weight of {record.name} cannot be turned: {reason}"
+
+
+@torch.no_grad()
+def whole_activation(record: Experts) -> str | None:
+    """The activation, if experts are ``act(gate) * up`` or ``act(up)``, gate first, and nothing else; None otherwise."""
+    module: Any = record.module
+    name = activation_name(getattr(module, "act_fn", None))
+    if name is None or getattr(module, "has_post_expert_norm", False):
+        return None
+    if not module.has_gate:
+        return name
+    if not module.is_concatenated:
+        return None
+    x = torch.randn(2, 2 * record.size, generator=torch.Generator().manual_seed(0)).mul_(4)
+    x = x.to(record.down.device, record.down.dtype)
+    gate, up = x.chunk(2, -1)
+    try:
+        found = module._apply_gate(x)
+    except Exception:  # whatever it wants, it is asked as it stands
+        return None
+    expected = ACTIVATIONS[name](gate) * up
+    return name if found.shape == expected.shape and torch.allclose(found, expected, rtol=0.01, atol=0.01) else None
 
 
 def _projections(record: FFN | InputGroup, plain_types: Sequence[type[nn.Module] | str]) -> Sequence[Projection]:
@@ -181,4 +204,4 @@ class RowsRecord:
         self.vectors[:] = 0, 0
 
 
-__all__ = ["RowsRecord", "is_transposed", "matrix_of", "why_not"]
+__all__ = ["RowsRecord", "is_transposed", "matrix_of", "whole_activation", "why_not"]

@@ -56,7 +56,13 @@ def why_not(weights: Sequence[View], dtype: torch.dtype | None = None) -> str | 
 
 
 class _Product:
-    """One input's products with one matrix, or two of the same shape and strides: their parts, which have to be summed."""
+    """One input's products with one of several matrices, or with two of the same shape and strides: parts that are to be summed.
+
+    Parameters
+    ----------
+    first, second : Tensor
+        ``[E, in, out]``.
+    """
 
     def __init__(self, first: Tensor, dtype: torch.dtype, second: Tensor | None = None) -> None:
         from ..kernels.triton_ffn import dtype_of
@@ -64,38 +70,78 @@ class _Product:
 
         self.kernels = triton_rows
         self._first, self._second = first, second
-        self._inputs, self.outputs = first.shape
-        wide = torch.promote_types(dtype, torch.float32)
-        self.accumulate = dtype_of(wide)
+        self.count, self._inputs, self.outputs = first.shape
+        self._wide = torch.promote_types(dtype, torch.float32)
+        self.accumulate = dtype_of(self._wide)
         self._blocks = -(-self.outputs // _PRODUCTS["BLOCK_OUT"])
         pieces = -(-self._inputs // _PRODUCTS["BLOCK_IN"])
         a_part = -(-pieces // min(pieces, max(1, _PROGRAMS // self._blocks)))
         self.splits, self._width = -(-pieces // a_part), a_part * _PRODUCTS["BLOCK_IN"]
-        with torch.inference_mode(False):  # a buffer that may be written in and out of inference mode
-            self.partial = first.new_empty(self.splits, 1 if second is None else 2, self.outputs, dtype=wide)
+        self._partial: dict[int, Tensor] = {}
 
-    def __call__(self, x: Tensor, threshold: Tensor, norms: Tensor | None, kept: Tensor | None) -> None:
-        """Fill ``partial``, for ``x`` of ``[in]``."""
-        self.kernels.products_kernel[self._blocks, self.splits](
+    def partial(self, chosen: int = 1) -> Tensor:
+        """The buffer of the parts of so many matrices; it can be written in and out of inference mode."""
+        if chosen not in self._partial:
+            shape = chosen, self.splits, 1 if self._second is None else 2, self.outputs
+            with torch.inference_mode(False):
+                self._partial[chosen] = self._first.new_empty(shape, dtype=self._wide)
+        return self._partial[chosen]
+
+    def __call__(
+        self,
+        x: Tensor,
+        threshold: Tensor,
+        norms: Tensor | None,
+        kept: Tensor | None,
+        experts: Tensor | None = None,
+        own: bool = False,
+    ) -> None:
+        """Fill :meth:`partial`, for ``x`` of ``[in]``; with ``own`` an ``x`` and a threshold of each of the ``experts``."""
+        chosen = 1 if experts is None else len(experts)
+        self.kernels.products_kernel[self._blocks, self.splits, chosen](
             x,
             norms,
             threshold,
             self._first,
             self._second,
-            self.partial,
+            self.partial(chosen),
             kept,
+            experts,
+            self.count,
             self._inputs,
             self.outputs,
+            self._first.stride(1),
             self._first.stride(0),
             self._width,
+            OWN=own,
             ACCUMULATE=self.accumulate,
             **_PRODUCTS,
         )
 
-    def finish(self, scale: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
-        """The output of the one matrix."""
+    def finish(
+        self,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        out: Tensor,
+        experts: Tensor | None = None,
+        router: Tensor | None = None,
+    ) -> None:
+        """The output of the one matrix, or the sum of those of the ``experts``, times the router's weights."""
+        chosen = 1 if experts is None else len(experts)
         self.kernels.finish_kernel[(-(-self.outputs // _FINISH["BLOCK"]),)](
-            self.partial, scale, bias, out, self.splits, self.outputs, ACCUMULATE=self.accumulate, **_FINISH
+            self.partial(chosen),
+            scale,
+            bias,
+            router,
+            out,
+            experts,
+            self.count,
+            chosen,
+            0 if bias is None else bias.stride(0),
+            self.splits,
+            self.outputs,
+            ACCUMULATE=self.accumulate,
+            **_FINISH,
         )
 
 
@@ -136,7 +182,8 @@ class GPURowsLinear(_Step):
         super().__init__(matrices, dtype)
         factors = [None] * len(matrices) if scales is None else scales
         self._products = [
-            (_Product(weight, self.dtype), scale, bias) for (weight, bias), scale in zip(matrices, factors, strict=True)
+            (_Product(weight[None], self.dtype), scale, None if bias is None else bias[None])
+            for (weight, bias), scale in zip(matrices, factors, strict=True)
         ]
         self._outputs = [weight.shape[1] for weight, _ in matrices]
 
@@ -154,48 +201,77 @@ class GPURowsLinear(_Step):
 
 
 class GPURowsFFN(_Step):
-    """One FFN by chosen rows.
+    """FFNs of one shape by chosen rows: one FFN, or the experts of a layer.
 
     Parameters
     ----------
     weights : FFNWeights
-        One FFN (E = 1), for whose views :func:`why_not` finds no reason. Gate and up have the same strides.
+        For whose views :func:`why_not` finds no reason. Gate and up have the same strides. Norms and scales: contiguous.
     dtype
         As for :class:`.rows.RowsFFN`.
     """
 
     def __init__(self, weights: FFNWeights, dtype: torch.dtype | None = None) -> None:
         super().__init__(weights.views, dtype)
-        count, self._gated = len(weights.up[0]), weights.gate is not None
-        first, second = (weights.up[0][0], None) if weights.gate is None else (weights.gate[0][0], weights.up[0][0])
-        if count != 1 or (second is not None and second.stride() != first.stride()):
-            raise RuntimeError(
-                "there are no Triton rows: they are for one FFN, whose gate and up have the same strides"
-            )
-        biases = [None if view is None or view[1] is None else view[1][0] for view in (weights.gate, weights.up)]
-        self._gate_bias, self._up_bias = biases
+        self._gated = weights.gate is not None
+        (first, bias), (second, up_bias) = weights.gate or weights.up, weights.up if weights.gate else (None, None)
+        alike = second is None or second.stride() == first.stride()
+        if not alike or (bias is not None and up_bias is not None and bias.stride() != up_bias.stride()):
+            raise RuntimeError("there are no Triton rows: gate and up have other strides")
+        self._bias_step = next((b.stride(0) for b in (bias, up_bias) if b is not None), 0)
+        self._biases = (bias, up_bias) if self._gated else (None, bias)
         self._inward = _Product(first, self.dtype, second)
-        self._outward = _Product(weights.down[0][0], self.dtype)
-        *inward, self._down_scale = weights.scales_of(0)
-        self._gate_scale, self._up_scale = [None] * (2 - len(inward)) + inward
-        self._down_bias = None if weights.down[1] is None else weights.down[1][0]
-        self._norms = None if weights.norms is None else weights.norms[0]
+        self._outward = _Product(weights.down[0], self.dtype)
+        *inward, self._down_scale = weights.scales or [None] * len(weights.views)
+        self._scales = [None] * (2 - len(inward)) + inward
+        self._down_bias = weights.down[1]
+        self._norms = weights.norms
         self._activation = weights.activation
-        with torch.inference_mode(False):
-            self._h = first.new_empty(first.shape[1], dtype=self.dtype)
+        self._hidden: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor, threshold_x: Tensor, threshold_h: Tensor, kept: Tensor | None = None) -> Tensor:
         """As :class:`.rows.RowsFFN`, with everything where the weights are; ``kept`` is ``[2]``."""
+        return self._run(x, None, None, threshold_x, threshold_h, kept)
+
+    def experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        router: Tensor,
+        threshold_x: Tensor,
+        threshold_h: Tensor,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`.rows.RowsFFN.experts`, with everything where the weights are."""
+        router = router.detach()
+        router = router if router.dtype is self.dtype else router.to(torch.promote_types(self.dtype, torch.float32))
+        return self._run(x, ids.contiguous(), router.contiguous(), threshold_x, threshold_h, kept)
+
+    def _run(
+        self,
+        x: Tensor,
+        ids: Tensor | None,
+        router: Tensor | None,
+        threshold_x: Tensor,
+        threshold_h: Tensor,
+        kept: Tensor | None,
+    ) -> Tensor:
+        inward, chosen = self._inward, 1 if ids is None else len(ids)
+        if chosen not in self._hidden:
+            with torch.inference_mode(False):
+                self._hidden[chosen] = x.new_empty(chosen, inward.outputs)
+        h = self._hidden[chosen]
         with torch.cuda.device_of(x):
-            inward, out = self._inward, torch.empty_like(x, memory_format=torch.contiguous_format)
-            inward(x.reshape(-1), threshold_x, None, kept)
-            inward.kernels.hidden_kernel[(-(-inward.outputs // _FINISH["BLOCK"]),)](
-                inward.partial,
-                self._gate_scale,
-                self._up_scale,
-                self._gate_bias,
-                self._up_bias,
-                self._h,
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+            inward(x.reshape(-1), threshold_x, None, kept, ids)
+            inward.kernels.hidden_kernel[-(-inward.outputs // _FINISH["BLOCK"]), chosen](
+                inward.partial(chosen),
+                *self._scales,
+                *self._biases,
+                h,
+                ids,
+                self._outward.count,
+                self._bias_step,
                 inward.splits,
                 inward.outputs,
                 GATED=self._gated,
@@ -203,6 +279,6 @@ class GPURowsFFN(_Step):
                 ACCUMULATE=inward.accumulate,
                 **_FINISH,
             )
-            self._outward(self._h, threshold_h, self._norms, None if kept is None else kept[1:])
-            self._outward.finish(self._down_scale, self._down_bias, out)
+            self._outward(h, threshold_h, self._norms, None if kept is None else kept[1:], ids, True)
+            self._outward.finish(self._down_scale, self._down_bias, out, ids, router)
         return out

@@ -137,8 +137,32 @@ def test_other_storages_are_refused():
     make = maker(torch.float32)
     assert "not stored input-major" in why_not([(make(6, 8).t(), None)])
     assert "dtypes" in why_not([(make(8, 6), make(6).double())])
-    with pytest.raises(RuntimeError, match="for one FFN"):
-        GPURowsFFN(FFNWeights((make(2, 6, 8), None), (make(2, 6, 8), None), (make(2, 8, 6), None)))
+    with pytest.raises(RuntimeError, match="other strides"):
+        GPURowsFFN(FFNWeights((make(2, 6, 8), None), (make(2, 6, 8, gap=1), None), (make(2, 8, 6), None)))
+
+
+@pytest.mark.parametrize("router", ["narrow", "wide"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_experts_are_those_of_the_reference(dtype, gated, router):
+    make = maker(dtype)
+    fused, bias = make(4, 37, 122), make(4, 122)  # as experts are stored: the parts of one tensor
+    halves = [(fused[..., part], bias[..., part]) for part in (slice(61), slice(61, None))]
+    down, norms = (make(4, 61, 37), make(4, 37)), make(4, 61).abs().float() + 0.5
+    weights = FFNWeights(halves[0] if gated else None, halves[1], down, "silu", norms)
+    x, ids = make(1, 37), torch.tensor([3, 0, 9], device=DEVICE)  # 9: on another device
+    factors = make(3).abs() if router == "narrow" else make(3).abs().to(torch.promote_types(dtype, torch.float32))
+    exact = dtype is not torch.float16  # rounding moves some across there
+    threshold_x, threshold_h = on_device(0.1), on_device(*([0.02, 0.3, 9, 0.04] if exact else [-1] * 4))
+    kept = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    step = GPURowsFFN(weights)
+    found = step.experts(x, ids, factors, threshold_x, threshold_h, kept)
+    expected, counts = reference.experts(weights, x[0], ids, factors, threshold_x, threshold_h)
+    assert kept.tolist() == counts.tolist() and (not exact or 0 < counts[1] < 122)
+    assert found.shape == x.shape
+    assert_close(found[0], expected, dtype)
+    again = step.experts(x, ids[:1], factors[:1], threshold_x, threshold_h)  # another number of them
+    assert_close(again[0], reference.experts(weights, x[0], ids[:1], factors[:1], threshold_x, threshold_h)[0], dtype)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

@@ -27,6 +27,13 @@ def calls(monkeypatch):
             return original(self, *args)
 
         monkeypatch.setattr(kind, "__call__", call)
+    experts = GPURowsFFN.experts
+
+    def of_experts(*args):
+        found.append("experts")
+        return experts(*args)
+
+    monkeypatch.setattr(GPURowsFFN, "experts", of_experts)
     return found
 
 
@@ -51,14 +58,26 @@ def test_rows_give_what_masks_give(model_type, dtype, calls):
     assert set(calls) == {GPURowsLinear, GPURowsFFN}
 
 
-def test_experts_run_masked_and_say_why():
-    model = tiny("mixtral", torch.float64, num_hidden_layers=1).to(DEVICE)
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
+def test_experts_by_rows_give_what_masks_give(model_type, calls):
+    model = tiny(model_type, torch.float64, num_hidden_layers=1 + (model_type == "qwen2_moe")).to(
+        DEVICE
+    )  # its first is dense
+    expected, found = decoded(model, backend="masked"), decoded(model, kernels="triton")
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9)
+    assert [row["kept"] for row in found[2]["inputs"]] == [row["kept"] for row in expected[2]["inputs"]]
+    assert set(found[2]["backends"]) == {"rows"} and "experts" in calls
+
+
+def test_experts_of_another_kind_run_masked_and_say_why():
+    model = tiny("gpt_oss", torch.float64, num_hidden_layers=1).to(DEVICE)
     with prune(model, budget=0.6, kernels="triton") as session:
         found = generate(model, prompt().to(DEVICE), 3)
         reasons = {plan.backend: plan.reason for plan in session.plans}
     expected = decoded(model, backend="masked")
     assert torch.equal(found[0], expected[0])
-    assert set(reasons) == {"rows", "masked"} and "no routed experts" in reasons["masked"]
+    assert set(reasons) == {"rows", "masked"} and "no others" in reasons["masked"]
 
 
 def test_a_second_prompt_has_thresholds_of_its_own(calls):
