@@ -222,8 +222,9 @@ class GPURowsFFN(_Step):
         self._biases = (bias, up_bias) if self._gated else (None, bias)
         self._inward = _Product(first, self.dtype, second)
         self._outward = _Product(weights.down[0], self.dtype)
-        *inward, self._down_scale = weights.scales or [None] * len(weights.views)
-        self._scales = [None] * (2 - len(inward)) + inward
+        scales: Sequence[Tensor | None] = weights.scales or [None] * len(weights.views)
+        *inward, self._down_scale = scales
+        self._scales = [*[None] * (2 - len(inward)), *inward]
         self._down_bias = weights.down[1]
         self._norms = weights.norms
         self._activation = weights.activation
