@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ _installed = False
 
 
 def install() -> None:
-    """Let CPU workers with pop_mm's settings have the masked runner, and let no other worker start with them."""
+    """Let workers with pop_mm's settings have a masked runner, and let none start that would have another."""
     global _installed
     if _installed:  # vLLM loads plug-ins in every process, and may do so again
         return
@@ -34,8 +36,8 @@ def install() -> None:
         if not hasattr(found, "pop_mm"):
             raise EngineError(
                 f"pop_mm's settings were given, but the worker runs {type(found).__module__}.{type(found).__name__}, which the "
-                "plug-in does not know: the model would be served dense. Use vLLM's V1 runner on a CPU "
-                "(VLLM_USE_V2_MODEL_RUNNER=0), or leave pop_mm's settings out."
+                "plug-in does not know: the model would be served dense. Use vLLM's V2 runner on a GPU "
+                "(VLLM_USE_V2_MODEL_RUNNER=1) or either runner on a CPU, or leave pop_mm's settings out."
             )
         available = self.worker.determine_available_memory
         self.worker.determine_available_memory = lambda: found.memory_for_cache(available())
@@ -46,24 +48,38 @@ def install() -> None:
 
 
 def with_masked_runner(init_device: Any, worker: WorkerWrapperBase, config: PopConfig) -> None:
-    """Let a worker make its model runner; a CPU's is the masked one."""
-    if not current_platform.is_cpu():
+    """Let a worker make its model runner; one that the plug-in knows is the masked one."""
+    found = _runner_of(worker.vllm_config)
+    if found is None:
         init_device(worker)
         return
-    from vllm.v1.worker import cpu_worker
+    module, name, masked = found
+    plain = getattr(module, name)
 
-    from .runner import MaskedCPUModelRunner
+    def runner(vllm_config: Any, device: torch.device) -> Any:
+        return masked(config, vllm_config, device)
 
-    plain = cpu_worker.CPUModelRunner
-
-    def runner(vllm_config: Any, device: torch.device) -> MaskedCPUModelRunner:
-        return MaskedCPUModelRunner(config, vllm_config, device)
-
-    cpu_worker.CPUModelRunner = runner
+    setattr(module, name, runner)
     try:
         init_device(worker)
     finally:
-        cpu_worker.CPUModelRunner = plain
+        setattr(module, name, plain)
+
+
+def _runner_of(vllm_config: Any) -> tuple[ModuleType, str, Any] | None:
+    """Where vLLM's workers find the class of their model runner, and the class that masks; None if there is none."""
+    cpu = current_platform.is_cpu()
+    if vllm_config.use_v2_model_runner and (cpu or current_platform.is_cuda_alike()):
+        module = import_module("vllm.v1.worker.cpu.model_runner" if cpu else "vllm.v1.worker.gpu.model_runner")
+        name = "CPUModelRunner" if cpu else "GPUModelRunner"
+        from .v2 import masked_v2
+
+        return module, name, masked_v2(getattr(module, name))
+    if cpu and not vllm_config.use_v2_model_runner:
+        from .v1 import MaskedCPUModelRunner
+
+        return import_module("vllm.v1.worker.cpu_worker"), "CPUModelRunner", MaskedCPUModelRunner
+    return None
 
 
 __all__ = ["install"]

@@ -1,9 +1,9 @@
-"""vLLM's model runner for CPUs, with the inputs of its model masked."""
+"""What vLLM's model runners have in common: weights are loaded, inputs masked, memory shared. :mod:`.v1` and :mod:`.v2` are one each."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from ...config import PopConfig
 from ...errors import EngineError
@@ -21,7 +20,6 @@ from .planned import plan_inputs
 from .rows import ChosenRows, Room
 from .running import Running
 from .takeover import Product, take_over, while_loading
-from .tokens import Tokens, tokens_of
 
 logger = init_logger("vllm.pop_mm")
 _PREFIX = "pop_mm."  # of names in the forward context
@@ -41,26 +39,33 @@ _library.impl("product", _product, "CompositeExplicitAutograd")
 torch.library.register_fake("pop_mm::product", _like_product, lib=_library)
 
 
-class MaskedCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
-    """The V1 runner: a step's tokens are told to the masked inputs, and requests that end are forgotten.
+class MaskedRunner:
+    """Goes in front of a model runner of vLLM among the bases of a class.
+
+    A subclass tells ``pop_mm`` which tokens a forward has, and which requests have ended.
 
     Attributes
     ----------
     pop_mm : Running
     """
 
+    vllm_config: Any
+    compilation_config: Any
+    device: torch.device
+    get_model: Any
+    get_kv_cache_spec: Any
+
     def __init__(self, config: PopConfig, vllm_config: Any, device: torch.device) -> None:
-        super().__init__(vllm_config, device)
+        super().__init__(vllm_config, device)  # type: ignore[call-arg]
         planned = plan_inputs(copy.deepcopy(vllm_config.model_config.hf_config), config)
         self.pop_mm = Running(config, planned, logger.warning)
-        self._pop_mm_group = 0
 
-    def load_model(self, load_dummy_weights: bool = False) -> None:
+    def load_model(self, *arguments: Any, **settings: Any) -> None:
         """As vLLM; then mask what was planned, or raise."""
         running, config = self.pop_mm, self.pop_mm.config
         by_rows = config.chosen_method == "thresholds" and config.backend == "auto" and config.kernels == "auto"
-        with while_loading(running.planned, by_rows) as loaded:
-            super().load_model(load_dummy_weights)
+        with while_loading(running.planned, by_rows and self.device.type == "cpu") as loaded:
+            super().load_model(*arguments, **settings)  # type: ignore[misc]
         product_of = partial(self._product_of, loaded.turned, Room())
         running.inputs = take_over(
             self.get_model(), running.planned, config, loaded.norms, running.complain, product_of
@@ -97,54 +102,48 @@ class MaskedCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
         cache = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())
         return memory * cache // (cache + self.pop_mm.block_bytes)
 
-    def initialize_kv_cache(self, kv_cache_config: Any, *arguments: Any, **settings: Any) -> None:
-        """As vLLM, with statistics beside the KV blocks."""
-        super().initialize_kv_cache(kv_cache_config, *arguments, **settings)
-        groups = self.kv_cache_config.kv_cache_groups
-        whole = [number for number, group in enumerate(groups) if isinstance(group.kv_cache_spec, FullAttentionSpec)]
-        if not whole:
-            raise EngineError(
-                "The model has no layer that attends to the whole prompt, so its KV blocks are given up while it decodes, and "
-                "pop_mm's statistics with them. Leave pop_mm's settings out."
-            )
-        self._pop_mm_group = whole[0]
-        tokens = self.input_batch.block_table[whole[0]].block_size
-        blocks = self.kv_cache_config.num_blocks * (groups[whole[0]].kv_cache_spec.block_size // tokens)
-        total = self.pop_mm.reserve(blocks, self.device)
-        cache = sum(group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in groups)
-        logger.info(
-            "pop_mm: statistics take %d bytes for each %d tokens of KV cache, %.1f MiB in all: %.1f%% of the cache's own",
-            self.pop_mm.block_bytes,
-            tokens,
-            total / 2**20,
-            100 * total / max(1, cache * self.kv_cache_config.num_blocks),
-        )
-
-    def _update_states(self, scheduler_output: Any, *arguments: Any, **settings: Any) -> Any:
-        for request in scheduler_output.finished_req_ids:
-            self.pop_mm.forget(request)
-        return super()._update_states(scheduler_output, *arguments, **settings)
-
-    def _model_forward(self, *arguments: Any, **settings: Any) -> Any:
-        with self.pop_mm.forward(self._pop_mm_tokens()):
-            return super()._model_forward(*arguments, **settings)
-
-    def _pop_mm_tokens(self) -> Tokens:
-        batch = self.input_batch
-        requests, starts = batch.num_reqs, self.query_start_loc.np
-        table = batch.block_table[self._pop_mm_group]
-        return tokens_of(
-            batch.req_ids[:requests],
-            starts[1 : requests + 1] - starts[:requests],
-            batch.num_computed_tokens_cpu[:requests],
-            batch.num_prompt_tokens[:requests],
-            table.get_numpy_array()[:requests],
-            table.block_size,
-        )
-
     def reload_weights(self, *arguments: Any, **settings: Any) -> None:
         """Refuse: choices rest on the norms of the weights that were loaded first."""
         raise EngineError("Weights cannot be loaded again under pop_mm. Start another engine.")
 
 
-__all__ = ["MaskedCPUModelRunner"]
+def reserve(running: Running, kv_cache_config: Any, block_sizes: Sequence[int], device: torch.device) -> int:
+    """Make room for statistics beside the KV blocks.
+
+    Parameters
+    ----------
+    block_sizes : sequence of int
+        Tokens of a block in the block tables of each group of KV caches.
+
+    Returns
+    -------
+    int
+        The group whose block tables say where a prompt's statistics are.
+
+    Raises
+    ------
+    EngineError
+        No group keeps the blocks of a whole prompt.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    whole = [number for number, group in enumerate(groups) if isinstance(group.kv_cache_spec, FullAttentionSpec)]
+    if not whole:
+        raise EngineError(
+            "The model has no layer that attends to the whole prompt, so its KV blocks are given up while it decodes, and "
+            "pop_mm's statistics with them. Leave pop_mm's settings out."
+        )
+    tokens = block_sizes[whole[0]]
+    blocks = kv_cache_config.num_blocks * (groups[whole[0]].kv_cache_spec.block_size // tokens)
+    total = running.reserve(blocks, device)
+    cache = sum(group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in groups)
+    logger.info(
+        "pop_mm: statistics take %d bytes for each %d tokens of KV cache, %.1f MiB in all: %.1f%% of the cache's own",
+        running.block_bytes,
+        tokens,
+        total / 2**20,
+        100 * total / max(1, cache * kv_cache_config.num_blocks),
+    )
+    return whole[0]
+
+
+__all__ = ["MaskedRunner", "logger", "reserve"]

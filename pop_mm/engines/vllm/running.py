@@ -62,8 +62,8 @@ class Running:
         return values if found is rows else found.view(values.shape)
 
     @contextmanager
-    def forward(self, tokens: Tokens) -> Iterator[None]:
-        """Within: the model runs on these tokens.
+    def forward(self, tokens: Tokens | None = None) -> Iterator[None]:
+        """Within: the model runs on these tokens, or on those that ``tokens`` is set to meanwhile.
 
         Raises
         ------
@@ -73,9 +73,10 @@ class Running:
         self.tokens = tokens
         try:
             yield
+            tokens = self.tokens
         finally:
             self.tokens = None
-        if not self._proven:
+        if tokens is not None and not self._proven:
             missed = [masked.name for masked in self.inputs if not masked.saw(tokens)]
             if missed:
                 raise EngineError(

@@ -85,6 +85,10 @@ def _unknown(vllm_config: Any) -> Iterator[tuple[str, str]]:
         yield "speculative decoding is enabled", "Leave --speculative-config out"
     if vllm_config.kv_transfer_config is not None:
         yield "KV caches come from elsewhere, without the prompt's statistics", "Leave --kv-transfer-config out"
+    if vllm_config.device_config.device_type != "cpu" and not model.enforce_eager:
+        yield "CUDA graphs may be captured, which cannot hold what each step decides anew", "Use --enforce-eager"
+    if getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False):
+        yield "some layers see only a part of a prompt's tokens", "Leave --kv-sharing-fast-prefill out"
     if getattr(vllm_config.cache_config, "prefix_match_unit", None) is not None:
         yield (
             "prefixes may end in parts of KV blocks, whose statistics are of whole ones",

@@ -238,9 +238,9 @@ def _sum(values: Tensor) -> Tensor:
     """Sum over ranks; of integers by the group for the CPU, which knows them."""
     if values.is_floating_point():
         return tensor_model_parallel_all_reduce(values)
-    group, values = get_tp_group().cpu_group, values.clone()
-    torch.distributed.all_reduce(values, group=group)
-    return values
+    found = values.to("cpu", copy=True)
+    torch.distributed.all_reduce(found, group=get_tp_group().cpu_group)
+    return found.to(values.device)
 
 
 __all__ = ["Loaded", "Masking", "Product", "take_over", "while_loading"]
