@@ -43,8 +43,11 @@ test-packages: setup
 	$(BIN)/python -m pytest tests/packages -rs
 
 # The plug-in of vLLM, which pins its own torch and transformers: in an environment of its own (3.5 GB).
+# Then again with vLLM's V2 model runner, which is made for GPUs: here on the CPU, its Triton kernels interpreted.
 test-vllm: $(VENV)-vllm/.installed
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 TORCHDYNAMO_DISABLE=1 PYTHONPATH=tests/vllm/interpreted \
+	  $(VENV)-vllm/bin/python -m pytest tests/vllm/test_vllm_tokens.py tests/vllm/test_vllm_v2.py
 
 $(VENV)-vllm/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-vllm

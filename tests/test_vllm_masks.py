@@ -288,7 +288,13 @@ def test_a_layer_that_does_not_ask_its_modules_is_found_by_the_first_forward():
 
 def engine_settings(**changes):
     """vLLM's settings, as far as the plug-in looks at them."""
-    model = dict(runner_type="generate", is_multimodal_model=False, is_encoder_decoder=False, quantization=None)
+    model = dict(
+        runner_type="generate",
+        is_multimodal_model=False,
+        is_encoder_decoder=False,
+        quantization=None,
+        enforce_eager=False,
+    )
     parallel = dict(pipeline_parallel_size=1, data_parallel_size=1, use_ubatching=False)
     parts = dict(quant_config=None, lora_config=None, speculative_config=None, kv_transfer_config=None)
     split = {
@@ -296,7 +302,8 @@ def engine_settings(**changes):
         for name, own in {
             "model_config": model,
             "parallel_config": parallel,
-            "cache_config": dict(prefix_match_unit=None),
+            "cache_config": dict(prefix_match_unit=None, kv_sharing_fast_prefill=False),
+            "device_config": dict(device_type="cpu"),
         }.items()
     }
     found = SimpleNamespace(
@@ -347,10 +354,13 @@ def test_settings_that_have_no_way(values, said):
         ({"data_parallel_size": 2}, "data parallelism is enabled"),
         ({"use_ubatching": True}, "two halves"),
         ({"prefix_match_unit": 16}, "parts of KV blocks"),
+        ({"kv_sharing_fast_prefill": True}, "see only a part of a prompt's tokens"),
+        ({"device_type": "cuda"}, "CUDA graphs may be captured"),
     ],
 )
 def test_what_the_engine_was_asked_for_and_has_no_way(changes, said):
     check_engine(engine_settings())
+    check_engine(engine_settings(device_type="cuda", enforce_eager=True))
     with pytest.raises(EngineError, match=re.escape(said)):
         check_engine(engine_settings(**changes))
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from helpers.tiny_models import tiny
 from pop_mm import PopConfig
-from pop_mm.engines.vllm.planned import plan_inputs
+from pop_mm.engines.vllm import runner
+from pop_mm.engines.vllm.planned import Planned, plan_inputs
 from pop_mm.errors import ConfigError, EngineError
 
 
@@ -38,11 +39,22 @@ def test_wrong_settings(llama):
         refused(llama, {"budget": 0.01, "method": "pop"})
 
 
-def test_routed_experts(tmp_path):
-    folder = tmp_path / "mixtral"
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixtral")
     tiny("mixtral", torch.float32, hidden_size=64, num_attention_heads=2, num_key_value_heads=2).save_pretrained(folder)
-    with pytest.raises(EngineError, match="routed experts"):
-        refused(str(folder), {"ratio": 0.2}, max_model_len=128)
+    return str(folder)
+
+
+def test_routed_experts(mixtral):
+    with pytest.raises(EngineError, match=r"does not prune MixtralForCausalLM in this engine: its routed experts"):
+        refused(mixtral, {"ratio": 0.2}, max_model_len=128)
+
+
+def test_routed_experts_that_no_plan_knows_are_found_in_vllms_model(mixtral, monkeypatch):
+    monkeypatch.setattr(runner, "plan_inputs", lambda hf_config, config: Planned((), (), ()))
+    with pytest.raises(EngineError, match=r"^model\.layers\.0\.\S*experts\S* is a \w*RoutedExperts: vLLM computes"):
+        refused(mixtral, {"ratio": 0.2}, max_model_len=128)
 
 
 def test_lora(llama):

@@ -1,7 +1,10 @@
-"""vLLM with the plug-in gives the tokens of pop_mm's masked reference in transformers, whatever else runs in its batches."""
+"""vLLM with the plug-in gives the tokens of pop_mm's masked reference in transformers, whatever else runs in its batches.
+
+``make test-vllm`` runs this file twice: with vLLM's V1 model runner for CPUs, and with its V2 runner.
+"""
 
 import pytest
-from serving import answers, engine, in_transformers, metric, prompts_of, save_llama
+from serving import V2, answers, engine, in_transformers, metric, prompts_of, save_llama
 
 TOKENS = 12
 SETTINGS = {
@@ -50,6 +53,11 @@ def test_tokens_are_those_of_transformers(chunked, prompts, wanted, requests):
     assert metric(chunked, "vllm:prefix_cache_hits") - hits >= 64 * requests
 
 
+def test_the_model_runner_is_the_one_that_was_asked_for(chunked):
+    (found,) = chunked.collective_rpc(lambda worker: type(worker.model_runner).__module__)
+    assert found == ("pop_mm.engines.vllm.v2" if V2 else "pop_mm.engines.vllm.v1")
+
+
 def test_something_is_left_out(llama, prompts, wanted):
     assert in_transformers(llama, {"ratio": 0.0}, prompts[:4], TOKENS) != wanted[:4]
 
@@ -88,6 +96,7 @@ def test_preemption(llama, settings, prompts):
         assert metric(llm, "vllm:num_preemptions") > 0
 
 
+@pytest.mark.skipif(V2, reason="compiled code would ask the interpreted Triton for a device")
 @BOTH
 def test_compiled(llama, settings, prompts, wanted):
     with engine(llama, settings, enforce_eager=False) as llm:

@@ -89,9 +89,7 @@ class MaskedV2Runner(MaskedRunner):
                 f"The model keeps its requests in a {type(self.model_state).__name__}, which the plug-in does not know: it would "
                 "be served dense. Leave pop_mm's settings out."
             )
-        self.model_state = MaskedModelState(
-            self.vllm_config, self.model, self.encoder_cache, self.device, self.pop_mm
-        )
+        self.model_state = MaskedModelState(self.vllm_config, self.model, self.encoder_cache, self.device, self.pop_mm)
         if self.device.type != "cpu":
             logger.warning(NOT_RUN)
 
