@@ -1,11 +1,16 @@
 """The vLLM plug-in on a real model: its tokens against transformers', and the speed of one running request.
 
-Run in the environment of ``make test-vllm``: ``python benchmarks/vllm_engine.py MODEL [tokens | speed | forced] [--settings JSON]``.
+Run in the environment of ``make test-vllm``: ``python benchmarks/vllm_engine.py MODEL [tokens | forced | speed] [--settings
+JSON]``.
+
 ``tokens`` asks for 1, 4 and 16 answers at once (prefix cache on, chunks of 64 tokens), then with so few KV blocks that requests
 are preempted, and compares each answer with pop_mm's masked reference in transformers. ``--floor`` compares that reference with
-itself on another attention kernel too: thresholds are so sharp that rounding alone changes tokens. ``speed`` measures decode
-milliseconds of one request, dense and pruned engines in turn, each in a process of its own. ``forced`` gives vLLM and transformers
-the same answers, token by token, and compares thresholds, which entries pass them, and logits at each step.
+itself on another attention kernel too: thresholds are so sharp that rounding alone changes tokens.
+
+``forced`` shows that it is rounding. vLLM and transformers get the same answers, token by token; thresholds, entries that pass
+them and logits are compared at each step. So is transformers with itself, with noise of the size of rounding.
+
+``speed`` measures decode milliseconds of one request, dense and pruned engines in turn, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -185,10 +190,12 @@ class Trace:
         self.logits: list[Any] = []
 
     def step(self) -> None:
+        """A decode step begins."""
         self.scores.append([])
         self.bounds.append([])
 
     def add(self, scores: Any, bound: Any) -> None:
+        """Note the next input of the step."""
         self.scores[-1].append(scores.flatten().clone())
         self.bounds[-1].append(bound.flatten()[0].clone())
 
@@ -279,6 +286,7 @@ class Differences:
         self.same = self.steps = 0
 
     def add(self, a: Trace, b: Trace) -> None:
+        """Compare two traces of one answer."""
         first = True
         assert [len(step) for step in a.scores[: len(a.logits)]] == [len(step) for step in b.scores[: len(a.logits)]]
         for step, (ours, theirs) in enumerate(zip(a.logits, b.logits, strict=True)):
@@ -300,6 +308,7 @@ class Differences:
             self.steps += 1
 
     def show(self) -> None:
+        """Print them."""
         size = sorted(abs(each) for each in self.bounds)
         print(
             f"{self.name}: thresholds differ by {statistics.median(size):.1e} (median), {size[-1]:.1e} (most), "

@@ -16,14 +16,13 @@ os.environ.update(
     VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
 )
 
-V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"  # make test-vllm runs some tests a second time so
-
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import pop_mm
 
 VOCAB, BLOCK = 384, 32
+V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"  # make test-vllm runs some tests a second time so
 
 
 def save_llama(folder: Path, **settings) -> str:

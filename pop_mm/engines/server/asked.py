@@ -110,9 +110,10 @@ def parse(data: bytes) -> dict[str, Any]:
         400: it is none.
     """
     try:
-        body = json.loads(data, parse_constant=_no_number)
+        body = json.loads(data, parse_constant=_no_number, parse_int=_integer)
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"The body is not valid JSON: {error}.", "invalid_json") from None
+        said = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise RequestError(400, f"The body is not valid JSON: {said}.", "invalid_json") from None
     if not isinstance(body, dict):
         raise RequestError(400, f"The body must be a JSON object; got {type(body).__name__}.", "invalid_json")
     return body
@@ -120,6 +121,13 @@ def parse(data: bytes) -> dict[str, Any]:
 
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _integer(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # Python reads no more than 4,300 digits
+        raise ValueError(f"it has a number of {len(digits):,} digits") from None
 
 
 def check(body: Mapping[str, Any], name: str, config: PopConfig, takes_images: bool, limits: Limits) -> Asked:

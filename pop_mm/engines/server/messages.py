@@ -39,6 +39,7 @@ def _check_content(where: str, message: Mapping[str, Any], takes_images: bool) -
     if content is None and message["role"] == "assistant" and message.get("tool_calls"):
         return
     if isinstance(content, str):
+        _check_text(where, content)
         return
     if not isinstance(content, list) or not content:
         raise _wrong(where, "must be a text or a list of parts")
@@ -46,11 +47,20 @@ def _check_content(where: str, message: Mapping[str, Any], takes_images: bool) -
         place = f"{where}[{number}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
+            _check_text(f"{place}.text", part["text"])
             continue
         if kind == "image_url":
             _check_image(place, part, takes_images)
             continue
         raise _wrong(place, 'must be {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}')
+
+
+def _check_text(where: str, text: str) -> None:
+    """JSON may escape halves of characters, which are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _wrong(where, f"has half of a character, {text[error.start]!a}, at place {error.start}") from None
 
 
 def _check_image(where: str, part: Mapping[str, Any], takes_images: bool) -> None:
