@@ -1,4 +1,4 @@
-"""The vLLM plug-in on a real model: its tokens against transformers', and the speed of one running request.
+"""The vLLM plug-in on a real model: its tokens against transformers, and its speed.
 
 Run in the environment of ``make test-vllm``: ``python benchmarks/vllm_engine.py MODEL [tokens | forced | speed] [--settings
 JSON]``.
@@ -10,7 +10,7 @@ itself on another attention kernel too: thresholds are so sharp that rounding al
 ``forced`` shows that it is rounding. vLLM and transformers get the same answers, token by token; thresholds, entries that pass
 them and logits are compared at each step. So is transformers with itself, with noise of the size of rounding.
 
-``speed`` measures decode milliseconds of one request, dense and pruned engines in turn, each in a process of its own.
+``speed`` measures the milliseconds of a decode step, dense and pruned engines in turn, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--floor", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=1, help="running ones, for speed")
     parser.add_argument("--dtype", default="float32")
     return parser.parse_args()
 
@@ -129,16 +130,16 @@ def tokens(arguments: argparse.Namespace) -> None:
 
 
 def one(arguments: argparse.Namespace) -> None:
-    """Decode milliseconds of one request, after a warm-up; printed as JSON."""
+    """Milliseconds of a decode step of all requests, after a warm-up; printed as JSON."""
     from vllm import SamplingParams
 
     llm = engine(arguments.model, arguments.settings, block_size=128, dtype=arguments.dtype, enable_prefix_caching=True)
-    prompt = [100 + 37 * i % 40000 for i in range(200)]
+    asked = [[100 + (37 + 2 * number) * i % 40000 for i in range(200)] for number in range(arguments.requests)]
 
     def seconds(count: int) -> float:
         start = time.perf_counter()
         llm.generate(
-            [{"prompt_token_ids": prompt}],
+            [{"prompt_token_ids": prompt} for prompt in asked],
             SamplingParams(temperature=0, max_tokens=count, ignore_eos=True),
             use_tqdm=False,
         )
@@ -161,13 +162,15 @@ def speed(arguments: argparse.Namespace) -> None:
                 json.dumps(settings),
                 "--dtype",
                 arguments.dtype,
+                "--requests",
+                str(arguments.requests),
             ]
             output = subprocess.run(call, check=True, capture_output=True, text=True).stdout
             shown.setdefault(json.dumps(settings), []).extend(json.loads(output.strip().splitlines()[-1]))
     dense = shown["null"]
     for name, times in shown.items():
         print(
-            f"{name}: median {statistics.median(times):.2f} ms a token, lowest {min(times):.2f}; dense / this "
+            f"{name}: median {statistics.median(times):.2f} ms a step, lowest {min(times):.2f}; dense / this "
             f"{statistics.median(dense) / statistics.median(times):.2f} (lowest {min(dense) / min(times):.2f})",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""What vLLM's model runners have in common: weights are loaded, inputs masked, memory shared. :mod:`.v1` and :mod:`.v2` are one each."""
+"""What vLLM's model runners, of :mod:`.v1` and :mod:`.v2`, have in common: they load weights, mask inputs and share memory."""
 
 from __future__ import annotations
 
