@@ -28,6 +28,7 @@ from measure import Verdict, available_cores, machine_facts, print_machine, prin
 from pop_mm.evaluation import Score, score_texts, step_logits
 from pop_mm.evaluation.fidelity import pruned_step_logits
 from pop_mm.evaluation.intervals import Interval, bootstrap
+from pop_mm.methods import get_method
 from pop_mm.passages import load_passages
 from pop_mm.samples import load
 
@@ -72,7 +73,10 @@ def read_passages(tokenizer: Any, count: int | None, tokens: int) -> dict[str, T
 def config_for(method: Method, ratio: float, prefill: str = "dense", backend: str = "masked") -> pop_mm.PopConfig:
     """The session settings of a method."""
     return pop_mm.PopConfig(
-        ratio=ratio, scope="ffn", gamma=method.gamma, variant=method.variant, prefill=prefill, backend=backend
+        ratio=ratio,
+        scope="ffn",
+        method=get_method(method.variant).replace(gamma=method.gamma, prefill=prefill),
+        backend=backend,
     )
 
 

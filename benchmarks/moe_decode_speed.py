@@ -282,7 +282,9 @@ def measure_shape(shape: Shape, rounds: int, evict: Evictor, kernels: str) -> Re
     def weights(tokens: int) -> Tensor:
         return torch.full((tokens, shape.top_k), 1 / shape.top_k, dtype=torch.bfloat16)
 
-    config = pop_mm.PopConfig(ratio=1 - KEPT + GAMMA / 2, scope="ffn", gamma=GAMMA, backend="inplace", kernels=kernels)
+    config = pop_mm.PopConfig(
+        ratio=1 - KEPT + GAMMA / 2, scope="ffn", method=pop_mm.Pop(gamma=GAMMA), backend="inplace", kernels=kernels
+    )
     session = pop_mm.prune(stack, config, adapter=ExpertsAdapter())
     width = session.plans[0].sizes.width
     with session:

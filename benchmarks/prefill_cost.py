@@ -71,9 +71,9 @@ class Row:
         return self.statistics + self.partition + self.reordering
 
 
-def settings_of(prefill: str) -> dict[str, Any]:
-    """The settings of :class:`pop_mm.PopConfig` that a name in :data:`PREFILLS` stands for."""
-    return {"prefill": "dense" if prefill == "dense" else "partition", **PREFILLS[prefill]}
+def method_of(prefill: str) -> pop_mm.Pop:
+    """The method that a name in :data:`PREFILLS` stands for."""
+    return pop_mm.Pop(prefill="dense" if prefill == "dense" else "partition", **PREFILLS[prefill])
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def measure(model: Any, texts: Sequence[Tensor], ratio: float, rounds: int) -> t
                 model(first, use_cache=True, logits_to_keep=1)
                 seconds = time.perf_counter() - started
                 continue
-            config = pop_mm.PopConfig(ratio, **settings_of(variant[1]))
+            config = pop_mm.PopConfig(ratio, method=method_of(variant[1]))
             with without_library(variant[0] == TORCH), pop_mm.prune(model, config) as session:
                 costs[variant] = cost(model, session, first, token), cost(model, session, second, token)
             channels = sum(plan.sizes.channels for plan in session.plans)
@@ -191,14 +191,14 @@ def measure(model: Any, texts: Sequence[Tensor], ratio: float, rounds: int) -> t
 
 def quality(model: Any, texts: Sequence[Tensor], ratio: float, scored: int) -> dict[str, dict[str, float]]:
     """KL to the dense model and share of equal top tokens over the steps after each text's prompt, by way to prefill."""
-    ways = {"dense": {"prefill": "dense"}, "partition": {"prefill": "partition"}}
-    ways |= {f"probe {n}": {"prefill": "partition", "probe_tokens": n} for n in PROBES}
+    ways = {"dense": pop_mm.Pop(), "partition": pop_mm.Pop(prefill="partition")}
+    ways |= {f"probe {n}": pop_mm.Pop(prefill="partition", probe_tokens=n) for n in PROBES}
     scores: dict[str, list[Any]] = {name: [] for name in ways}
     for ids in texts:
         prompt = ids.shape[1] - 1 - scored
         dense = step_logits(model, ids, prompt)
-        for name, settings in ways.items():
-            config = pop_mm.PopConfig(ratio, backend="masked", **settings)  # type: ignore[arg-type]
+        for name, method in ways.items():
+            config = pop_mm.PopConfig(ratio, backend="masked", method=method)
             scores[name] += score_texts(model, ids, prompt, config, dense)
     return {
         name: {key: statistics.mean(getattr(score, key) for score in found) for key in ("kl", "agreement")}

@@ -209,7 +209,11 @@ def measure_shape(
     for kept_share, target in shape.targets.items():
         # |R| + |C| = (1 - r + gamma / 2) D
         config = pop_mm.PopConfig(
-            ratio=1 - kept_share + GAMMA / 2, scope="ffn", gamma=GAMMA, backend="inplace", kernels="stock"
+            ratio=1 - kept_share + GAMMA / 2,
+            scope="ffn",
+            method=pop_mm.Pop(gamma=GAMMA),
+            backend="inplace",
+            kernels="stock",
         )
         session = pop_mm.prune(stack, config)
         width = session.plans[0].sizes.width

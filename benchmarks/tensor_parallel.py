@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     passages = read_passages(AutoTokenizer.from_pretrained(folder), count, prompt + continuation + 1)
     model = load(folder)
     settings: dict[str, dict[str, Any]] = {
-        'POP, tp_partition="global"': {"ratio": args.ratio, "tp_partition": "global"},
+        'POP, tp_partition="global"': {"ratio": args.ratio, "method": pop_mm.Pop(tp_partition="global")},
         'POP, tp_partition="shard"': {"ratio": args.ratio},
         "thresholds": {"budget": 0.65},
     }

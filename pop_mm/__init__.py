@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .adapters import register_adapter
     from .config import PopConfig
     from .errors import AdapterError, ConfigError, NonFiniteError, PhaseError, PopError, SessionError
+    from .expert_policy import ExpertPolicy
+    from .methods import Pop, Thresholds
     from .scoring import Scorer, register_scorer
     from .session import Session, prune
     from .tuning import tune
@@ -21,22 +23,28 @@ __version__ = "0.2.0"
 __all__ = [
     "AdapterError",
     "ConfigError",
+    "ExpertPolicy",
     "NonFiniteError",
     "PhaseError",
+    "Pop",
     "PopConfig",
     "PopError",
     "Scorer",
     "Session",
     "SessionError",
+    "Thresholds",
     "prune",
     "register_adapter",
     "register_scorer",
     "tune",
 ]
 _HOME = {
+    "ExpertPolicy": "expert_policy",
+    "Pop": "methods",
     "PopConfig": "config",
     "Scorer": "scoring",
     "Session": "session",
+    "Thresholds": "methods",
     "prune": "session",
     "register_adapter": "adapters",
     "register_scorer": "scoring",

@@ -131,9 +131,10 @@ class Attachment(ABC):
         if config.kernels == "triton":
             gpu.require(plan.ffn.device for plan in pruned)
         experts = next((plan.ffn.name for plan in pruned if isinstance(plan.ffn, Experts)), None)
-        if config.probe_tokens and experts is not None:
+        probe_tokens = getattr(config.chosen, "probe_tokens", 0)
+        if probe_tokens and experts is not None:
             raise ConfigError(
-                f"probe_tokens={config.probe_tokens} is not for mixtures of experts: the few tokens would not reach every one of "
+                f"probe_tokens={probe_tokens} is not for mixtures of experts: the few tokens would not reach every one of "
                 f"the experts of {experts}. Use prefill='partition' without probe_tokens."
             )
         before = getattr(self, "_inplace", None)

@@ -47,7 +47,7 @@ class ChannelEngine(ChannelStatistics):
 
     def _enough(self, ffn: FFNState) -> Tensor | None:
         """``[U]``, boolean: units that have seen enough tokens; None if the prompt did not run the FFN."""
-        least = 1 if ffn.experts is None else self.config.min_tokens
+        least = 1 if ffn.experts is None else self.config.experts.min_tokens
         return None if ffn.seen is None else ffn.seen >= least
 
     def rank(self, index: int, state: PromptState, modality_weights: Mapping[str, float]) -> Partition:
@@ -127,11 +127,11 @@ class ChannelEngine(ChannelStatistics):
         decode = None if forward.phase is Phase.PREFILL else (step.number >= 0).nonzero().squeeze(1)
         if decode is None or step.counted is None or bool(step.counted.any()):
             self.observe(index, forward, step, h, positions)
-        if decode is None and self.config.prefill == "dense":
+        if decode is None and self.method.prefill == "dense":
             return h
         self.partition(index, state)
         result = h.clone()
-        if self.config.prefill == "partition":
+        if self.method.prefill == "partition":
             result = h.where(self._own(index, self._allowed(index, state, step, positions)), 0)
         if decode is not None and len(decode):
             tokens = h[decode]

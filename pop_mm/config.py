@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import json
-import math
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
+from .checks import check_budget, check_choice, check_share, is_number
+from .deprecated import OLD_NAMES, accepts_old_names, moved, old_values
 from .errors import ConfigError
-from .methods import ChannelMethod, Method, get_method
+from .expert_policy import ExpertPolicy, check_policy
+from .methods import ChannelMethod, Method, chosen_method, get_method
 from .modality import MODALITIES
-from .scoring import Scorer, get_scorer
+from .scoring import get_scorer
 
 _CHOICES = {
     "scope": ("overall", "ffn"),
-    "prefill": ("dense", "partition"),
     "batch": ("shared", "per_sequence"),
     "backend": ("auto", "masked", "inplace"),
-    "variant": ("pop", "static", "full"),
-    "unseen": ("dense", "weights"),
-    "expert_score": ("plain", "routed"),
     "kernels": ("auto", "stock", "compiled", "triton"),
-    "tp_partition": ("shard", "global"),
 }
 DEFAULT_BUDGET = 0.65
-# "batch" too: each sequence has its own thresholds either way
-_OF_THRESHOLDS = ("scope", "budget", "method", "batch", "backend", "kernels", "prune_shared", "head_budget")
+_OF_POP = ("layer_ratios", "modality_weights")  # not "batch": each sequence has its own thresholds either way
 
 
+@accepts_old_names
 @dataclass(frozen=True)
 class PopConfig:
     """Settings of one pruning session.
@@ -47,38 +43,14 @@ class PopConfig:
         What ``ratio`` is a share of: the attention and FFN weights of all blocks (as the paper quotes it; the FFN ratio
         is raised so that the total matches, since attention stays), or each FFN's channels. Of a ``budget``: the bytes of
         the decoder layers' attention and FFNs, or of the FFNs alone (attention then stays dense).
-    gamma : float
-        Share of an FFN's channels that are candidates, in [0, 1] (paper: partition fraction). One that does not fit the
-        ratio is clamped, and the report says so.
-    prefill : {"dense", "partition"}
-        Whether the prompt runs on the whole FFN, or (as in the paper) is completed on R and C only.
-    probe_tokens : int
-        With ``prefill="partition"``: how many tokens of each sequence's prompt, evenly spaced, each FFN ranks its channels by
-        before it runs all of them on R and C only, gate and up too. 0: all tokens rank, and only down is narrow. Not
-        for mixtures of experts.
     batch : {"shared", "per_sequence"}
         One partition and step mask for the whole batch (the paper), or one for each row.
     backend : {"auto", "masked", "inplace"}
         ``inplace`` is fast; ``masked`` is the reference, works on any module and saves no time; ``auto`` chooses for
         each FFN. Thresholds are masked or, with ``auto``, read by rows.
-    scorer : str or Scorer
-        ``"wanda"`` (the paper's score), ``"activation"``, or an own :class:`~pop_mm.scoring.Scorer`.
     layer_ratios : mapping of int to float
         FFN ratio of single layers, e.g. ``{0: 0.0}`` keeps layer 0 dense. With ``scope="overall"`` the other layers make
         up for it, so that the overall ratio still holds.
-    round_to : int
-        Rounds |R| + |C| up to a multiple of this, for kernels that need it; the active channels do not change.
-    variant : {"pop", "static", "full"}
-        Deprecated: ``method`` has them all.
-    min_tokens : int
-        Tokens that a routed expert must have seen before it is partitioned.
-    unseen : {"dense", "weights"}
-        What happens to an expert that the prompt sent fewer tokens: it runs ``dense`` until it has seen enough of them
-        while decoding, or it is partitioned at once by the norms of its ``weights``.
-    expert_score : {"plain", "routed"}
-        Whether a token's activations count in an expert's scores as they are, or times the router's weight.
-    prune_shared : bool
-        Whether shared experts, which see every token, are pruned like dense FFNs.
     modality_weights : mapping of str to float
         How much a modality ("text", "image", "video") counts in the prompt's scores of a vision-language model: the
         squared activations of its tokens are multiplied by this. 1 for those that are not named, which is the paper's
@@ -96,18 +68,16 @@ class PopConfig:
     budget : float, optional
         Share of the weight bytes in ``scope`` that a decoded token reads, in (0, 1]; of routed experts, those that a token
         uses. 1 is the dense model, bit for bit. POP reads R and C of gate, up and down.
-    head_budget : float, optional
-        For thresholds: share of the lm_head's weight bytes that a decoded token reads, in (0, 1], beyond ``budget``. None: all.
     method : str or Method
-        What a decode step leaves out: ``"auto"``, the name of a registered :class:`~pop_mm.methods.Method`, or an instance.
+        What a decode step leaves out: ``"auto"``, the name of a registered :class:`~pop_mm.methods.Method`, or an instance with
+        settings of its own: ``Pop(gamma=0.2)``, ``Thresholds(head_budget=0.7)``. It is an instance, or ``"auto"``, afterwards.
         ``thresholds``: the entries of each matrix's input that are below a threshold from the prompt, for each sequence by
         itself; it takes a budget alone, and is fast for one sequence on a CPU with a C compiler. ``pop``: the paper. Its
         ablations, for comparison: ``static`` keeps the prompt's best channels for every step (no candidates), ``full`` chooses
         among all channels at every step (best quality, computes everything, saves nothing). ``auto``: ``pop`` if a ratio is
         given, else ``thresholds``.
-    tp_partition : {"shard", "global"}
-        POP on a model that is spread over processes (``tp_plan="auto"``): each chooses among its own channels, as many in each,
-        and sends nothing for it; or all choose together, as one process would, and send the candidates' activations at each step.
+    experts : ExpertPolicy
+        How experts are pruned.
 
     Raises
     ------
@@ -117,53 +87,27 @@ class PopConfig:
 
     ratio: float | None = None
     scope: Literal["overall", "ffn"] = "overall"
-    gamma: float = 0.1
-    prefill: Literal["dense", "partition"] = "dense"
+    _: KW_ONLY
     batch: Literal["shared", "per_sequence"] = "shared"
     backend: Literal["auto", "masked", "inplace"] = "auto"
-    scorer: str | Scorer = "wanda"
     layer_ratios: Mapping[int, float] = field(default_factory=dict)
-    round_to: int = 1
-    variant: Literal["pop", "static", "full"] = "pop"
-    min_tokens: int = 1
-    unseen: Literal["dense", "weights"] = "dense"
-    expert_score: Literal["plain", "routed"] = "plain"
-    prune_shared: bool = True
     modality_weights: Mapping[str, float] = field(default_factory=dict)
     kernels: Literal["auto", "stock", "compiled", "triton"] = "auto"
-    probe_tokens: int = 0
     budget: float | None = None
     method: str | Method = "auto"
-    head_budget: float | None = None
-    tp_partition: Literal["shard", "global"] = "shard"
+    experts: ExpertPolicy = field(default_factory=ExpertPolicy)
 
     def __post_init__(self) -> None:
         self._settle_amount()
-        _check_number("gamma", self.gamma, upper_open=False)
         for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
-        get_scorer(self.scorer)
-        for name in ("round_to", "min_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer; got {value!r}.")
-        if isinstance(self.probe_tokens, bool) or not isinstance(self.probe_tokens, int) or self.probe_tokens < 0:
-            raise ConfigError(f"probe_tokens must be an integer from 0; got {self.probe_tokens!r}.")
-        if self.probe_tokens and self.prefill != "partition":
-            raise ConfigError(
-                f"probe_tokens={self.probe_tokens} is for prefill='partition', where the prompt is completed on the channels "
-                f"that these tokens choose; got prefill={self.prefill!r}."
-            )
-        if not isinstance(self.prune_shared, bool):
-            raise ConfigError(f"prune_shared must be true or false; got {self.prune_shared!r}.")
+            check_choice(name, getattr(self, name), choices)
+        check_policy(self.experts)
         if not isinstance(self.layer_ratios, Mapping):
             raise ConfigError(f"layer_ratios must map layer numbers to FFN ratios; got {self.layer_ratios!r}.")
         for layer, ratio in self.layer_ratios.items():
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise ConfigError(f"layer_ratios: a layer is an integer from 0; got {layer!r}.")
-            _check_number(f"layer_ratios[{layer}]", ratio, upper_open=True)
+            check_share(f"layer_ratios[{layer}]", ratio, upper_open=True)
         object.__setattr__(self, "layer_ratios", dict(self.layer_ratios))
         _check_modality_weights(self.modality_weights)
         object.__setattr__(self, "modality_weights", dict(self.modality_weights))
@@ -177,7 +121,7 @@ class PopConfig:
     def _settle_amount(self) -> None:
         """One of ratio and budget."""
         if self.ratio is not None:
-            _check_number("ratio", self.ratio, upper_open=True)
+            check_share("ratio", self.ratio, upper_open=True)
         elif self.budget is None:
             object.__setattr__(self, "budget", DEFAULT_BUDGET)
         if self.budget is None:
@@ -187,44 +131,26 @@ class PopConfig:
                 f"ratio={self.ratio!r} and budget={self.budget!r} were both given. Give one: a ratio is the share that POP "
                 "leaves out, a budget the share of bytes that is read."
             )
-        if not _is_number(self.budget) or not 0 < self.budget <= 1:
-            raise ConfigError(f"budget must be a number in (0, 1]; got {self.budget!r}.")
+        check_budget("budget", self.budget)
 
     def _settle_method(self) -> None:
-        """The variant says what the method says, and nothing is set that the method does not have."""
-        if self.method != "auto":
-            get_method(self.method)
-        if self.variant in ("static", "full") and self.method == "auto":
-            warnings.warn(
-                f"variant={self.variant!r} is deprecated; use method={self.variant!r}.",
-                DeprecationWarning,
-                stacklevel=4,
-            )
-            object.__setattr__(self, "method", self.variant)
-        if self.variant != "pop" and self.chosen_method != self.variant:
-            raise ConfigError(f"variant={self.variant!r} contradicts method={self.chosen_method!r}. Leave variant out.")
-        if self.chosen_method in ("static", "full"):
-            object.__setattr__(self, "variant", self.chosen_method)
-        if self.head_budget is not None and (not _is_number(self.head_budget) or not 0 < self.head_budget <= 1):
-            raise ConfigError(f"head_budget must be a number in (0, 1]; got {self.head_budget!r}.")
+        """An instance, and nothing is set that the method does not have."""
+        if isinstance(self.method, Method):
+            self.method.check()
+        elif self.method != "auto":
+            object.__setattr__(self, "method", get_method(self.method))
         if self.chosen_method != "thresholds":
-            if self.head_budget is not None:
-                raise ConfigError(
-                    f"head_budget={self.head_budget!r} is a setting of method='thresholds', and has no meaning for "
-                    f"method={self.chosen_method!r}, where the lm_head stays dense. Leave it out."
-                )
             return
         if self.ratio is not None:
             raise ConfigError(
                 f"method='thresholds' takes a budget, the share of bytes that is read, not ratio={self.ratio!r}. Give budget=, "
                 "or method='pop'."
             )
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            default = {} if setting.default is MISSING else setting.default
-            if value != default and setting.name not in _OF_THRESHOLDS:
+        experts = {name: value for name, value in self.experts.changes().items() if name != "prune_shared"}
+        for name, value in {**{name: getattr(self, name) for name in _OF_POP}, **experts}.items():
+            if value:
                 raise ConfigError(
-                    f"{setting.name}={value!r} is a setting of POP, and has no meaning for method='thresholds'. Leave it out, or "
+                    f"{name}={value!r} is a setting of POP, and has no meaning for method='thresholds'. Leave it out, or "
                     "set method='pop'."
                 )
         if self.backend == "inplace" or self.kernels == "compiled":
@@ -236,18 +162,19 @@ class PopConfig:
     @property
     def chosen_method(self) -> str:
         """Name of the method, what ``auto`` stands for included."""
-        if isinstance(self.method, Method):
-            return self.method.name
-        if self.method != "auto":
-            return self.method
-        return "thresholds" if self.ratio is None else "pop"
+        return self.chosen.name
+
+    @property
+    def chosen(self) -> Method:
+        """The method, what ``auto`` stands for included."""
+        return chosen_method(self.method, self.ratio)
 
     @property
     def channel_method(self) -> ChannelMethod:
         """The method itself, which leaves out channels."""
-        method = self.method if isinstance(self.method, Method) else get_method(self.chosen_method)
+        method = self.chosen
         if not isinstance(method, ChannelMethod):
-            raise ConfigError(f"method={self.chosen_method!r} leaves out no channels.")
+            raise ConfigError(f"method={method.name!r} leaves out no channels.")
         return method
 
     @property
@@ -256,24 +183,39 @@ class PopConfig:
         return f"ratio {self.ratio:g}" if self.ratio is not None else f"budget {self.budget:g}, {self.chosen_method}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as :meth:`from_dict` takes them. An own scorer or method appears by its name."""
+        """Plain values, as :meth:`from_dict` takes them. An own scorer or method appears by its name.
+
+        Settings of the method are in ``"method_settings"``, and with those of experts there by their old names too, which go in
+        the next version.
+        """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["scorer"] = self.scorer if isinstance(self.scorer, str) else self.scorer.name
         values["method"] = self.method.name if isinstance(self.method, Method) else self.method
+        values["method_settings"] = self.chosen.to_dict()
+        values["experts"] = self.experts.to_dict()
         values["modality_weights"] = dict(self.modality_weights)
         values["layer_ratios"] = {str(layer): ratio for layer, ratio in self.layer_ratios.items()}
-        return values
+        return {**values, **old_values(self.method, self.ratio, self.experts)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PopConfig:
         """A config from plain values; unknown keys are an error."""
-        known = [f.name for f in fields(cls)]
+        known = [*(f.name for f in fields(cls)), "method_settings"]
         for key in values:
-            if key not in known:
-                close = get_close_matches(key, known, 1)
+            if key not in (*known, *OLD_NAMES):
+                close = get_close_matches(key, (*known, *OLD_NAMES), 1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(f"Unknown setting {key!r}; known: {', '.join(known)}.{hint}")
         values = dict(values)
+        if isinstance(values.get("experts"), Mapping):
+            values["experts"] = ExpertPolicy.from_dict(values["experts"])
+        copies = "method_settings" in values
+        settings = values.pop("method_settings", {})
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"method_settings must map settings of the method to their values; got {settings!r}.")
+        method = chosen_method(values.get("method", "auto"), values.get("ratio"))
+        if changed := {name: value for name, value in settings.items() if value != method.to_dict().get(name, MISSING)}:
+            values["method"] = method.replace(**changed)
+        values = moved({**values, "copies": copies})
         layers = values.get("layer_ratios")
         if isinstance(layers, Mapping):
             try:
@@ -302,10 +244,14 @@ class PopConfig:
 
     def changes(self) -> dict[str, Any]:
         """Plain values of what differs from the defaults, and the method that ``auto`` stands for, for :meth:`from_dict`."""
-        plain = {f.name: {} if f.default is MISSING else f.default for f in fields(self)}
-        found = {name: value for name, value in self.to_dict().items() if value != plain[name]}
-        found.pop("variant", None)  # the method says it
-        return {**found, "method": self.chosen_method}
+        plain = {f.name: f.default for f in fields(self)}
+        values = {name: value for name, value in self.to_dict().items() if name in plain and value != plain[name]}
+        values |= {
+            "method": self.chosen_method,
+            "method_settings": self.chosen.changes(),
+            "experts": self.experts.changes(),
+        }
+        return {name: value for name, value in values.items() if value != {}}
 
     def save(self, path: str | Path) -> Path:
         """Write a settings file: JSON of :meth:`changes`.
@@ -316,7 +262,7 @@ class PopConfig:
             The file cannot be written, or an own scorer or method is not registered, so that no file can name it.
         """
         values = self.changes()
-        get_scorer(values.get("scorer", "wanda"))
+        get_scorer(values.get("method_settings", {}).get("scorer", "wanda"))
         get_method(values["method"])
         target = Path(path).expanduser()
         try:
@@ -355,25 +301,13 @@ def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_number(name: str, value: object, *, upper_open: bool) -> None:
-    interval = "[0, 1)" if upper_open else "[0, 1]"
-    if not _is_number(value):
-        raise ConfigError(f"{name} must be a number in {interval}; got {value!r}.")
-    if value < 0 or value > 1 or (upper_open and value == 1):
-        raise ConfigError(f"{name} must lie in {interval}; got {value}.")
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_modality_weights(weights: object) -> None:
     if not isinstance(weights, Mapping):
         raise ConfigError(f"modality_weights must map modalities to numbers; got {weights!r}.")
     for name, weight in weights.items():
         if name not in MODALITIES:
             raise ConfigError(f"modality_weights: a modality is one of {', '.join(MODALITIES)}; got {name!r}.")
-        if not _is_number(weight) or weight < 0:
+        if not is_number(weight) or weight < 0:
             raise ConfigError(f"modality_weights[{name!r}] must be a number from 0; got {weight!r}.")
     if all(weights.get(name, 1) == 0 for name in MODALITIES):
         raise ConfigError("modality_weights are all 0, so nothing would count.")

@@ -134,9 +134,9 @@ def _plan_records(
     fixed = fixed_in(model, [ffn.name for ffn in records], fixed)
     plans = []
     for ffn in records:
-        kept_whole = ffn.role == "shared_expert" and not config.prune_shared
+        kept_whole = ffn.role == "shared_expert" and not config.experts.prune_shared
         ratio = 0.0 if kept_whole else ratios[ffn.layer]
-        ffn = on_process(ffn, together=config.tp_partition == "global")
+        ffn = on_process(ffn, together=config.channel_method.tp_partition == "global")
         sizes = ffn_sizes(ffn, ratio, config)
         backend, reason = _choose_backend(ffn, sizes, config, shared, fixed.get(ffn.name))
         if kept_whole:
@@ -176,7 +176,12 @@ def _why_masked(ffn: FFN | Experts, config: PopConfig, shared: Counter[int]) -> 
     per_sequence = config.batch == "per_sequence"
     if per_sequence and not (config.kernels == "triton" and isinstance(ffn, FFN)):
         return "batch='per_sequence' needs a mask for each row; no speed-up"
-    narrow = isinstance(ffn, FFN) and not per_sequence and config.kernels != "triton" and not config.probe_tokens
+    narrow = (
+        isinstance(ffn, FFN)
+        and not per_sequence
+        and config.kernels != "triton"
+        and not config.channel_method.probe_tokens
+    )
     reason = ffn.why_not_moved() if narrow else ffn.why_not_plain()  # type: ignore[union-attr]
     tensors = (t for module in ffn.modules for p in module.parameters(False) for t in tensors_behind(p))
     if reason is None and any(shared[storage(tensor)] > 1 for tensor in tensors):

@@ -311,11 +311,11 @@ def _ffn_report(plan: FFNPlan, known: FFNState | None, decoded: bool, shared: bo
 
 
 def _notes(config: PopConfig, plans: Sequence[FFNPlan], timings: Timings) -> list[str]:
-    notes = notes_of(plan.ffn for plan in plans)
-    clamped = [p for p in plans if not p.sizes.dense and 2 * p.sizes.candidates_kept < config.gamma * p.ffn.size - 2]
+    notes, gamma = notes_of(plan.ffn for plan in plans), config.channel_method.gamma
+    clamped = [p for p in plans if not p.sizes.dense and 2 * p.sizes.candidates_kept < gamma * p.ffn.size - 2]
     if clamped and config.chosen_method == "pop":
         notes.append(
-            f"gamma={config.gamma:g} does not fit the ratio in {len(clamped)} FFNs and was clamped; "
+            f"gamma={gamma:g} does not fit the ratio in {len(clamped)} FFNs and was clamped; "
             f"{clamped[0].ffn.name} has {clamped[0].sizes.candidates / clamped[0].ffn.size:.3f}."
         )
     masked = [p for p in plans if p.backend == "masked"]

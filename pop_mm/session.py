@@ -23,7 +23,6 @@ from .config import PopConfig, as_config
 from .eager import CompiledParts, in_compiled_call, is_compiled
 from .errors import AdapterError, ConfigError, NonFiniteError, PopWarning, SessionError
 from .executors.experts import IMPLEMENTATION
-from .methods import Method, get_method
 from .modality import MODALITIES
 from .partition import Sizes
 from .phase import Forward, Phase
@@ -59,8 +58,7 @@ class Session(Attachment, Shown):
     def __new__(cls, model: nn.Module, config: PopConfig, adapter: Adapter | None = None) -> Session:
         """A session of the class that runs the config's method."""
         if cls is Session:
-            method = config.method if isinstance(config.method, Method) else get_method(config.chosen_method)
-            module, name = method.session.split(":")
+            module, name = config.chosen.session.split(":")
             cls = getattr(import_module(module), name)
         return super().__new__(cls)
 
@@ -201,7 +199,7 @@ class Session(Attachment, Shown):
     def _begin(self, forward: Forward) -> None:
         state: PromptState = forward.state
         self._engine.settle(forward)
-        if forward.next_chunk and self.config.prefill == "partition":
+        if forward.next_chunk and self.config.chosen.prefill == "partition":
             raise ConfigError(
                 "prefill='partition' needs the whole prompt in one forward, since the whole prompt chooses the channels on "
                 "which it is completed. Leave prefill_chunk_size out, or use prefill='dense'."
@@ -215,7 +213,7 @@ class Session(Attachment, Shown):
                 state.invalidate()
             if forward.phase is Phase.MIXED:
                 self._engine.check_prompt(state)
-            elif self.config.prefill == "partition" and "inplace" in self._backends:
+            elif self.config.chosen.prefill == "partition" and "inplace" in self._backends:
                 self._inplace.begin_prompt(forward)
             self._last = state
             return

@@ -1,4 +1,4 @@
-"""The keywords of :func:`pop_mm.prune` with their types, so that editors complete them and mypy checks them."""
+"""Settings as keywords of :func:`pop_mm.prune`, with their types, and as the plain values of command lines and files."""
 
 from __future__ import annotations
 
@@ -7,34 +7,53 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from .methods import Method
-from .scoring import Scorer
+from .expert_policy import ExpertPolicy
+from .methods import ChannelMethod, Method, Thresholds
+
+OF_METHODS = (*ChannelMethod.settings, *Thresholds.settings)
+OF_EXPERTS = {  # as command lines call them -> as :class:`ExpertPolicy` does
+    "min_tokens": "min_tokens",
+    "unseen": "unseen",
+    "expert_score": "score",
+    "prune_shared": "prune_shared",
+}
 
 
 class Settings(TypedDict, total=False):
-    """Fields of :class:`pop_mm.PopConfig`, which says what they mean."""
+    """Fields of :class:`pop_mm.PopConfig`, which says what they mean; so editors complete them and mypy checks them."""
 
     ratio: float | None
     scope: Literal["overall", "ffn"]
-    gamma: float
-    prefill: Literal["dense", "partition"]
     batch: Literal["shared", "per_sequence"]
     backend: Literal["auto", "masked", "inplace"]
-    scorer: str | Scorer
     layer_ratios: Mapping[int, float]
-    round_to: int
-    variant: Literal["pop", "static", "full"]
-    min_tokens: int
-    unseen: Literal["dense", "weights"]
-    expert_score: Literal["plain", "routed"]
-    prune_shared: bool
     modality_weights: Mapping[str, float]
     kernels: Literal["auto", "stock", "compiled", "triton"]
-    probe_tokens: int
     budget: float | None
     method: str | Method
-    head_budget: float | None
-    tp_partition: Literal["shard", "global"]
+    experts: ExpertPolicy
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values as files have them, from values by bare names, as options and ``--model_args`` have them.
+
+    Those of the method go under ``"method_settings"``, those of experts under ``"experts"``.
+    """
+    found = {name: value for name, value in values.items() if name not in (*OF_METHODS, *OF_EXPERTS)}
+    method = {name: values[name] for name in OF_METHODS if name in values}
+    experts = {own: values[name] for name, own in OF_EXPERTS.items() if name in values}
+    for name, own in (("method_settings", method), ("experts", experts)):
+        if own:
+            found[name] = {**found.get(name, {}), **own}
+    return found
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`nested`."""
+    found = {name: value for name, value in values.items() if name not in ("method_settings", "experts")}
+    experts = values.get("experts", {})
+    own = {name: experts[its] for name, its in OF_EXPERTS.items() if its in experts}
+    return {**found, **values.get("method_settings", {}), **own}
 
 
 def with_amount(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,4 +75,4 @@ def with_amount(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
     return {**kept, **amounts}
 
 
-__all__ = ["Settings", "with_amount"]
+__all__ = ["OF_EXPERTS", "OF_METHODS", "Settings", "flat", "nested", "with_amount"]

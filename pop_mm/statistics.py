@@ -18,7 +18,7 @@ from .layout import FFN
 from .modality import MODALITIES
 from .partition import Sizes
 from .phase import Forward
-from .scoring import channel_energy, check_channel_weight, get_scorer
+from .scoring import channel_energy, check_channel_weight
 from .state import FFNState, PromptState
 from .step import Step
 
@@ -48,8 +48,8 @@ class ChannelStatistics(Engine):
     ) -> None:
         super().__init__(ffns, config, modalities, events)
         self.sizes = sizes
-        method = config.channel_method
-        self.scorer = method.scorer or get_scorer(config.scorer)
+        self.method = method = config.channel_method
+        self.scorer = method.ranks_by()
         self.own_choice = method if method.chooses_by_itself else None
         self._stand_ins: dict[int, Tensor | None] = {}
         self._waiting = [index for index, ffn in enumerate(ffns) if ffn.experts is not None]
@@ -70,7 +70,7 @@ class ChannelStatistics(Engine):
         waits = ffn.experts is not None and not self.scorer.fixed
         stand_in: Tensor | None = weight
         if waits:
-            by_weights = self.config.unseen == "weights"
+            by_weights = self.config.experts.unseen == "weights"
             stand_in = weight * ffn.input_norms().to(weight.device) if by_weights else None
         self._stand_ins[index] = stand_in
         return weight
@@ -146,13 +146,13 @@ class ChannelStatistics(Engine):
 
     def _weighted(self, values: Tensor, weight: Tensor | None) -> Tensor:
         """Activations of experts as the score takes them, ``[N, ...]``."""
-        if self.config.expert_score == "routed" and weight is not None:
+        if self.config.experts.score == "routed" and weight is not None:
             return values * weight.detach().to(values.dtype).unsqueeze(1)
         return values
 
     def _observed(self, forward: Forward, step: Step) -> list[tuple[int, Tensor | None]]:
         """The tokens of this forward that statistics of dense FFNs are made from, by modality."""
-        if not self.config.probe_tokens:
+        if not self.method.probe_tokens:
             return step.by_modality
         probes = self._probes(forward, step).flatten()
         return [(m, probes if mask is None else mask & probes) for m, mask in step.by_modality]
@@ -167,7 +167,7 @@ class ChannelStatistics(Engine):
             if self.config.modality_weights.get(MODALITIES[modality], 1) > 0:
                 counting = counting | (True if mask is None else mask)
         counting = counting.view(forward.rows, forward.length)
-        wanted, count = self.config.probe_tokens, counting.sum(-1, keepdim=True).clamp_(min=1)
+        wanted, count = self.method.probe_tokens, counting.sum(-1, keepdim=True).clamp_(min=1)
         number = counting.cumsum(-1)  # from 1
         return counting & (number * wanted // count > (number - 1) * wanted // count)
 

@@ -126,7 +126,7 @@ def report_summary(report: Report) -> Paragraphs:
 
 
 def _settings(report: Report) -> str:
-    config = report.config
+    config, method = report.config, report.config.channel_method
     ratios = sorted({ffn.plan.ratio for ffn in report.ffns})
     own = " to ".join(f"{r:.1%}" for r in dict.fromkeys((ratios[0], ratios[-1]))) if ratios else "nothing"
     of = "attention and FFN" if config.scope == "overall" else "each FFN"
@@ -136,7 +136,7 @@ def _settings(report: Report) -> str:
         f"{count} {name}{kernel if name in ('inplace', 'gathered') else ''}" for name, count in report.backends.items()
     )
     return (
-        f"POP: {asked} of {of} left out ({own} of an FFN), gamma {config.gamma:g}, {config.prefill} prefill, {config.batch} "
+        f"POP: {asked} of {of} left out ({own} of an FFN), gamma {method.gamma:g}, {method.prefill} prefill, {config.batch} "
         f"batch. FFNs: {backends}."
     )
 

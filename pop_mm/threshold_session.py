@@ -19,6 +19,7 @@ from .experts import Experts
 from .formats import tensors_behind
 from .groups import InputGroup
 from .layout import FFN, PLAIN_TYPES
+from .methods import Thresholds
 from .methods.budget import Weights, threshold_shares
 from .phase import Forward, Phase
 from .planning import kind_of, prunable, shared_storages, storage
@@ -113,7 +114,7 @@ def plan_thresholds(
     records = [on_process(record, together=True) for record in records]
     groups = [without_wrappers(group) for group in adapter.input_groups(model)] if config.scope == "overall" else []
     groups = [on_process(group, together=True) for group in groups]
-    whole = [ffn for ffn in records if ffn.role == "shared_expert" and not config.prune_shared]
+    whole = [ffn for ffn in records if ffn.role == "shared_expert" and not config.experts.prune_shared]
     plain = [ThresholdPlan(record, {"x": 1.0, "h": 1.0}, "dense", "") for record in (*records, *groups)]
     mine = [plan for plan in plain if plan.record not in whole]
     attention = 0
@@ -144,22 +145,29 @@ def head_of(model: nn.Module, config: PopConfig, adapter: Adapter) -> InputGroup
     AdapterError
         They are, and the adapter names none.
     """
-    if config.head_budget in (None, 1):
+    budget = _head_budget(config)
+    if budget in (None, 1):
         return None
     head = adapter.head(model)
     if head is None:
         raise AdapterError(
-            f"head_budget={config.head_budget:g} was given, but {type(adapter).__name__} names no lm_head of "
+            f"head_budget={budget:g} was given, but {type(adapter).__name__} names no lm_head of "
             f"{type(model).__name__} that is linear and whose input it knows. Leave head_budget out, or write an adapter whose "
             "head() names it."
         )
     return without_wrappers(head)
 
 
+def _head_budget(config: PopConfig) -> float | None:
+    assert isinstance(config.chosen, Thresholds)
+    return config.chosen.head_budget
+
+
 def _shares(plan: ThresholdPlan, shares: Mapping[str, float], config: PopConfig) -> dict[str, float]:
     if plan.record.role == "lm_head":
-        assert config.head_budget is not None
-        return {"x": config.head_budget}
+        budget = _head_budget(config)
+        assert budget is not None
+        return {"x": budget}
     return {which: shares[which] for which in plan.matrices}
 
 

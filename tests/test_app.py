@@ -28,7 +28,7 @@ from pop_mm.cli import main
 from pop_mm.errors import PopError
 
 EARLY = "gradio" in sys.modules
-SETTINGS = dict(ratio=0.4, gamma=0.1, max_new_tokens=12)
+SETTINGS = dict(ratio=0.4, max_new_tokens=12)
 LONG = {**SETTINGS, "max_new_tokens": 256}
 
 needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio (the extra [app]) is not installed")
@@ -140,7 +140,7 @@ def test_each_side_of_a_chat_goes_on_from_its_own_answers(tmp_path):
             [dict(role=role, content=text) for role, text in turns], tokenize=False
         )
         inputs = asker._tokenizer(text, return_tensors="pt")
-        config = PopConfig(0.4, gamma=0.1)
+        config = PopConfig(0.4)
         with prune(asker.model, config) if answer is last.pruned else nullcontext():
             output = asker.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=12)
         assert tuple(output[0, inputs["input_ids"].shape[1] :].tolist()) == answer.ids
@@ -167,7 +167,7 @@ def test_a_text_model_answers_without_image(tmp_path):
         ({"question": "a" * 4000}, "the model's context is|tokens"),
         ({"ratio": 0.9}, "ratio"),
         ({"ratio": float("nan")}, "ratio"),
-        ({"gamma": -1}, "gamma"),
+        ({"method_settings": {"gamma": -1}}, "gamma"),
         ({"max_new_tokens": 257}, "1 to 256 tokens; got 257"),
         ({"image": b"%PDF-1.7 ..."}, "a PDF document"),
         ({"image": io.BytesIO(b"\0" * (10 * 2**20 + 1))}, "10"),

@@ -21,7 +21,7 @@ MISSING = [name for name in ("chromium", "chromedriver") if shutil.which(name) i
 MISSING += [name for name in ("gradio", "selenium", "axe_core_python") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 
-SETTINGS = dict(ratio=0.4, gamma=0.1, max_new_tokens=12)
+SETTINGS = dict(ratio=0.4, max_new_tokens=12)
 DESKTOP, PHONE = (1280, 800), (390, 844)
 # Serious or critical violations that are gradio's and cannot be mended here: rule of axe-core -> why. None today.
 OF_GRADIO: dict[str, str] = {}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pop_mm
-from helpers.modes import LENGTH, backends, generate, pruned
+from helpers.modes import LENGTH, backends, config_of, generate, pruned
 from helpers.observe import differences, fingerprint, prompt, same_afterwards
 from helpers.tiny_models import tiny
 from pop_mm import AdapterError, ConfigError, NonFiniteError, PhaseError, PopConfig, PopError, SessionError, prune
@@ -24,7 +24,6 @@ SETTINGS = [
     ({"ratio": 0.4, "gama": 0.1}, "Unknown setting 'gama'.*Did you mean 'gamma'"),
     ({"ratio": 0.4, "batch": "per_sequence", "backend": "inplace"}, "per_sequence.*Use backend='auto' or 'masked'"),
     ({"ratio": 0.4, "layer_ratios": {7: 0.2}}, r"layer_ratios names layers \[7\]; layers with a prunable FFN: 0 to 1"),
-    ({"ratio": 0.4, "round_to": 0}, "round_to must be a positive integer"),
     ({"ratio": 1 - 1e-12, "scope": "ffn"}, "none of an FFN's 64 channels; it must not exceed 0.984375"),
     ({"ratio": 0.4, "scope": "ffn", "layer_ratios": {1: 1 - 1e-12}}, "none of an FFN's 64 channels"),
     ({"ratio": 0.4, "layer_ratios": {0: 0.3, 1: 0.3}}, r"every FFN.* 20\.0% .* 0\.4\. .*ratio=0\.200.*scope='ffn'"),
@@ -37,7 +36,7 @@ SETTINGS = [
 def test_a_setting_that_makes_no_sense_is_refused_before_anything_changes(model, backend, settings, says):
     before = fingerprint(model)
     with pytest.raises(ConfigError, match=f"(?s){says}"):
-        prune(model, **{"backend": backend, **settings})
+        prune(model, config_of(**{"backend": backend, **settings}))
     assert differences(before, fingerprint(model)) == []
 
 
@@ -54,7 +53,7 @@ def test_a_ratio_given_twice_is_refused(model):
     with pytest.raises(ConfigError, match="twice"):
         prune(model, 0.4, ratio=0.4)
     with pytest.raises(ConfigError, match="not both"):
-        prune(model, PopConfig(0.4), gamma=0.2)
+        prune(model, PopConfig(0.4), method="static")
 
 
 @pytest.mark.parametrize("adapter", ["llama", object(), int])

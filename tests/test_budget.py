@@ -12,7 +12,7 @@ from helpers.observe import partitions, prompt
 from helpers.reference import down_projections
 from helpers.reference_thresholds import bin_of, edge, matrices
 from helpers.reference_thresholds import quantile as naive_quantile
-from pop_mm import ConfigError, PopConfig, prune
+from pop_mm import ConfigError, ExpertPolicy, PopConfig, prune
 from pop_mm.methods import METHODS, get_method
 from pop_mm.methods.thresholds import BINS, hidden_share, histogram, magnitudes, quantile, share_above
 
@@ -113,17 +113,14 @@ BAD = [
     ({"method": "treshold"}, "Unknown method 'treshold'; known: auto, .*thresholds.*Did you mean 'thresholds'"),
     ({"method": 3}, "Unknown method 3"),
     ({"method": "thresholds", "ratio": 0.4}, "takes a budget.*not ratio=0.4"),
-    ({"budget": 0.6, "gamma": 0.2}, "gamma=0.2 is a setting of POP"),
-    ({"budget": 0.6, "prefill": "partition"}, "prefill='partition' is a setting of POP"),
+    ({"budget": 0.6, "experts": ExpertPolicy(min_tokens=2)}, "min_tokens=2 is a setting of POP"),
     ({"budget": 0.6, "layer_ratios": {0: 0.1}}, "layer_ratios=.* is a setting of POP"),
     ({"budget": 0.6, "backend": "inplace"}, "backend='inplace' cannot serve method='thresholds'"),
     ({"budget": 0.6, "kernels": "compiled"}, "kernels='compiled' cannot serve method='thresholds'"),
-    ({"ratio": 0.4, "variant": "static", "method": "full"}, "variant='static' contradicts method='full'"),
 ]
 
 
 @pytest.mark.parametrize(("settings", "message"), BAD)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises(ConfigError, match=message):
         PopConfig(**settings)
@@ -145,18 +142,6 @@ def test_json_round_trips_without_a_warning(config):
         warnings.simplefilter("error")
         assert PopConfig.from_json(config.to_json()) == config
         assert dataclasses.replace(config, scope="ffn").chosen_method == config.chosen_method
-
-
-def test_json_of_the_first_version_is_read():
-    old = '{"ratio": 0.4, "scope": "overall", "gamma": 0.1, "variant": "pop", "backend": "auto"}'
-    assert PopConfig.from_json(old) == PopConfig(0.4)
-
-
-@pytest.mark.parametrize("variant", ["static", "full"])
-def test_variant_is_deprecated_and_works(variant):
-    with pytest.warns(DeprecationWarning, match=f"use method='{variant}'"):
-        config = PopConfig(0.4, variant=variant)
-    assert config.chosen_method == variant and config == PopConfig(0.4, method=variant)
 
 
 def test_the_registry():

@@ -17,6 +17,7 @@ from helpers.tiny_models import tiny
 from pop_mm.adapters import support_table
 from pop_mm.cli.terminal import write_json
 from pop_mm.config import PopConfig
+from pop_mm.methods import Pop
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "w5 w9 w40 w7 w22"
@@ -113,7 +114,7 @@ def test_every_setting_reaches_the_session(call, folder):
     )
     values = json.loads(out)
     assert code == 0
-    wanted = PopConfig(0.5, scope="ffn", gamma=0.3, prefill="partition", backend="masked")
+    wanted = PopConfig(0.5, scope="ffn", method=Pop(gamma=0.3, prefill="partition"), backend="masked")
     assert PopConfig.from_dict(values["config"]) == wanted
     assert values["report"]["backends"] == {"masked": 3}
     assert "run masked, without speed-up" in err, "with --json - the tables are on stderr"

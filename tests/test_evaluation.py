@@ -14,7 +14,7 @@ from rich.console import Console
 import pop_mm
 from helpers.tiny_folder import save
 from helpers.tiny_models import VOCAB
-from pop_mm import ConfigError, PopConfig
+from pop_mm import ConfigError, ExpertPolicy, PopConfig
 from pop_mm.evaluation import METHODS, calibrate, config_for, cost_of, dense_cost, first_differences, score_texts
 from pop_mm.evaluation import run as module
 from pop_mm.evaluation.fidelity import compare, greedy, pruned_step_logits
@@ -180,13 +180,13 @@ def test_cost_of_a_dense_ffn(load):
 def test_cost_of_experts_counts_those_that_ran_dense(load):
     model = load("mixtral")
     ids = stacked(texts(1))
-    config = PopConfig(0.4, scope="ffn", backend="masked", min_tokens=10**6)
+    config = PopConfig(0.4, scope="ffn", backend="masked", experts=ExpertPolicy(min_tokens=10**6))
     with pop_mm.prune(model, config) as session:
         greedy(model, ids, 12, 4)
         waiting = cost_of(model, config, session.report)
     whole = dense_cost(model)
     assert waiting.multiply_adds["routed experts"] == whole.multiply_adds["routed experts"]
-    config = replace(config, min_tokens=1, unseen="weights")
+    config = replace(config, experts=ExpertPolicy(unseen="weights"))
     with pop_mm.prune(model, config) as session:
         greedy(model, ids, 12, 4)
         partitioned = cost_of(model, config, session.report)

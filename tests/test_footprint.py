@@ -63,7 +63,7 @@ def test_bytes_of_a_token_are_those_of_the_weights(load):
 
 def test_experts_that_ran_dense_are_read_whole(load):
     model = load("mixtral")
-    with pop_mm.prune(model, ratio=0.4, scope="ffn", min_tokens=10**6) as session:
+    with pop_mm.prune(model, ratio=0.4, scope="ffn", experts=pop_mm.ExpertPolicy(min_tokens=10**6)) as session:
         model.generate(prompt(), max_new_tokens=4)
         found = session.report.bytes_per_token
     assert found["kept"] == found["dense"] > found["intended"]

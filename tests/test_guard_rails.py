@@ -180,7 +180,7 @@ def test_a_scorer_that_only_a_real_model_satisfies(registry):
         return ffn.holder.gate_proj.weight.detach().norm(dim=1)
 
     assert register_scorer(scorer(weight))
-    with pop_mm.prune(tiny("llama"), ratio=0.4, scorer="tests_checked"):
+    with pop_mm.prune(tiny("llama"), ratio=0.4, method=pop_mm.Pop(scorer="tests_checked")):
         pass
 
 
@@ -188,7 +188,7 @@ def test_an_instance_is_checked_on_the_model():
     def weight(ffn):
         return torch.full((ffn.size,), torch.nan if ffn.layer else 1.0)
 
-    session = pop_mm.prune(tiny("llama"), ratio=0.4, scorer=scorer(weight)())
+    session = pop_mm.prune(tiny("llama"), ratio=0.4, method=pop_mm.Pop(scorer=scorer(weight)()))
     with pytest.raises(ConfigError, match=r"gave model.layers.1.mlp weights that are NaN"):
         session.attach()
     assert not session.attached

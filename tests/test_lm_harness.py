@@ -16,11 +16,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
+import pop_mm
 from helpers.modes import pruned
 from helpers.observe import differences, fingerprint
 from helpers.reference import Pop
 from helpers.tiny_folder import save
-from pop_mm import ConfigError, PopConfig, PopError, prune
+from pop_mm import ConfigError, ExpertPolicy, PopConfig, PopError, prune
 from pop_mm.evaluation import lm_harness
 from pop_mm.evaluation.lm_harness import PopLM, tasks_folder
 from pop_mm.samples import SampleError
@@ -136,8 +137,8 @@ def test_settings_go_where_they_belong(folder):
     )
     lm = PopLM.create_from_arg_string(f"pretrained={folder},{arguments}", {"batch_size": 3, "device": None})
     found = lm.pop_config
-    assert (found.ratio, found.gamma, found.scope, found.prefill) == (0.3, 0.2, "ffn", "partition")
-    assert (found.prune_shared, found.batch, found.backend) == (False, "per_sequence", "auto")
+    assert (found.ratio, found.scope, found.chosen) == (0.3, "ffn", pop_mm.Pop(gamma=0.2, prefill="partition"))
+    assert (found.experts, found.batch, found.backend) == (ExpertPolicy(prune_shared=False), "per_sequence", "auto")
     assert (lm.max_length, lm.batch_size, lm.model.dtype) == (50, 3, torch.float64)
 
 

@@ -22,6 +22,7 @@ from transformers import LogitsProcessor
 
 import pop_mm
 import pop_mm.evaluation
+from helpers.modes import config_of
 from helpers.observe import InDouble, differences, fingerprint
 from helpers.tiny_vlm_folder import save_vlm
 from pop_mm.samples import load_vision
@@ -302,7 +303,7 @@ def expected_answers(model, processor, new=12, **settings):
     answers = []
     for name, question in QUESTIONS:
         inputs = prepare(processor, SCENES / name, question, model=model)
-        with pop_mm.prune(model, **settings):
+        with pop_mm.prune(model, config_of(**settings)):
             answers += decode(processor, model.generate(**inputs, max_new_tokens=new, do_sample=False), inputs)
     return answers
 
@@ -326,7 +327,7 @@ def loss_step_by_step(model, processor, continuation, ratio, **settings):
     tokens = processor.tokenizer(continuation, add_special_tokens=False)["input_ids"]
     said = [Force(inputs["input_ids"].shape[1], tokens)]
     how = dict(max_new_tokens=len(tokens), do_sample=False, output_logits=True, return_dict_in_generate=True)
-    with InDouble(), pop_mm.prune(model, ratio=ratio, **settings):
+    with InDouble(), pop_mm.prune(model, config_of(ratio=ratio, **settings)):
         steps = model.generate(**inputs, logits_processor=said, **how).logits
     losses = [-step[0].log_softmax(-1)[token] for step, token in zip(steps, tokens, strict=True)]
     return float(sum(losses) / len(losses)), [int(step.argmax()) for step in steps] == tokens
@@ -469,7 +470,7 @@ def test_as_the_paper_scores_all_is_one_prefill_on_retained_and_candidate_channe
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids[:, :-1]], 1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], more + 1], 1)
     inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], more], 1)
-    with InDouble(), torch.no_grad(), pop_mm.prune(model, ratio=0.4, prefill="partition"):
+    with InDouble(), torch.no_grad(), pop_mm.prune(model, ratio=0.4, method=pop_mm.Pop(prefill="partition")):
         logits = model(**inputs).logits[0, -ids.shape[1] :]
     expected = torch.nn.functional.cross_entropy(logits, ids[0])
     lm = make(double, ratio=0.4, loglikelihood="prefill")

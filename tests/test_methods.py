@@ -9,7 +9,7 @@ import torch
 from helpers.modes import EXPERT_LAYOUTS, MODES, RATIO, dense_run, pruned, with_experts
 from helpers.observe import Active, prompt
 from helpers.tiny_vlms import image_inputs, tiny_vlm
-from pop_mm import ConfigError, PopConfig, prune
+from pop_mm import ConfigError, prune
 from pop_mm.evaluation import METHODS, config_for, score_texts
 from pop_mm.methods import ChannelMethod, get_method, register_method, unregister_method
 from pop_mm.partition import partition_sizes
@@ -121,11 +121,6 @@ def test_the_example_of_the_page_decodes(model):
         same(model, MODES["single"][0], method="loud_steps")
     finally:
         unregister_method("loud_steps")
-
-
-def test_a_variant_is_a_method_by_its_old_name():
-    with pytest.warns(DeprecationWarning, match="use method='static'"):
-        assert PopConfig(0.4, variant="static") == PopConfig(0.4, method="static")
 
 
 def test_names_are_put_right():

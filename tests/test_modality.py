@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 
+from helpers.modes import config_of
 from helpers.observe import InDouble
 from helpers.tiny_models import tiny
 from helpers.tiny_vlms import image_inputs, tiny_vlm, video_inputs
@@ -24,7 +25,7 @@ def vlm(model_type):
 
 
 def session_of(model, backend="masked", **settings):
-    return prune(model, PopConfig(**{"ratio": RATIO, "scope": "ffn", "gamma": 0.2, "backend": backend, **settings}))
+    return prune(model, config_of(**{"ratio": RATIO, "scope": "ffn", "gamma": 0.2, "backend": backend, **settings}))
 
 
 def generate(model, prompt, steps=4, **settings):

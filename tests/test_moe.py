@@ -113,8 +113,8 @@ def test_experts_that_the_prompt_hardly_reaches(load, model_type, implementation
 SETTINGS = {
     "partition": {"prefill": "partition"},
     "partition, late": {"prefill": "partition", "min_tokens": 4},
-    "static": {"variant": "static"},
-    "full": {"variant": "full"},
+    "static": {"method": "static"},
+    "full": {"method": "full"},
     "unseen by weights": {"unseen": "weights", "min_tokens": 3},
     "routed": {"expert_score": "routed"},
     "routed, late": {"expert_score": "routed", "min_tokens": 4},

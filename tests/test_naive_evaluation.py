@@ -10,6 +10,7 @@ import torch
 
 from helpers import naive_evaluation as naive
 from helpers.covering import covers
+from helpers.modes import config_of
 from helpers.observe import InDouble
 from helpers.observe import prompt as random_ids
 from pop_mm import PopConfig, prune
@@ -218,13 +219,11 @@ WAYS = {
 @torch.no_grad()
 def test_one_forward_and_single_steps_give_the_logits_of_the_definition(load, model_type, method, way):
     model, ids, (prefill, batch, backend) = load(model_type), texts(), WAYS[way]
-    settings = dict(
-        ratio=RATIO, scope="ffn", gamma=GAMMA, variant=method, prefill=prefill, batch=batch, backend=backend
-    )
+    settings = dict(ratio=RATIO, scope="ffn", gamma=GAMMA, method=method, prefill=prefill, batch=batch, backend=backend)
     with InDouble():
-        with prune(model, **settings, kernels="stock") as session, session.split(PROMPT):
+        with prune(model, config_of(**settings, kernels="stock")) as session, session.split(PROMPT):
             whole = model(ids[:, :-1], use_cache=False).logits[:, PROMPT:]
-        with prune(model, **settings, kernels="stock"):
+        with prune(model, config_of(**settings, kernels="stock")):
             cache = model(ids[:, :PROMPT], use_cache=True).past_key_values
             columns = ids[:, PROMPT:-1].split(1, 1)
             single = torch.cat([model(c, past_key_values=cache, use_cache=True).logits for c in columns], 1)

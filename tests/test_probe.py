@@ -11,6 +11,7 @@ from helpers.reference import Pop
 from helpers.tiny_models import tiny
 from helpers.tiny_vlms import image_inputs, tiny_vlm
 from pop_mm import ConfigError, PopConfig, prune
+from pop_mm import Pop as PopMethod
 from pop_mm.adapters import adapter_for
 
 LENGTH = 23
@@ -211,8 +212,7 @@ def test_probes_are_tokens_of_modalities_that_count(model_type, weights, backend
         RATIO,
         scope="ffn",
         backend=backend,
-        prefill="partition",
-        probe_tokens=3,
+        method=PopMethod(prefill="partition", probe_tokens=3),
         modality_weights=weights,
         kernels="stock",
     )
@@ -241,4 +241,4 @@ def test_probes_are_tokens_of_modalities_that_count(model_type, weights, backend
 
 def test_experts_refuse_probe_tokens():
     with pytest.raises(ConfigError, match=r"probe_tokens=4 .*experts.*prefill='partition' without probe_tokens"):
-        prune(tiny("mixtral"), PopConfig(0.4, prefill="partition", probe_tokens=4))
+        prune(tiny("mixtral"), PopConfig(0.4, method=PopMethod(prefill="partition", probe_tokens=4)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pop_mm
+from helpers.modes import config_of
 from helpers.tiny_models import tiny
 from pop_mm.footprint import Footprint
 from pop_mm.plotting import PlotError
@@ -17,7 +18,7 @@ PROMPT = torch.arange(5, 17).unsqueeze(0)
 
 
 def run(model, steps=6, rows=1, **settings):
-    session = pop_mm.prune(model, **{"ratio": 0.4, **settings})
+    session = pop_mm.prune(model, config_of(**{"ratio": 0.4, **settings}))
     ids = PROMPT.repeat(rows, 1) + torch.arange(rows).unsqueeze(1)
     with session:
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps + 1, do_sample=False)
@@ -145,8 +146,8 @@ def test_dark_picture_has_light_letters_and_the_same_colours(tmp_path, settings)
         dict(ratio=0.0),
         dict(layer_ratios={0: 0.0}, scope="ffn"),
         dict(gamma=0.0),
-        dict(variant="full"),
-        dict(variant="static"),
+        dict(method="full"),
+        dict(method="static"),
         dict(steps=1),
         dict(steps=0, prefill="partition"),
     ],

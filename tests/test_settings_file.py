@@ -5,13 +5,13 @@ import json
 import pytest
 
 from helpers.tiny_folder import save
-from pop_mm import ConfigError, PopConfig, Scorer
+from pop_mm import ConfigError, Pop, PopConfig, Scorer
 
 PROMPT = "w5 w9 w31 w7 w44"
 CONFIGS = [
     PopConfig(),
     PopConfig(budget=0.5, scope="ffn"),
-    PopConfig(0.4, gamma=0.2, layer_ratios={1: 0.1}, modality_weights={"image": 0.5}),
+    PopConfig(0.4, method=Pop(gamma=0.2), layer_ratios={1: 0.1}, modality_weights={"image": 0.5}),
     PopConfig(budget=0.7, method="pop", kernels="stock"),
     PopConfig(0.3, method="static"),
 ]
@@ -61,7 +61,7 @@ def test_what_no_file_can_name_is_not_saved(tmp_path):
             raise NotImplementedError
 
     with pytest.raises(ConfigError, match="not_registered"):
-        PopConfig(0.4, scorer=Mine()).save(tmp_path / "settings.json")
+        PopConfig(0.4, method=Pop(scorer=Mine())).save(tmp_path / "settings.json")
     assert not (tmp_path / "settings.json").exists()
     with pytest.raises(ConfigError, match="cannot be written"):
         PopConfig().save(tmp_path)
@@ -73,7 +73,7 @@ def test_what_no_file_can_name_is_not_saved(tmp_path):
         (PopConfig(budget=0.5), (), PopConfig(budget=0.5)),
         (PopConfig(budget=0.5, scope="ffn"), ("--budget", 0.8), PopConfig(budget=0.8, scope="ffn")),
         (PopConfig(budget=0.5), ("--ratio", 0.2), PopConfig(0.2)),
-        (PopConfig(0.2, gamma=0.3), ("--gamma", 0.1), PopConfig(0.2, gamma=0.1)),
+        (PopConfig(0.2, method=Pop(gamma=0.3)), ("--gamma", 0.1), PopConfig(0.2)),
         (PopConfig(0.2, scope="ffn"), ("--scope", "overall"), PopConfig(0.2)),
         (PopConfig(0.2, method="static"), ("--budget", 0.7), PopConfig(budget=0.7, method="static")),
     ],

@@ -20,7 +20,7 @@ from helpers.modes import (
 from helpers.observe import prompt, same_afterwards
 from helpers.reference_thresholds import Thresholds
 from helpers.tiny_models import MOE_MODELS
-from pop_mm import prune
+from pop_mm import ExpertPolicy, prune
 
 # the reference leaves the routers' own arithmetic alone, so it must be that of the model
 REFERENCED = ("mixtral", "qwen2_moe", "gpt_oss", "olmoe", "qwen3_moe", "deepseek_v3", "granitemoeshared")
@@ -116,7 +116,7 @@ def test_the_router_sees_the_whole_input(load):
 
 def test_shared_experts_that_stay_whole_count_as_read(load):
     model = with_experts(load, "qwen2_moe")
-    with prune(model, budget=0.7, prune_shared=False) as session:
+    with prune(model, budget=0.7, experts=ExpertPolicy(prune_shared=False)) as session:
         generate(model, prompt(1, LENGTH), steps=3)
     whole = [plan for plan in session.plans if plan.record.role == "shared_expert"]
     assert whole and all(plan.backend == "dense" and set(plan.shares.values()) == {1.0} for plan in whole)

@@ -327,11 +327,11 @@ def test_settings_of_the_engine():
         ({"ratoi": 0.2}, "Did you mean 'ratio'"),
         ({"ratio": 2}, "ratio must lie in"),
         ({"ratio": 0.2, "batch": "shared"}, "every request has its own choice"),
-        ({"ratio": 0.2, "prefill": "partition"}, "prefill='partition' cannot be had in vLLM"),
+        ({"ratio": 0.2, "method_settings": {"prefill": "partition"}}, "prefill='partition' cannot be had in vLLM"),
         ({"ratio": 0.2, "modality_weights": {"image": 0.5}}, "modality_weights="),
         ({"ratio": 0.2, "backend": "inplace"}, "per_sequence"),
         ({"ratio": 0.2, "kernels": "compiled"}, "kernels='compiled' cannot be had"),
-        ({"budget": 0.6, "head_budget": 0.5}, "its lm_head stays dense"),
+        ({"budget": 0.6, "method_settings": {"head_budget": 0.5}}, "its lm_head stays dense"),
         ({"ratio": 0.2, "method": "griffin"}, "The scorer 'griffin'"),
     ],
 )

@@ -134,7 +134,7 @@ class Asker:
         stop : threading.Event, optional
             Ends the iterator after the token that is being computed, when set, and is set when it is closed.
         **settings
-            Fields of :class:`~pop_mm.PopConfig`: ``budget=0.65``, or ``ratio=0.4, gamma=0.1``.
+            As :meth:`~pop_mm.PopConfig.from_dict` takes them: ``budget=0.65``, or ``ratio=0.4, method_settings={"gamma": 0.1}``.
 
         Yields
         ------

@@ -134,7 +134,7 @@ def _sliders(gr: Any, amounts: list[float], config: PopConfig, longest: int) -> 
         gr.Slider(
             0,
             0.5,
-            value=config.gamma,
+            value=getattr(config.chosen, "gamma", 0.1),
             step=0.05,
             label="Gamma: share of an FFN's channels that are candidates",
             elem_id="gamma",
@@ -184,7 +184,7 @@ def _answer(
     tab.stop, earlier, last, most = stop, tuple(turns), Progress(), int(longest)
     changes = {**config.changes(), "budget" if config.ratio is None else "ratio": amount}
     if config.chosen_method == "pop":
-        changes["gamma"] = gamma
+        changes["method_settings"] = {**changes.get("method_settings", {}), "gamma": gamma}
 
     def panels() -> tuple[str, str]:
         return words.panels(last, config, most, question if asker.chats else None, earlier)

@@ -13,6 +13,7 @@ from ..config import PopConfig
 from ..kernels import MOST_TOKENS, gpu, why_not
 from ..methods import METHODS, get_method
 from ..session import prune
+from ..settings import nested
 from .errors import BenchError
 
 KERNELS = ("stock", "compiled", "triton")
@@ -83,7 +84,7 @@ class Setup:
     budgets : sequence of float
         Beside the ratios, or instead of them.
     settings : mapping of str to object
-        More of :class:`~pop_mm.PopConfig`, for all methods.
+        More of :class:`~pop_mm.PopConfig`, for all methods; those of the method and of experts by their names.
 
     Raises
     ------
@@ -170,7 +171,7 @@ class Setup:
         own: dict[str, Any] = {"batch": self.batch_mode}
         if variant.kernels != "rows":
             own |= {"gamma": self.gamma, "kernels": variant.kernels}
-        return PopConfig(**{**self.settings, **own, **amount})
+        return PopConfig.from_dict(nested({**self.settings, **own, **amount}))
 
     def jobs(self) -> list[tuple[Cell, Variant]]:
         """Every variant of every cell."""

@@ -15,6 +15,7 @@ from ..config import PopConfig
 from ..evaluation import show, texts
 from ..evaluation.run import UNITS, EvaluationError, Run, Setup, grid
 from ..evaluation.texts import Window
+from ..methods import Pop
 from ..passages import load_passages
 from ..quantise import check_weights, quantised_copy
 from ..session import Session, plan_ffns
@@ -77,7 +78,8 @@ def run(
     for ratio in ratios:
         for gamma in gammas:
             for prefill in prefills:
-                PopConfig(ratio, setup.scope, gamma, prefill=prefill, batch=setup.batch)  # type: ignore[arg-type]
+                method = Pop(gamma=gamma, prefill=prefill)  # type: ignore[arg-type]
+                PopConfig(ratio, setup.scope, method=method, batch=setup.batch)  # type: ignore[arg-type]
     folder = None if output is None else _make_folder(output)
     if json_file not in (None, "-"):
         check_writable(json_file)

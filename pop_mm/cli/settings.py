@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ..config import DEFAULT_BUDGET, PopConfig
-from ..settings import with_amount
+from ..settings import flat, nested, with_amount
 
 
 def explicit(context: typer.Context, names: Mapping[str, str]) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def explicit(context: typer.Context, names: Mapping[str, str]) -> dict[str, Any]
 
 
 def merged(file: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a file (those that it leaves out are missing) under those that the user gave.
+    """Settings of a file (those that it leaves out are missing) under those that the user gave, by bare names.
 
     A ratio or budget that is given replaces either of them in the file, and with it the file's method if that does not take it.
 
@@ -38,7 +38,7 @@ def merged(file: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     ConfigError
         As :meth:`PopConfig.load`.
     """
-    settings = with_amount({} if file is None else PopConfig.load(file).changes(), given)
+    settings = with_amount({} if file is None else flat(PopConfig.load(file).changes()), given)
     return {**settings, **{name: value for name, value in given.items() if name not in ("ratio", "budget")}}
 
 
@@ -50,7 +50,7 @@ def config_of(context: typer.Context, file: str | None, *options: str) -> PopCon
     ConfigError
         A setting that is wrong, or settings that contradict each other.
     """
-    return PopConfig.from_dict(merged(file, explicit(context, {name: name for name in options})))
+    return PopConfig.from_dict(nested(merged(file, explicit(context, {name: name for name in options}))))
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Grid:
     methods : list of str
         Empty: the command's own.
     settings : dict
-        Everything else.
+        Everything else, by bare names.
     """
 
     budgets: list[float]
@@ -89,7 +89,7 @@ def grid_of(context: typer.Context, file: str | None, **options: str) -> Grid:
     given = explicit(context, {"budget": "budget", "ratio": "ratio", "method": "method", **options})
     amounts = {name: given.pop(name, None) or [] for name in ("budget", "ratio")}
     methods = given.pop("method", None) or []
-    stored = {} if file is None else PopConfig.load(file).changes()
+    stored = {} if file is None else flat(PopConfig.load(file).changes())
     of_file = {name: [stored.pop(name)] if name in stored else [] for name in ("budget", "ratio", "method")}
     if not any(amounts.values()):
         amounts = {"budget": of_file["budget"], "ratio": of_file["ratio"]}

@@ -17,13 +17,15 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..config import PopConfig
+from ..deprecated import GONE
 from ..errors import ConfigError
 from ..methods.thresholds import MIN_PROMPT_TOKENS
 from ..samples import SAMPLES, resolve
 from ..session import Session
+from ..settings import OF_EXPERTS, OF_METHODS
 from .harness_tally import Counting, config_from
 
-_SETTINGS = [field.name for field in fields(PopConfig)]
+_SETTINGS = [*(field.name for field in fields(PopConfig)), *OF_METHODS, *OF_EXPERTS, *GONE]
 _HFLM_BACKENDS = ("default", "causal", "seq2seq")  # HFLM has a setting of the same name
 _log = logging.getLogger(__name__)
 
@@ -64,8 +66,9 @@ class PopLM(Counting, HFLM):  # type: ignore[misc]
         paper scores. Empty contexts and rolling windows are always scored so. Thresholds leave a prefill dense: those
         texts are then dense, which the tally counts, and ``"prefill"`` is refused.
     **settings
-        Fields of :class:`PopConfig`, and ``settings``, a settings file under them. ``batch`` is ``"per_sequence"`` unless
-        given, so that answers do not depend on what else is in a batch. Everything else goes to lm_eval's ``HFLM``.
+        Fields of :class:`PopConfig`, settings of the method and of experts by their names (``gamma=0.2,min_tokens=4``), and
+        ``settings``, a settings file under them. ``batch`` is ``"per_sequence"`` unless given, so that answers do not depend
+        on what else is in a batch. Everything else goes to lm_eval's ``HFLM``.
 
     Attributes
     ----------

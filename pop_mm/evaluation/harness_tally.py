@@ -10,6 +10,7 @@ from typing import Any
 from ..config import PopConfig
 from ..errors import ConfigError
 from ..session import Session
+from ..settings import flat, nested
 
 MODES = ("decode", "prefill")
 
@@ -22,10 +23,10 @@ def config_from(settings: Mapping[str, Any], file: str | None) -> PopConfig:
     ConfigError
         A setting that is wrong.
     """
-    stored = {} if file is None else PopConfig.load(file).changes()
+    stored = {} if file is None else flat(PopConfig.load(file).changes())
     if "ratio" in settings or "budget" in settings:
         stored = {name: value for name, value in stored.items() if name not in ("ratio", "budget", "method")}
-    return PopConfig.from_dict({"batch": "per_sequence", **stored, **settings})
+    return PopConfig.from_dict(nested({"batch": "per_sequence", **stored, **settings}))
 
 
 @dataclass
@@ -137,7 +138,7 @@ class Counting:
         """How many tokens of an answer have logits of pruned steps: not the first, if those are the dense prefill's."""
         if prefill and self._thresholds:
             return 0
-        dense = self.pop_config.prefill == "dense" and not prefill
+        dense = self.pop_config.chosen.prefill == "dense" and not prefill
         return max(tokens - dense, 0) if self.prunes else 0
 
     def _warnings(self) -> dict[str, str]:
@@ -153,7 +154,9 @@ class Counting:
 
     def _prefill_session(self, model: Any) -> Session:
         """Scores what is one prefill: as the paper does, on R and C; thresholds leave it dense."""
-        config = self.pop_config if self._thresholds else replace(self.pop_config, prefill="partition")
+        config = self.pop_config
+        if not self._thresholds:
+            config = replace(config, method=config.channel_method.replace(prefill="partition"))
         return Session(model, config)
 
     def pop_info(self) -> dict[str, Any]:

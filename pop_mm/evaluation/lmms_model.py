@@ -49,9 +49,9 @@ class PopVLM(Counting, lmms):  # type: ignore[misc]
     min_pixels, max_pixels : int, optional
         Sizes to which a Qwen-VL processor brings images, instead of its own.
     **settings
-        Fields of :class:`PopConfig`, mappings may be JSON; and ``settings``, a settings file under them. ``batch`` is
-        ``"per_sequence"`` unless given, so that answers do not depend on what else is in a batch; with ``batch_size=1``,
-        ``"shared"`` is the same, faster.
+        Fields of :class:`PopConfig`, mappings may be JSON; settings of the method and of experts by their names; and
+        ``settings``, a settings file under them. ``batch`` is ``"per_sequence"`` unless given, so that answers do not depend
+        on what else is in a batch; with ``batch_size=1``, ``"shared"`` is the same, faster.
 
     Attributes
     ----------

@@ -14,6 +14,7 @@ from ..methods import METHODS as _METHODS
 from ..methods import Method, Random, Thresholds, WandaSp, get_method
 from ..methods.fixed import Calibration
 from ..session import Session
+from ..settings import nested
 
 
 class _WithDense(Mapping[str, str]):
@@ -43,7 +44,7 @@ def calibrate(model: Any, texts: Iterable[Any]) -> Calibration:
         ``[1, T]`` token ids, or arguments of the model's forward.
     """
     energies: dict[str, Tensor] = {}
-    with Session(model, PopConfig(0.5, scope="ffn", gamma=0, backend="masked")) as session:
+    with Session(model, PopConfig(0.5, scope="ffn", method="static", backend="masked")) as session:
         for text in texts:
             inputs = text if isinstance(text, Mapping) else {"input_ids": text}
             model(**inputs, use_cache=False)
@@ -69,7 +70,7 @@ def config_for(
     method : str
         One of :data:`METHODS`.
     ratio, gamma : float
-        As in :class:`~pop_mm.PopConfig`; gamma is for ``pop`` alone.
+        As in :class:`~pop_mm.PopConfig` and :class:`~pop_mm.Pop`.
     budget : float, optional
         Instead of the ratio; ``thresholds`` has nothing else.
     seed : int
@@ -77,8 +78,8 @@ def config_for(
     calibration : Calibration, optional
         For ``wanda_sp``, which needs it.
     **settings
-        More of :class:`~pop_mm.PopConfig`. By default rows are pruned per sequence, so that results do not depend on how
-        texts are batched, by masks.
+        More of :class:`~pop_mm.PopConfig`, and settings of the method (``prefill="partition"``) by their names. By default
+        rows are pruned per sequence, so that results do not depend on how texts are batched, by masks.
 
     Raises
     ------
@@ -92,15 +93,15 @@ def config_for(
     chosen: Method = get_method(method)
     if isinstance(chosen, Thresholds):
         own = {"backend": "masked", **{k: v for k, v in settings.items() if (k, v) != ("prefill", "dense")}}
-        return PopConfig(ratio, budget=budget, method=chosen, **own)
+        return PopConfig.from_dict(nested({"ratio": ratio, "budget": budget, "method": chosen, **own}))
     if isinstance(chosen, WandaSp):
         if calibration is None:
             raise ConfigError("wanda_sp ranks channels by calibration text: give some.")
         chosen = WandaSp(calibration)
     elif isinstance(chosen, Random):
         chosen = Random(seed)
-    own = {"batch": "per_sequence", "backend": "masked", "method": chosen}
-    return PopConfig(ratio, gamma=gamma, budget=budget, **{**own, **settings})
+    own = {"ratio": ratio, "gamma": gamma, "budget": budget, "method": chosen}
+    return PopConfig.from_dict(nested({"batch": "per_sequence", "backend": "masked", **own, **settings}))
 
 
 __all__ = ["METHODS", "Calibration", "calibrate", "config_for"]

@@ -214,7 +214,7 @@ class NarrowExecutor:
         if torch.is_grad_enabled() or not self._ffns:  # a graph would hold weights that move
             return
         forward.partial, self._resident = True, None
-        if self.engine.config.probe_tokens:
+        if self.engine.method.probe_tokens:
             numbers = self.engine.probe_numbers(forward)
             if 2 * len(numbers) <= forward.rows * forward.length:  # else gate and up of all tokens cost less once
                 forward.probes = numbers

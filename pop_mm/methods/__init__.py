@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Abouts, ChannelMethod, Method, get_method, register_method, unregister_method
+from .base import Abouts, ChannelMethod, Method, chosen_method, get_method, register_method, unregister_method
 from .fixed import Griffin, Magnitude, Random, WandaSp
 from .full import Full
 from .pop import Pop
@@ -25,6 +25,7 @@ __all__ = [
     "Static",
     "Thresholds",
     "WandaSp",
+    "chosen_method",
     "get_method",
     "register_method",
     "unregister_method",

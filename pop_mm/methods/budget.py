@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import lcm
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -105,8 +104,8 @@ def _check_minimum(method: str, budget: float, minimum: float) -> None:
 
 def ffn_sizes(ffn: FFN | Experts, ratio: float, config: PopConfig) -> Sizes:
     """R, C and P of one FFN by the config's method; experts' are rounded to what their products are aligned to."""
-    round_to = config.round_to if ffn.experts is None else lcm(config.round_to, 16 // ffn.float_dtype.itemsize)
-    return config.channel_method.sizes(ffn.size, ratio, config.gamma, round_to)
+    method = config.channel_method
+    return method.sizes(ffn.size, ratio, method.gamma, 1 if ffn.experts is None else 16 // ffn.float_dtype.itemsize)
 
 
 def budget_ratios(
@@ -132,7 +131,7 @@ def budget_ratios(
     def read(ratio: float) -> float:
         by_layer, found = ratios(ratio), float(attention)
         for ffn in records:
-            kept_whole = ffn.role == "shared_expert" and not config.prune_shared
+            kept_whole = ffn.role == "shared_expert" and not config.experts.prune_shared
             most = 1 - 1 / ffn.size
             sizes = ffn_sizes(ffn, 0.0 if kept_whole else min(by_layer[ffn.layer], most), config)
             found += ffn.weight_count * sizes.width / sizes.channels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -100,58 +100,70 @@ class CalibratedScorer(FixedScorer):
         return (weight * energy.sqrt()).where(energy.sum(-1, keepdim=True) > 0, by_weights)
 
 
-class Magnitude(Static):
+class Fixed(Static):
+    """A method that ranks channels by a score of its own."""
+
+    settings: ClassVar[tuple[str, ...]] = tuple(name for name in Static.settings if name != "scorer")
+    saves_time = False
+
+
+class Magnitude(Fixed):
     """By the weights alone."""
 
     name = "magnitude"
     about = "fixed: by the norm of a channel's weights in gate, up and down"
-    saves_time = False
-
-    def __init__(self) -> None:
-        self.scorer = MagnitudeScorer()
+    scorer = MagnitudeScorer()
 
 
-class Griffin(Static):
+class Griffin(Fixed):
     """GRIFFIN (Dong et al. 2024, arXiv 2404.01365)."""
 
     name = "griffin"
     about = "the prompt's best channels by GRIFFIN's statistic: norms of each token's normalised activations"
-    saves_time = False
-
-    def __init__(self) -> None:
-        self.scorer = GriffinScorer()
+    scorer = GriffinScorer()
 
 
-class Random(Static):
+class Random(Fixed):
     """By chance, the same for the same seed.
 
     Parameters
     ----------
     seed : int
+    **settings
+        As of any method that leaves out channels.
     """
 
     name = "random"
     about = "fixed: at random"
-    saves_time = False
+    settings = (*Fixed.settings, "seed")
+    seed: int = 0
 
-    def __init__(self, seed: int = 0) -> None:
-        self.scorer = RandomScorer(seed)
+    def __init__(self, seed: int = 0, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.seed = seed
+
+    def ranks_by(self) -> Scorer:
+        """The seed's scores."""
+        return RandomScorer(self.seed)
 
 
-class WandaSp(Static):
+class WandaSp(Fixed):
     """Wanda-sp: by calibration text instead of the prompt.
 
     Parameters
     ----------
     calibration : Calibration, optional
         From :func:`pop_mm.evaluation.calibrate`; a session cannot be made without it.
+    **settings
+        As of any method that leaves out channels.
     """
 
     name = "wanda_sp"
     about = "fixed: Wanda-sp, by the scores of calibration text"
-    saves_time = False
+    scorer = None
 
-    def __init__(self, calibration: Calibration | None = None) -> None:
+    def __init__(self, calibration: Calibration | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
         self.scorer = None if calibration is None else CalibratedScorer(calibration)
 
     def sizes(self, channels: int, ratio: float, gamma: float, round_to: int = 1) -> Sizes:

@@ -28,6 +28,7 @@ from functools import cache, reduce
 import torch
 from torch import Tensor
 
+from ..checks import check_budget
 from ..modality import TEXT
 from ..ops.histogram import BINS
 from ..ops.histogram import histogram as count_bins
@@ -41,11 +42,33 @@ _FIRST_NOT_FINITE = 255 << 4  # bins of infinity and NaN begin here
 
 
 class Thresholds(Method):
-    """Entries of each matrix's input above a threshold from the prompt."""
+    """Entries of each matrix's input above a threshold from the prompt.
+
+    Parameters
+    ----------
+    head_budget : float, optional
+        Share of the lm_head's weight bytes that a decoded token reads, in (0, 1], beyond the budget. None: all.
+
+    Raises
+    ------
+    ConfigError
+        Another value.
+    """
 
     name = "thresholds"
     about = "entries of each matrix's input above a threshold from the prompt"
     session = "pop_mm.threshold_session:ThresholdSession"
+    settings = ("head_budget",)
+    head_budget: float | None = None
+
+    def __init__(self, *, head_budget: float | None = None) -> None:
+        self.head_budget = head_budget
+        self.check()
+
+    def check(self) -> None:
+        """Raise :class:`ConfigError` for a head_budget out of range."""
+        if self.head_budget is not None:
+            check_budget("head_budget", self.head_budget)
 
 
 def hidden_share(rho: float) -> float:

@@ -48,7 +48,7 @@ def alone(
     inputs = prepare(asker._reader, load_image(image), question, model=asker.model)
     settings = dict(do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
     dense = asker.model.generate(**inputs, **settings)
-    with prune(asker.model, ratio=ratio, gamma=0.1):
+    with prune(asker.model, ratio=ratio):
         pruned = asker.model.generate(**inputs, **settings)
     start = inputs["input_ids"].shape[1]
     return tuple(asker._tokenizer.decode(ids[0, start:], skip_special_tokens=True) for ids in (dense, pruned))

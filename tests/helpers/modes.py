@@ -12,6 +12,7 @@ from helpers.covering import covering, covers
 from helpers.observe import prompt
 from helpers.tiny_models import tiny
 from pop_mm import PopConfig, prune
+from pop_mm.settings import nested
 
 STEPS = 5
 LENGTH = 9
@@ -40,11 +41,15 @@ def with_experts(load, model_type, implementation="eager", dtype=None, **setting
     return load(model_type, dtype, experts_implementation=implementation, **settings)
 
 
+def config_of(**settings):
+    """A config from settings by bare names, those of the method and of experts too, as command lines have them."""
+    return PopConfig.from_dict(nested(settings))
+
+
 def pruned(model, backend="masked", **settings):
     """A session whose ratio is that of each FFN; with torch's kernels, since the tests look at torch's products."""
-    return prune(
-        model, PopConfig(**{"ratio": RATIO, "scope": "ffn", "backend": backend, "kernels": "stock", **settings})
-    )
+    settings = {"ratio": RATIO, "scope": "ffn", "backend": backend, "kernels": "stock", **settings}
+    return prune(model, config_of(**settings))
 
 
 def without_library():

@@ -16,12 +16,12 @@ def experts_of(model):
     return [module for module in model.modules() if hasattr(module, "is_concatenated")]
 
 
-def split_sizes(size, ratio, gamma, variant="pop", round_to=1):
+def split_sizes(size, ratio, gamma, method="pop", round_to=1):
     """|R|, |C|, and how many of C a step keeps."""
     kept = size - math.floor(ratio * size + 1e-6)
-    if variant == "full":
+    if method == "full":
         return 0, size, kept
-    half = min(round(gamma * size / 2), kept, size - kept) if variant == "pop" else 0
+    half = min(round(gamma * size / 2), kept, size - kept) if method == "pop" else 0
     width = min(size, math.ceil((kept + half) / round_to) * round_to)
     return kept - half, width - (kept - half), half
 
@@ -95,14 +95,14 @@ class MoEPop(Pop):
         gamma=0.1,
         batch="shared",
         prefill="dense",
-        variant="pop",
+        method="pop",
         min_tokens=1,
         unseen="dense",
         expert_score="plain",
     ):
         self.handles = []
         super().__init__(model, ratio, gamma, batch, prefill)
-        self.variant, self.min_tokens, self.unseen = variant, min_tokens, unseen
+        self.method, self.min_tokens, self.unseen = method, min_tokens, unseen
         self.routed_score = expert_score == "routed"
         self.modules = experts_of(model)
         assert self.modules
@@ -132,7 +132,7 @@ class MoEPop(Pop):
     # dense FFNs and shared experts: the variants -------------------------------------------------------------------
 
     def _cut(self, index):
-        sizes = split_sizes(len(self.norms[index]), self.ratio, self.gamma, self.variant)
+        sizes = split_sizes(len(self.norms[index]), self.ratio, self.gamma, self.method)
         self.parts[index] = [
             cut([norm * math.sqrt(e) for norm, e in zip(self.norms[index], energy, strict=True)], sizes)
             for energy in self.energy[index]
@@ -140,7 +140,7 @@ class MoEPop(Pop):
 
     def _choose(self, index, group, column, h):
         retained, candidates, _ = self.parts[index][group[0] if self.per_row else 0]
-        _, _, keep = split_sizes(len(self.norms[index]), self.ratio, self.gamma, self.variant)
+        _, _, keep = split_sizes(len(self.norms[index]), self.ratio, self.gamma, self.method)
         scores = {}
         tokens = [h[row, column].tolist() for row in group if self.valid[row][column]]
         for channel in candidates:
@@ -152,7 +152,7 @@ class MoEPop(Pop):
 
     def _sizes(self, index):
         down = self.modules[index].down_proj
-        return split_sizes(self.weights[index][0].size, self.ratio, self.gamma, self.variant, 16 // down.element_size())
+        return split_sizes(self.weights[index][0].size, self.ratio, self.gamma, self.method, 16 // down.element_size())
 
     def _unit(self, row, expert):
         return (row if self.per_row else 0, expert)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from pop_mm import prune
+from pop_mm import Pop, prune
 from pop_mm.errors import AdapterError, NonFiniteError, SessionError
 
 TP, EP = {"tp_size": 3}, {"tp_size": 3, "ep_size": 3}
@@ -27,9 +27,9 @@ KINDS = {
 SETTINGS = {
     "thresholds": {"budget": 0.6},
     "shard": {"ratio": 0.4},
-    "global": {"ratio": 0.4, "tp_partition": "global"},
-    "global, a choice a row": {"ratio": 0.4, "tp_partition": "global", "batch": "per_sequence"},
-    "global, partition": {"ratio": 0.4, "tp_partition": "global", "prefill": "partition"},
+    "global": {"ratio": 0.4, "method": Pop(tp_partition="global")},
+    "global, a choice a row": {"ratio": 0.4, "method": Pop(tp_partition="global"), "batch": "per_sequence"},
+    "global, partition": {"ratio": 0.4, "method": Pop(tp_partition="global", prefill="partition")},
     "budget 1": {"budget": 1},
     None: None,  # dense
 }

@@ -7,7 +7,7 @@ import pop_mm
 
 def right(model: nn.Module) -> pop_mm.Session:
     """Keywords as they are."""
-    pop_mm.prune(model, ratio=0.2, gamma=0.1, scope="ffn", layer_ratios={0: 0.0})
+    pop_mm.prune(model, ratio=0.2, method=pop_mm.Pop(gamma=0.1), scope="ffn", layer_ratios={0: 0.0})
     return pop_mm.prune(model, budget=0.65, method="thresholds", backend="auto")
 
 

@@ -137,7 +137,7 @@ class ServedModel:
 def is_dense(config: PopConfig) -> bool:
     """Whether settings leave nothing out."""
     whole = config.budget == 1 or (config.ratio == 0 and not config.layer_ratios)
-    return whole and config.head_budget in (None, 1)
+    return whole and getattr(config.chosen, "head_budget", None) in (None, 1)
 
 
 def _refusal(said: str) -> RequestError:

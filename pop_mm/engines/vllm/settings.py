@@ -10,8 +10,9 @@ from ...errors import ConfigError, EngineError
 
 KEY = "pop_mm"
 _ONLY = {  # settings that have one value here
-    "prefill": ("dense", "the prompt of each request runs dense"),
     "modality_weights": ({}, "pictures are refused"),
+    "prefill": ("dense", "the prompt of each request runs dense"),
+    "head_budget": (None, "its lm_head stays dense"),
 }
 
 
@@ -35,16 +36,13 @@ def settings_of(vllm_config: Any) -> PopConfig | None:
             "Leave it out."
         )
     config = PopConfig.from_dict({**values, "batch": "per_sequence"})
+    found = {"modality_weights": config.modality_weights, **config.chosen.to_dict()}
     for name, (value, why) in _ONLY.items():
-        if getattr(config, name) != value:
-            raise ConfigError(f"{name}={getattr(config, name)!r} cannot be had in vLLM: {why}. Leave it out.")
+        if found.get(name, value) not in (value, 1):
+            raise ConfigError(f"{name}={found[name]!r} cannot be had in vLLM: {why}. Leave it out.")
     if config.backend == "inplace" or config.kernels in ("compiled", "triton"):
         asked = "backend='inplace'" if config.backend == "inplace" else f"kernels={config.kernels!r}"
         raise ConfigError(f"{asked} cannot be had in vLLM, where channels are masked. Leave it out.")
-    if config.head_budget not in (None, 1):
-        raise ConfigError(
-            f"head_budget={config.head_budget!r} cannot be had in vLLM: its lm_head stays dense. Leave it out."
-        )
     if config.chosen_method != "thresholds":
         _check_method(config)
     return config
@@ -52,8 +50,8 @@ def settings_of(vllm_config: Any) -> PopConfig | None:
 
 def _check_method(config: PopConfig) -> None:
     method = config.channel_method
-    if method.scorer is not None or config.scorer not in ("wanda", "activation"):
-        scorer = config.scorer if method.scorer is None else method.scorer.name
+    scorer = method.ranks_by().name
+    if scorer not in ("wanda", "activation"):
         raise ConfigError(
             f"The scorer {scorer!r} (method={method.name!r}) cannot be had in vLLM, where only 'wanda' and 'activation' are "
             "computed. Use transformers (pop_mm.prune) for it."

@@ -217,7 +217,7 @@ def _masked(
     if planned.sizes is None:
         return MaskedEntries(module.prefix, shard, complain, planned.share, own)
     assert own is not None
-    weight = torch.ones_like(own) if config.scorer == "activation" else own
+    weight = torch.ones_like(own) if config.channel_method.scorer == "activation" else own
     return MaskedChannels(module.prefix, shard, complain, planned.sizes, config.channel_method, weight)
 
 
