@@ -165,7 +165,7 @@ def _moe(found: Mapping[str, Any], _: Path) -> str:
     routed = [[name, _span(value, "+.4f")] for name, value in found["routed_minus"].items()]
     return (
         f"## {found['setup']['model']}: every method, a partition for each expert\n\n{show.markdown_table(found)}\n\n"
-        f"{_order(found['order'])}\n`expert_score=\"routed\"` (a token's activations count times the router's weight), minus the plain "
+        f"{_order(found['order'])}\n`ExpertPolicy(score=\"routed\")` (a token's activations count times the router's weight), minus the plain "
         f"score:\n\n{_table(['method and ratio', 'KL, routed - plain'], routed)}"
     )
 

@@ -200,7 +200,7 @@ def columns(name: str, module: nn.Module, size: int, dtype: torch.dtype | None, 
 def _not_linear(name: str, module: nn.Module) -> AdapterError:
     return AdapterError(
         f"{name}, a {type(module).__name__}, computes something that is not linear in its inputs, so its channels have "
-        "no column norms. Remove that adapter, or use scorer='activation', which needs no weights."
+        "no column norms. Remove that adapter, or use method=Pop(scorer='activation'), which needs no weights."
     )
 
 
@@ -235,8 +235,8 @@ def _answers(name: str, module: nn.Module, vectors: Tensor, dtypes: list[torch.d
     assert refused is not None
     raise AdapterError(
         f"{name}, a {type(module).__name__}, does not tell its weights: asked for its columns it said "
-        f"{one_line(refused)!r}. Load the model without quantisation, merge its adapters, or use scorer='activation', "
-        "which needs no weights."
+        f"{one_line(refused)!r}. Load the model without quantisation, merge its adapters, or use "
+        "method=Pop(scorer='activation'), which needs no weights."
     ) from refused
 
 

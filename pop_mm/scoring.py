@@ -132,7 +132,7 @@ def _probe(cls: type[Scorer]) -> None:
     except TypeError as error:
         raise ConfigError(
             f"The scorer {cls.name!r} cannot be made without arguments ({error}). Register a class that can, or pass an instance "
-            "as scorer=."
+            "to the method: Pop(scorer=...)."
         ) from error
     try:
         weight, h = scorer.channel_weight(small), torch.linspace(-1, 1, 3 * size).view(3, size)

@@ -165,7 +165,7 @@ REFUSED_ADAPTERS = [
         "peft",
         "refused",
         peft_model("LilyConfig", r=4),
-        note="not linear in its inputs; `scorer='activation'` prunes it, masked",
+        note="not linear in its inputs; `Pop(scorer='activation')` prunes it, masked",
         options={"match": "not linear"},
     ),
     Row(
@@ -173,14 +173,14 @@ REFUSED_ADAPTERS = [
         "Adapters",
         "peft",
         "refused",
-        note="its weights hang on the task of each call; `scorer='activation'` prunes it, masked",
+        note="its weights hang on the task of each call; `Pop(scorer='activation')` prunes it, masked",
     ),
     Row(
         "X-LoRA on a down projection",
         "Adapters",
         "peft",
         "refused",
-        note="not linear in its inputs; `scorer='activation'` prunes it, masked",
+        note="not linear in its inputs; `Pop(scorer='activation')` prunes it, masked",
     ),
     Row(
         "LoRA on `target_parameters` of routed experts",
