@@ -215,7 +215,7 @@ class PopConfig:
         method = chosen_method(values.get("method", "auto"), values.get("ratio"))
         if changed := {name: value for name, value in settings.items() if value != method.to_dict().get(name, MISSING)}:
             values["method"] = method.replace(**changed)
-        values = moved({**values, "copies": copies})
+        values = moved(values, copies)
         layers = values.get("layer_ratios")
         if isinstance(layers, Mapping):
             try:

@@ -65,14 +65,15 @@ def old_values(method: str | Method, ratio: float | None, experts: ExpertPolicy)
     }
 
 
-def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+def moved(values: Mapping[str, Any], copies: bool = False) -> dict[str, Any]:
     """Settings without old names: what they said is in ``method`` and ``experts``. One warning says what to write instead.
 
     Parameters
     ----------
     values : mapping
-        Arguments of :class:`PopConfig`. With ``"copies"`` true, old names that say the same as the new ones are passed over,
-        since ``to_dict`` writes both.
+        Arguments of :class:`PopConfig`.
+    copies : bool
+        Whether old names that say the same as the new ones are passed over, since ``to_dict`` writes both.
 
     Raises
     ------
@@ -80,7 +81,6 @@ def moved(values: Mapping[str, Any]) -> dict[str, Any]:
         The method has no such setting, or an old name contradicts a new one.
     """
     found = dict(values)
-    copies = found.pop("copies", False)
     old = {name: found.pop(name) for name in OLD_NAMES if name in found}
     if not old:
         return found
@@ -133,10 +133,8 @@ def _check_round_to(value: object) -> None:
 def _warn(message: str) -> None:
     """Warn where the user's own code is."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
-        "pop_mm",
-        "dataclasses",
-    ):
+    ours = ("pop_mm", "dataclasses")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, DeprecationWarning, stacklevel=level)
 

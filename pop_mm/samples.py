@@ -207,14 +207,14 @@ def _stages(name: str, progress: bool) -> Iterator[Report]:
         yield lambda stage: bar.update(task, description=f"{name}: {stage}")
 
 
-def resolve(model: str, *, cache_dir: str | os.PathLike[str] | None = None, progress: bool = True) -> str:
+def resolve(model: str, *, progress: bool = True) -> str:
     """Turn what a user typed into something ``from_pretrained`` takes.
 
     A sample's name gives its folder (fetched on first use), an existing folder gives itself, anything else is taken for
     a hub id and returned unchanged, unless it can only be a mistyped path or sample name (``SampleError``).
     """
     if model in SAMPLES:
-        return str(fetch(model, cache_dir=cache_dir, progress=progress))
+        return str(fetch(model, progress=progress))
     path = Path(model).expanduser()
     if model and path.is_dir():
         return str(path)

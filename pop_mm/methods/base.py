@@ -57,7 +57,7 @@ class Method(ABC):
         for name, value in settings.items():
             if name not in self.settings:
                 raise ConfigError(_not_its_own(self, name, value))
-            setattr(changed, name, value)
+            vars(changed)[name] = value  # of a frozen class too
         changed.check()
         return changed
 
@@ -238,11 +238,11 @@ def _not_its_own(method: Method, name: str, value: object) -> str:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         known = ", ".join(method.settings) or "none"
         return f"Unknown setting {name!r} of method={method.name!r}; known: {known}.{hint}"
-    pop = name in ChannelMethod.settings
-    owner, instead = ("POP", "pop") if pop else (f"method={owners[0]!r}", owners[0])
+    owner = "pop" if name in ChannelMethod.settings else owners[0]
+    get_method(owner).replace(**{name: value})  # a value that is wrong anyway is said to be that
     return (
-        f"{name}={_plain(value)!r} is a setting of {owner}, and has no meaning for method={method.name!r}. Leave it out, or "
-        f"set method={instead!r}."
+        f"{name}={_plain(value)!r} is a setting of {'POP' if owner == 'pop' else f'method={owner!r}'}, and has no meaning for "
+        f"method={method.name!r}. Leave it out, or set method={owner!r}."
     )
 
 
