@@ -9,7 +9,7 @@ import pop_mm
 from helpers.modes import BACKENDS, LAYOUTS, LENGTH, STEPS, alone, backends, fresh, generate, pruned
 from helpers.observe import Active, Wrapped, partitions, prompt, same_afterwards
 from helpers.tiny_models import tiny
-from pop_mm import ConfigError, PopConfig, prune, register_scorer
+from pop_mm import ConfigError, Pop, PopConfig, prune, register_scorer
 from pop_mm.adapters import LlamaAdapter
 from pop_mm.scoring import Scorer
 
@@ -166,9 +166,18 @@ def test_layer_ratios_leave_a_layer_dense(model, backend):
     assert [int(active.sum()) for active in seen.seen[1][1:]] == [39, 39]
 
 
+class Rounded(Pop):
+    """R and C together are a multiple of 16, as kernels of one's own may need."""
+
+    name = "tests_rounded"
+
+    def sizes(self, channels, ratio, gamma, round_to=1):
+        return super().sizes(channels, ratio, gamma, 16)
+
+
 @backends
-def test_round_to_widens_the_candidates_and_keeps_the_active_channels(model, backend):
-    with pruned(model, backend, round_to=16) as session, Active(model) as seen:
+def test_a_method_that_rounds_widens_the_candidates_and_keeps_the_active_channels(model, backend):
+    with pruned(model, backend, method=Rounded()) as session, Active(model) as seen:
         model.generate(prompt(), max_new_tokens=3)
     sizes = session.report.ffns[0].plan.sizes
     assert (sizes.width, sizes.kept) == (48, 39)
@@ -260,12 +269,12 @@ def test_an_own_scorers_weights_are_widened(model, backend, dtype):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("variant", ["static", "full"])
+@pytest.mark.parametrize("method", ["static", "full"])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_the_papers_variants_are_the_same_on_both_backends(model, variant, rows):
+def test_the_papers_ablations_are_the_same_on_both_backends(model, method, rows):
     found = []
     for backend in BACKENDS:
-        with pruned(model, backend, variant=variant), Active(model) as seen:
+        with pruned(model, backend, method=method), Active(model) as seen:
             tokens = model.generate(prompt(rows, LENGTH), max_new_tokens=STEPS)
         found.append((tokens.tolist(), seen.sets(rows)))
         assert all(len(columns[0]) == 39 for step in seen.sets(rows)[1:] for ffn in step for columns in ffn)

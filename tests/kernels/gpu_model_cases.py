@@ -89,8 +89,8 @@ def test_beams_take_their_channels_along(calls):
 
 
 def test_without_candidates_in_a_model(calls):
-    compare(model_of("llama"), prompt(2).to(DEVICE), 2, batch="per_sequence", variant="static")
-    compare(model_of("llama"), prompt(2).to(DEVICE), 2, batch="shared", variant="static")
+    compare(model_of("llama"), prompt(2).to(DEVICE), 2, batch="per_sequence", method="static")
+    compare(model_of("llama"), prompt(2).to(DEVICE), 2, batch="shared", method="static")
     assert calls == [(GatheredStep, 2), (FusedStep, 2)]
 
 
