@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from .probe import without_weights
 from .registry import is_shipped, registered_adapters
 from .structural import StructuralAdapter
 
-_WIDTH = 98
+_WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Group:
 
 @dataclass(frozen=True, repr=False)
 class Check:
-    """What :func:`check` found; its repr is for people, in lines of at most 98 columns.
+    """What :func:`check` found; its repr is for people, in lines of at most 80 columns.
 
     Attributes
     ----------
@@ -83,6 +83,8 @@ class Check:
     why : str
         Why this adapter.
     groups : tuple of Group
+    attention : tuple of str
+        Patterns of the attention modules whose inputs thresholds prune; they stay dense with other methods.
     unpruned : tuple of str
         Patterns of the modules with weights that the adapter does not name: they stay dense.
     """
@@ -91,6 +93,7 @@ class Check:
     adapter: str
     why: str
     groups: tuple[Group, ...]
+    attention: tuple[str, ...]
     unpruned: tuple[str, ...]
 
     @property
@@ -110,6 +113,8 @@ class Check:
             elif not group.broken:
                 where = _patterns(group.probed)
                 lines += _wrapped(f"probed on {', '.join(where)}: every channel is computed alone", "      ")
+        if self.attention:
+            lines += _wrapped(f"Attention, pruned by thresholds alone: {', '.join(self.attention)}.", "  ")
         if self.unpruned:
             lines += _wrapped(f"Not named by the adapter, stays dense: {', '.join(self.unpruned)}.", "  ")
         if not self.ok:
@@ -125,6 +130,7 @@ class Check:
         return {
             **vars(self),
             "groups": [g.to_dict() for g in self.groups],
+            "attention": list(self.attention),
             "unpruned": list(self.unpruned),
             "ok": self.ok,
         }
@@ -161,6 +167,9 @@ def check(model: nn.Module, adapter: Adapter | None = None) -> Check:
         raise SessionError("The model is being pruned; leave the session before you check its adapter.")
     probed = probe_records(model, adapter, records)
     rows = [_Row(plan.ffn, *_status(plan.backend, plan.reason, probed[plan.ffn]), probed[plan.ffn]) for plan in plans]
+    pruned = _parts(module for record in records for module in record.modules)
+    attention = _parts(module for group in adapter.input_groups(model) for module in group.modules)
+    matrices = {name: module for name, module in model.named_modules() if _holds_matrices(module)}
     groups: dict[object, list[_Row]] = {}
     for row in rows:
         groups.setdefault(row.key, []).append(row)
@@ -169,7 +178,8 @@ def check(model: nn.Module, adapter: Adapter | None = None) -> Check:
         type(adapter).__name__,
         _why(model, adapter, given),
         tuple(_group(rows) for rows in groups.values()),
-        _patterns(_unpruned(model, records)),
+        _patterns([name for name, module in matrices.items() if module in attention - pruned]),
+        _patterns([name for name, module in matrices.items() if module not in attention | pruned]),
     )
 
 
@@ -269,14 +279,12 @@ def _why(model: nn.Module, adapter: Adapter, given: bool) -> str:
     return f"no adapter is registered for the model type {model_type!r}; its FFNs were found by name and shape"
 
 
-def _unpruned(model: nn.Module, records: Sequence[FFN | Experts]) -> list[str]:
-    """Names of the modules that hold matrices and are no FFN's."""
-    known = {part for record in records for module in record.modules for part in module.modules()}
-    return [
-        name
-        for name, module in model.named_modules()
-        if module not in known and any(p.dim() >= 2 for p in module.parameters(recurse=False))
-    ]
+def _parts(modules: Iterable[nn.Module]) -> set[nn.Module]:
+    return {part for module in modules for part in module.modules()}
+
+
+def _holds_matrices(module: nn.Module) -> bool:
+    return any(p.dim() >= 2 for p in module.parameters(recurse=False))
 
 
 def _patterns(names: Sequence[str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .errors import PopError
 from .report import FFNReport, Report
+from .tables import SCOPES
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 _MOST_BINS = 96  # bins of channels in a layer's line, each a small stack of its three shares
@@ -104,7 +105,7 @@ def plot_report(report: Report, path: str | Path, dark: bool = False) -> Path:
     config = report.config
     asked = f"budget {config.budget:.0%}" if config.ratio is None else f"ratio {config.ratio:.0%}"
     figure.suptitle(
-        f"POP: {asked} ({config.scope}), gamma {config.channel_method.gamma:g}; {report.prompt_tokens} prompt "
+        f"POP: {asked} of {SCOPES[config.scope]}, gamma {config.channel_method.gamma:g}; {report.prompt_tokens} prompt "
         f"tokens, {report.timings.decode_forwards} decode steps",
         fontsize=12,
         x=0.01,

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .plotting import PlotError, check_path, save
+from .tables import SCOPES
 
 if TYPE_CHECKING:
     from .threshold_report import ThresholdReport
@@ -60,7 +61,7 @@ def plot_thresholds(report: ThresholdReport, path: str | Path, dark: bool = Fals
     if known:
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
     figure.suptitle(
-        f"Thresholds: budget {report.config.budget:.0%} ({report.config.scope}); {report.prompt_tokens} prompt tokens, "
+        f"Thresholds: {report.config.budget:.0%} of {SCOPES[report.config.scope]}; {report.prompt_tokens} prompt tokens, "
         f"{report.timings.decode_forwards} decode steps",
         fontsize=12,
         x=0.01,

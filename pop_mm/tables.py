@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .footprint import Footprint
     from .samples import Sample
 
+SCOPES = {"overall": "attention and FFNs", "ffn": "FFNs"}  # what a ratio or budget is a share of
 FFN_COLUMNS = ("layer", "channels", "active per step", "backend")  # of a narrow terminal
 _MOST_ROWS = 96  # a table with more rows than this is summed up over layers
 
@@ -106,7 +107,8 @@ def report_summary(report: Report) -> Paragraphs:
         overlaps = [ffn.modality_overlap for ffn in report.ffns]
         shares = {name: [found[name] for found in overlaps if name in found] for name in report.modality_tokens}
         alone = ", ".join(f"{name} {sum(found) / len(found):.0%}" for name, found in shares.items() if found)
-        lines.append(f"Prompt tokens: {counts}. Of R and C, the tokens of one kind alone would have chosen: {alone}.")
+        kept = "Of the channels kept for the answer, each kind of token alone would have kept"
+        lines.append(f"Prompt tokens: {counts}. {kept}: {alone}.")
     if not times.prefill_forwards:
         lines.append("No prompt has been processed yet.")
     else:
@@ -129,7 +131,7 @@ def _settings(report: Report) -> str:
     config, method = report.config, report.config.channel_method
     ratios = sorted({ffn.plan.ratio for ffn in report.ffns})
     own = " to ".join(f"{r:.1%}" for r in dict.fromkeys((ratios[0], ratios[-1]))) if ratios else "nothing"
-    of = "attention and FFN" if config.scope == "overall" else "each FFN"
+    of = SCOPES[config.scope]
     asked = f"all but a budget of {config.budget:.0%}" if config.ratio is None else f"{config.ratio:.0%}"
     kernel = {"compiled": " (compiled kernel)", "triton": " (Triton kernels)"}.get(report.kernels, "")
     backends = ", ".join(
@@ -313,6 +315,7 @@ def _plural(count: int, noun: str) -> str:
 
 
 __all__ = [
+    "SCOPES",
     "adapter_rows",
     "adapters_markdown",
     "adapters_table",

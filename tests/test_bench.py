@@ -344,7 +344,7 @@ def test_prompts_repeat_passages_and_avoid_special_ids():
         (["--config", "llama2-7b", "--model", "x"], "Give --model, or --config"),
         ([], "Give --model, or --config"),
         (["--model", "x", "--layers", 1], "go with --config"),
-        (["--model", "x", "--batch", 0], "greater than or equal to 1"),
+        (["--model", "x", "--batch", 0], "0 is not from 1 to"),
         (["--model", "x", "--ratio", 1.5], "ratio must lie in [0, 1)"),
         (["--model", "x", "--ratio", 0], "give ratios above 0"),
         (["--model", "x", "--method", "full"], "methods must be of static, pop, thresholds; got 'full'"),

@@ -69,6 +69,7 @@ def test_ask(call, folder, picture, tmp_path):
     assert values["report"]["modality_tokens"] == counts
     assert all(set(ffn["modality_overlap"]) == {"text", "image"} for ffn in values["report"]["ffns"])
     assert f"{sum(counts.values())} prompt tokens" in out
+    assert "kept for the answer, each kind of token alone would have kept: text " in " ".join(out.split())
     assert "dense" in out and "pruned, ratio 0.3" in out
     with Image.open(tmp_path / "a.png") as saved:
         assert min(saved.size) > 400

@@ -25,15 +25,16 @@ CSS = """
 .pop-facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 8px; margin: 0; }
 .pop-facts > div { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 6px 12px; }
 .pop-facts dd { font-size: 1.1rem; font-weight: 700; margin: 0; font-variant-numeric: tabular-nums; }
+.pop-facts dd span { font-size: 0.85rem; font-weight: 400; }
 .pop-result details { margin-top: 8px; }
 .pop-result summary { cursor: pointer; font-weight: 600; padding: 4px 0; }
 .pop-figure { overflow-x: auto; border-radius: 8px; }
 .pop-figure img { width: 100%; min-width: 640px; max-width: 900px; }
 .pop-dark, .dark .pop-light { display: none !important; }
 .dark .pop-dark { display: block !important; }
-#picture img { object-fit: contain; }
+#picture img { object-fit: contain; padding-top: 2rem; } /* below the label, which lies on it */
 #examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); gap: 8px; }
-#examples button { min-height: 48px; padding: 4px 8px; justify-content: flex-start; text-align: left; white-space: normal;
+#examples button { min-height: 48px; height: 100%; padding: 4px 8px; justify-content: flex-start; text-align: left; white-space: normal;
   font-size: 0.85rem; font-weight: 400; line-height: 1.25;
   background-repeat: no-repeat; background-position: 6px center; background-size: 40px 40px; }
 """

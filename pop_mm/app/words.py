@@ -15,7 +15,7 @@ from .progress import Answer, Progress, Turn
 
 _ABOUT = {
     "tiny-vlm": "tiny-vlm is a toy: it names, counts and places one to four drawn shapes in eight colours. It knows nothing "
-    "else, no photos either, and is too small to get faster. A real model: --model Qwen/Qwen2.5-VL-3B-Instruct.",
+    "else, no photos either, and is too small to tell what pruning gains. A real model: --model Qwen/Qwen2.5-VL-3B-Instruct.",
     "smollm2-135m": "A very small model that often errs, dense or pruned: compare its two answers, not their truth.",
 }
 _ABOUT["tiny-vlm-moe"] = _ABOUT["tiny-vlm"].replace("tiny-vlm is", "tiny-vlm-moe is")
@@ -142,12 +142,16 @@ def result(progress: Progress, earlier: Sequence[Turn] = (), advice: str | None 
         "Read for a token": read(report),
         "Answers": _compared(progress, earlier),
     }
-    shown = "".join(f"<div><dt>{name}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items())
+    shown = "".join(f"<div><dt>{name}</dt><dd>{_figure_first(text)}</dd></div>" for name, text in facts.items())
     kinds = ", ".join(f"{count} {name}" for name, count in report.modality_tokens.items() if count)
-    what = "Inputs" if isinstance(report, ThresholdReport) else "FFNs"
+    what = "Inputs of matrices" if isinstance(report, ThresholdReport) else "FFNs"
+    ran: dict[str, int] = {}
+    for name, count in report.backends.items():
+        how = {"masked": "masked (right, and no faster)", "dense": "dense"}.get(name, "fast")
+        ran[how] = ran.get(how, 0) + count
     lines = [
         f"{report.prompt_tokens} prompt tokens" + (f" ({kinds})." if "," in kinds else "."),
-        f"{what}: " + ", ".join(f"{count} {name}" for name, count in report.backends.items()) + ".",
+        f"{what}: " + ", ".join(f"{count} {name}" for name, count in ran.items()) + ".",
         "Decode speed is without prefill, one run each: a rough figure. Dense is the model on PyTorch's own kernels.",
         *report.notes,
     ]
@@ -161,6 +165,12 @@ def result(progress: Progress, earlier: Sequence[Turn] = (), advice: str | None 
         f"<div class='pop-result'><dl class='pop-facts'>{shown}</dl>{warned}<details><summary>What each layer kept</summary>"
         f"{said}{figure(report)}</details></div>"
     )
+
+
+def _figure_first(text: str) -> str:
+    """A fact as HTML: what stands in brackets is smaller."""
+    figure, bracket, more = text.partition(" (")
+    return escape(figure) + (f" <span>({escape(more)}</span>" if bracket else "")
 
 
 def _factor(progress: Progress) -> str:

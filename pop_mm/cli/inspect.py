@@ -20,7 +20,7 @@ from ..planning import FFNPlan
 from ..quantise import QuantiseError, check_weights, quantise
 from ..samples import load_config, resolve, takes_images
 from ..session import plan_ffns
-from ..tables import footprint_table, plan_table
+from ..tables import SCOPES, footprint_table, plan_table
 from .generate import load_model, torch_dtype
 from .inspect_thresholds import inspect_thresholds
 from .stored import StoredBytes, bits_of, stored_tensors
@@ -74,9 +74,10 @@ def run(
     console.print(plan_table(plans, wide))
     console.print(footprint_table(footprint(model, adapter, plans, weights=sizes)))
     layouts = " / ".join(dict.fromkeys(plan.ffn.layout for plan in plans))
+    asked = f"Budget {config.budget:g}" if config.ratio is None else f"Ratio {config.ratio:g}"
     console.print(
         f"{type(model).__name__}: {len(plans)} FFNs of {layouts}, found by {type(adapter).__name__}.\n"
-        f"{config.label.capitalize()} ({config.scope}) leaves out {plans[0].ratio:.1%} of each FFN; an overall ratio "
+        f"{asked} of {SCOPES[config.scope]} leaves out {plans[0].ratio:.1%} of each FFN; an overall ratio "
         f"must stay below {largest:.3f}.",
         highlight=False,
     )

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..adapters import Adapter
 from ..config import PopConfig
 from ..footprint import WeightBytes, footprint
-from ..tables import footprint_table
+from ..tables import SCOPES, footprint_table
 from ..threshold_report import ThresholdReport
 from ..threshold_session import ThresholdPlan, plan_thresholds
 from ..timings import Timings
@@ -64,7 +64,7 @@ def inspect_thresholds(
     console.print(footprint_table(footprint(model, adapter, plans, meant, weights)))
     console.print(
         f"{type(model).__name__}: {len(plans)} inputs of FFNs and attention, found by {type(adapter).__name__}.\n"
-        f"{config.label.capitalize()} ({config.scope}). Pruned: what a token is meant to read.",
+        f"Budget {config.budget:g} of {SCOPES[config.scope]}. Pruned: what a token is meant to read.",
         highlight=False,
     )
     for reason in dict.fromkeys(plan.reason for plan in plans if plan.backend == "masked"):

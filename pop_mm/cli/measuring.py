@@ -13,7 +13,6 @@ from .options import (
     BATCHES,
     CACHES,
     GAMMAS,
-    MOST,
     OF_BUDGETS,
     OF_RATIOS,
     PREFILLS,
@@ -34,6 +33,8 @@ from .options import (
     Settings,
     Weights,
     Wide,
+    counted,
+    seeded,
 )
 
 
@@ -57,19 +58,20 @@ def evaluate(
     split: Annotated[str, typer.Option(metavar="NAME", help="The data set's split.")] = "test",
     column: Annotated[str, typer.Option(metavar="NAME", help="The data set's column of text.")] = "text",
     limit: Annotated[
-        int | None, typer.Option(min=1, max=MOST, metavar="N", help="Most pieces of text to score.")
+        int | None, typer.Option(callback=counted(1), metavar="N", help="Most pieces of text to score.")
     ] = None,
     calibration: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Calibration text of wanda_sp.")] = None,
-    prompt: Annotated[int, typer.Option(min=1, max=MOST, metavar="N", help="Prompt tokens of each piece.")] = 256,
-    continuation: Annotated[int, typer.Option(min=1, max=MOST, metavar="N", help="Decode steps scored.")] = 128,
+    prompt: Annotated[int, typer.Option(callback=counted(1), metavar="N", help="Prompt tokens of each piece.")] = 256,
+    continuation: Annotated[int, typer.Option(callback=counted(1), metavar="N", help="Decode steps scored.")] = 128,
     generate_tokens: Annotated[
-        int, typer.Option("--generate", min=0, max=MOST, metavar="N", help="Greedy tokens that are compared; 0: none.")
+        int,
+        typer.Option("--generate", callback=counted(0), metavar="N", help="Greedy tokens that are compared; 0: none."),
     ] = 16,
     batch: Annotated[str, typer.Option(metavar="per_sequence|shared", help="shared: a batch has one partition.")] = (
         "per_sequence"
     ),
-    batch_size: Annotated[int, typer.Option(min=1, max=MOST, metavar="N", help="Pieces of text at once.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of random and the bootstrap.")] = 0,
+    batch_size: Annotated[int, typer.Option(callback=counted(1), metavar="N", help="Pieces of text at once.")] = 4,
+    seed: Annotated[int, typer.Option(callback=seeded, metavar="N", help="Of random and the bootstrap.")] = 0,
     output: Annotated[
         str | None, typer.Option(metavar="DIR", help="Keep results here; an interrupted run goes on from it.")
     ] = None,
@@ -104,11 +106,11 @@ def bench(
     ] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Of --config; built on the device.")] = False,
     layers: Annotated[
-        int | None, typer.Option(min=1, max=MOST, metavar="N", help="Of --config: build fewer layers.")
+        int | None, typer.Option(callback=counted(1), metavar="N", help="Of --config: build fewer layers.")
     ] = None,
     batch: Counts = BATCHES,
     prompt: Counts = PROMPTS,
-    new_tokens: Annotated[int, typer.Option(min=4, max=MOST, metavar="N", help="Decoded tokens, exactly.")] = 128,
+    new_tokens: Annotated[int, typer.Option(callback=counted(4), metavar="N", help="Decoded tokens, exactly.")] = 128,
     budget: Budgets = None,
     ratio: Ratios = None,
     method: Annotated[
@@ -136,13 +138,13 @@ def bench(
         bool, typer.Option("--compile", help="torch.compile, dense and pruned; needs --cache static.")
     ] = False,
     rounds: Annotated[
-        int, typer.Option(min=1, max=MOST, metavar="N", help="Rounds that count, after one to warm up.")
+        int, typer.Option(callback=counted(1), metavar="N", help="Rounds that count, after one to warm up.")
     ] = 7,
     memory: Annotated[
         bool, typer.Option("--memory", help="Peak memory on a CPU too, each in a fresh process.")
     ] = False,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the order, prompts and random weights.")
+        int, typer.Option(callback=seeded, metavar="N", help="Of the order, prompts and random weights.")
     ] = 0,
     dtype: Dtype = "auto",
     weights: Weights = "auto",
@@ -185,15 +187,16 @@ def tune(
     text: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Your text; else prose that ships.")] = None,
     save: Annotated[str | None, typer.Option(metavar="FILE", help="Write the settings file, for --settings.")] = None,
     prompt: Annotated[
-        int, typer.Option(min=1, max=MOST, metavar="N", help="Prompt tokens of each piece of text.")
+        int, typer.Option(callback=counted(1), metavar="N", help="Prompt tokens of each piece of text.")
     ] = 256,
-    continuation: Annotated[int, typer.Option(min=1, max=MOST, metavar="N", help="Decode steps scored.")] = 128,
-    limit: Annotated[int, typer.Option(min=1, max=MOST, metavar="N", help="Most pieces of text to score.")] = 12,
+    continuation: Annotated[int, typer.Option(callback=counted(1), metavar="N", help="Decode steps scored.")] = 128,
+    limit: Annotated[int, typer.Option(callback=counted(1), metavar="N", help="Most pieces of text to score.")] = 12,
     new_tokens: Annotated[
-        int, typer.Option(min=4, max=MOST, metavar="N", help="Decoded to measure speed, exactly.")
+        int, typer.Option(callback=counted(4), metavar="N", help="Decoded to measure speed, exactly.")
     ] = 64,
     rounds: Annotated[
-        int, typer.Option(min=0, max=MOST, metavar="N", help="Dense and pruned in turn for each speed; 0: none.")
+        int,
+        typer.Option(callback=counted(0), metavar="N", help="Dense and pruned in turn for each speed; 0: none."),
     ] = 3,
     dtype: Dtype = "auto",
     weights: Weights = "auto",

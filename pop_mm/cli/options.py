@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from .framework import sample_names
 
-MOST = 2**31 - 1  # of anything that is counted
+
+def counted(least: int, most: int = 2**31 - 1) -> Callable[[int | list[int] | None], int | list[int] | None]:
+    """A callback that refuses other numbers; ``min=`` and ``max=`` would print both in every help."""
+
+    def check(value: int | list[int] | None) -> int | list[int] | None:
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not least <= number <= most:
+                raise typer.BadParameter(f"{number} is not from {least} to {most}.")
+        return value
+
+    return check
+
+
+seeded = counted(0, 2**63 - 1)
+
+
 Model = Annotated[
     str,
     typer.Option(
@@ -27,7 +43,9 @@ Budget = Annotated[
         metavar="SHARE", help="Share of the weights that a token reads, in (0, 1]; default 0.65.", show_default=False
     ),
 ]
-Method = Annotated[str, typer.Option(metavar="auto|thresholds|pop|static|full", help="auto: pop with a ratio.")]
+Method = Annotated[
+    str, typer.Option(metavar="auto|thresholds|pop|static|full", help="auto: pop with a ratio, else thresholds.")
+]
 Settings = Annotated[
     str | None,
     typer.Option(
@@ -46,18 +64,20 @@ Weights = Annotated[
         metavar="auto|int8|int8+head", help="int8: quantise the layers by torchao after loading; +head: lm_head too."
     ),
 ]
-Prefill = Annotated[str, typer.Option(metavar="dense|partition", help="partition: as in the paper.")]
+Prefill = Annotated[str, typer.Option(metavar="dense|partition", help="partition: fewer channels for the prompt too.")]
 ProbeTokens = Annotated[
     int,
     typer.Option(
-        max=MOST, metavar="N", help="With --prefill partition: tokens that choose the channels; 0: all of them."
+        callback=counted(0),
+        metavar="N",
+        help="With --prefill partition: tokens that choose the channels; 0: all of them.",
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, max=MOST, metavar="N", help="Longest answer, in tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(callback=counted(1), metavar="N", help="Longest answer, in tokens.")]
 Temperature = Annotated[
     float, typer.Option(min=0, max=100, metavar="T", help="0 is greedy; above 0 the answer is sampled.")
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="For sampling.")]
+Seed = Annotated[int, typer.Option(callback=seeded, metavar="N", help="For sampling.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, ...; auto: a GPU if there is one.")]
 Methods = Annotated[
     list[str] | None,
@@ -77,7 +97,7 @@ Budgets = Annotated[
 ]
 Gammas = Annotated[list[float], typer.Option(metavar="SHARE", help="Of pop: candidates, in [0, 1]; repeat it.")]
 Prefills = Annotated[list[str], typer.Option(metavar="dense|partition", help="Repeat it for both.")]
-Counts = Annotated[list[int], typer.Option(min=1, max=MOST, metavar="N", help="Repeat it for more.")]
+Counts = Annotated[list[int], typer.Option(callback=counted(1), metavar="N", help="Repeat it for more.")]
 SETTINGS = ("ratio", "budget", "method", "scope", "gamma", "backend")  # options that settings are named after
 OF_BUDGETS, OF_RATIOS = ["thresholds", "pop"], ["static", "pop", "full"]  # methods of `eval`
 GAMMAS, PREFILLS = [0.1], ["dense"]

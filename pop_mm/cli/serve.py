@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import (
-    MOST,
     SETTINGS,
     Backend,
     Budget,
@@ -21,6 +20,7 @@ from .options import (
     Scope,
     Settings,
     Weights,
+    counted,
 )
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ def serve(
     backend: Backend = "auto",
     settings: Settings = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=MOST, metavar="N", help="Longest answer that a request may ask for.")
+        int, typer.Option(callback=counted(1), metavar="N", help="Longest answer that a request may ask for.")
     ] = 1024,
-    queue: Annotated[int, typer.Option(min=0, max=MOST, metavar="N", help="Requests that may wait.")] = 64,
+    queue: Annotated[int, typer.Option(callback=counted(0), metavar="N", help="Requests that may wait.")] = 64,
     dtype: Dtype = "auto",
     weights: Weights = "auto",
     device: Device = "auto",
