@@ -41,4 +41,9 @@ class Paragraphs:
                 yield Text(line.replace(_GLUE, " "), style)
 
 
-__all__ = ["Paragraphs"]
+def number_of(count: int, noun: str) -> str:
+    """Count and noun: ``"1 text"``, ``"2 texts"``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+__all__ = ["Paragraphs", "number_of"]

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .experts import Experts
-from .paragraphs import Paragraphs
+from .paragraphs import Paragraphs, number_of
 from .planning import FFNPlan
 from .report import Report
 
@@ -112,9 +112,9 @@ def report_summary(report: Report) -> Paragraphs:
     if not times.prefill_forwards:
         lines.append("No prompt has been processed yet.")
     else:
-        steps = f"{times.decode_forwards} decode {_plural(times.decode_forwards, 'step')}"
+        steps = f"{number_of(times.decode_forwards, 'decode step')}"
         lines.append(
-            f"{report.prompt_tokens} prompt {_plural(report.prompt_tokens, 'token')} in the latest prompt; prefill "
+            f"{number_of(report.prompt_tokens, 'prompt token')} in the latest prompt; prefill "
             f"{_seconds(times.prefill)}, {steps} {_seconds(times.decode)}; choosing channels "
             f"{_seconds(times.partitioning)} and moving {report.moved_channels} of them {_seconds(times.moving)}."
         )
@@ -308,10 +308,6 @@ def _seconds(value: float) -> str:
     if value < 0.1:
         return f"{1000 * value:.1f} ms"
     return f"{value:.2f} s"
-
-
-def _plural(count: int, noun: str) -> str:
-    return noun if count == 1 else f"{noun}s"
 
 
 __all__ = [

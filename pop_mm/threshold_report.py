@@ -15,7 +15,7 @@ from .footprint import bytes_per_token, weights_per_token
 from .groups import InputGroup
 from .methods.thresholds import MIN_PROMPT_TOKENS, PASS_ALL, deciding, share_above
 from .modality import MODALITIES, by_name
-from .paragraphs import Paragraphs
+from .paragraphs import Paragraphs, number_of
 from .shown import ShownReport
 from .shown import share as percent
 from .spread import notes_of
@@ -332,7 +332,7 @@ def threshold_summary(report: ThresholdReport) -> Paragraphs:
         )
         lines.append(
             f"Prompt tokens: {counts}; of these set the thresholds: {used or 'none'}. Prefill {times.prefill:.2f} s, "
-            f"{times.decode_forwards} decode steps {times.decode:.2f} s."
+            f"{number_of(times.decode_forwards, 'decode step')} {times.decode:.2f} s."
         )
     sizes = {name: byte_size(size) for name, size in report.bytes_per_token.items() if size is not None}
     line = f"Bytes of weights per decoded token, lm_head included: {sizes['dense']} dense, {sizes['intended']} intended"

@@ -20,7 +20,7 @@ from pop_mm.evaluation import run as module
 from pop_mm.evaluation.fidelity import compare, greedy, pruned_step_logits
 from pop_mm.evaluation.intervals import bootstrap, difference
 from pop_mm.evaluation.run import EvaluationError, Point, Run, Setup, grid
-from pop_mm.evaluation.show import markdown_table, print_table
+from pop_mm.evaluation.show import markdown_table, print_table, title
 from pop_mm.evaluation.texts import TextError, Window, pieces, read_dataset, read_files, windows
 
 PREFILLS = ("dense", "partition")
@@ -275,6 +275,7 @@ def test_one_text_has_no_interval(model):
     assert 0.18 < results["rows"][-2]["candidates"] < 0.22 < results["rows"][-1]["candidates"] < 1
     assert "[" not in markdown_table(results)
     assert "1 (0.78)" in markdown_table(results)  # gamma that does not fit the ratio
+    assert "1 piece of text" in title(results["setup"]) and title(results["setup"]).endswith("shares are of FFNs")
 
 
 @pytest.mark.parametrize(("width", "terminal"), [(80, False), (110, True), (250, True)])

@@ -34,8 +34,8 @@ CSS = """
 .dark .pop-dark { display: block !important; }
 #picture img { object-fit: contain; padding-top: 2rem; } /* below the label, which lies on it */
 #examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(165px, 1fr)); gap: 8px; }
-#examples button { min-height: 48px; height: 100%; padding: 4px 8px; justify-content: flex-start; text-align: left; white-space: normal;
-  font-size: 0.85rem; font-weight: 400; line-height: 1.25;
+#examples button { min-height: 48px; height: 100%; padding: 4px 8px; justify-content: flex-start; text-align: left;
+  white-space: normal; font-size: 0.85rem; font-weight: 400; line-height: 1.25;
   background-repeat: no-repeat; background-position: 6px center; background-size: 40px 40px; }
 """
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 
+from ..paragraphs import number_of
+
 
 def available_cores() -> int:
     """Cores that this process may use."""
@@ -45,7 +47,8 @@ def machine_line(facts: dict[str, Any]) -> str:
     """:func:`machine_facts` in a line."""
     gpu = f"{facts['gpu']}, " if facts["gpu"] else ""
     return (
-        f"{gpu}{facts['cpu']} ({facts['cpu_capability']}), {facts['cores']} cores, {facts['threads']} threads, "
+        f"{gpu}{facts['cpu']} ({facts['cpu_capability']}), {number_of(facts['cores'], 'core')}, "
+        f"{number_of(facts['threads'], 'thread')}, "
         f"last-level cache {facts['last_level_cache_mib']} MiB, torch {facts['torch']}, transformers "
         f"{facts['transformers']}, load average {facts['load_average']}"
     )

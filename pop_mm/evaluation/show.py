@@ -14,6 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from .. import tables
+from ..paragraphs import number_of
 
 HEADS = ("method", "prefill", "ratio", "gamma", "KL to dense", "minus static", "same top token", "perplexity")
 NOTE = "KL in nats a token; in brackets 95 %, paired bootstrap over texts."
@@ -62,7 +63,7 @@ def table(results: Mapping[str, Any], intervals: bool = True) -> Table:
     """For the terminal."""
     setup = results["setup"]
     caption = "\n".join([NOTE] * intervals + [COST])
-    found = Table(title=escape(title(setup)), caption=escape(caption), box=box.SIMPLE_HEAD, title_justify="left")
+    found = _empty(setup, caption)
     for name in heads(setup["generate"]):
         found.add_column(name, justify="left" if name in ("method", "prefill") else "right", overflow="fold")
     for row in results["rows"]:
@@ -73,7 +74,7 @@ def table(results: Mapping[str, Any], intervals: bool = True) -> Table:
 def short_table(results: Mapping[str, Any]) -> Table:
     """For a narrow terminal: what was asked for, the bytes that it reads, and two figures of quality."""
     setup = results["setup"]
-    found = Table(title=escape(title(setup)), caption=SHORT_NOTE, box=box.SIMPLE_HEAD, title_justify="left")
+    found = _empty(setup, SHORT_NOTE)
     for name in ("setting", "bytes read", "KL to dense", "same top token"):
         found.add_column(name, justify="left" if name == "setting" else "right")
     known = heads(setup["generate"])
@@ -84,6 +85,12 @@ def short_table(results: Mapping[str, Any]) -> Table:
         setting = ", ".join(part for part in parts if part not in ("", "-"))
         found.add_row(escape(setting), cell["bytes read"], cell["KL to dense"], cell["same top token"])
     return found
+
+
+def _empty(setup: Mapping[str, Any], caption: str) -> Table:
+    """A table without columns yet, its title above and its notes below at the left."""
+    left: dict[str, Any] = {"title_justify": "left", "caption_justify": "left"}
+    return Table(title=escape(title(setup)), caption=escape(caption), box=box.SIMPLE_HEAD, **left)
 
 
 def print_table(console: Console, results: Mapping[str, Any], wide: bool = True) -> None:
@@ -102,7 +109,7 @@ def print_table(console: Console, results: Mapping[str, Any], wide: bool = True)
 
 
 SHORT_NOTE = (
-    "KL in nats a token; 0 is equal. Bytes: of weights for a token, of what dense reads. "
+    "KL in nats a token; 0 is equal. Bytes: of all weights that dense reads for a token, output layer included. "
     "--wide has perplexity, intervals and multiply-adds."
 )
 COST = "Multiply-adds and bytes: weights for a decoded token at batch 1, of what the dense model needs."
@@ -114,8 +121,8 @@ def title(setup: Mapping[str, Any]) -> str:
     form = setup.get("weight_format", "auto")
     stored = "" if form == "auto" else f", {form} weights, compared with the dense model that is not quantised"
     return (
-        f"{setup['model']} ({setup['dtype']}{stored}): {len(setup['texts'])} pieces of text, {setup['prompt']} prompt tokens, "
-        f"{setup['continuation']} decode steps scored; ratios are {setup['scope']}{shared}"
+        f"{setup['model']} ({setup['dtype']}{stored}): {number_of(len(setup['texts']), 'piece')} of text, {setup['prompt']} "
+        f"prompt tokens, {setup['continuation']} decode steps scored; shares are of {tables.SCOPES[setup['scope']]}{shared}"
     )
 
 

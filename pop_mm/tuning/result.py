@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import PopConfig
 from ..errors import PopError
+from ..paragraphs import number_of
 from ..shown import Values
 
 if TYPE_CHECKING:
@@ -209,7 +210,8 @@ class TuneResult(Values):
     @property
     def title(self) -> str:
         """Of the table."""
-        return f"{self.target}: {self.texts} texts, {self.prompt} tokens of prompt, {self.continuation} steps of each"
+        texts = number_of(self.texts, "text")
+        return f"{self.target}: {texts}, {self.prompt} tokens of prompt, {self.continuation} steps of each"
 
     def __repr__(self) -> str:
         point = self.best
