@@ -211,7 +211,7 @@ class TuneResult(Values):
     def title(self) -> str:
         """Of the table."""
         texts = number_of(self.texts, "text")
-        return f"{self.target}: {texts}, {self.prompt} tokens of prompt, {self.continuation} steps of each"
+        return f"{self.target}: {texts}, {self.prompt} prompt tokens, {self.continuation} steps each"
 
     def __repr__(self) -> str:
         point = self.best
