@@ -315,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", metavar="NAME", help="published dimensions instead, with --random-weights")
     parser.add_argument("--random-weights", action="store_true")
     parser.add_argument("--layers", type=int, help="of the config, fewer than published")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32; of a config, bfloat16")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="variants whose names contain one of these")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--texts", type=int, default=12, help="passages that are scored; 0: none")
@@ -334,7 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if bool(args.config) != args.random_weights:
         parser.error("--config NAME and --random-weights go together")
     source = {"name": args.config or "smollm2-135m", "config": bool(args.config), "layers": args.layers}
-    known = variants("bfloat16") if args.config else {**variants("float32"), **LLAMA}
+    dtype = args.dtype or ("bfloat16" if args.config else "float32")
+    known = variants(dtype) if args.config else {**variants(dtype), **LLAMA}
     known = {n: v for n, v in known.items() if args.only is None or any(part in n for part in args.only)}
     console, notes = wide_console(), []
     print_machine(console, machine_facts())
