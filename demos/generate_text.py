@@ -9,21 +9,26 @@ first run fetches SmolLM2-135M-Instruct.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
+
+logging.disable(logging.WARNING)  # of other packages, which say a lot while they are imported
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 import pop_mm
 from pop_mm.cli.generate import Clock
+from pop_mm.errors import PopWarning
 from pop_mm.samples import load
 from pop_mm.tables import answers_table
 
@@ -114,8 +119,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="a sample's name, a folder, or a hub id")
     parser.add_argument("--budget", type=float, default=0.65, help="share of the layers' bytes that a token reads")
     arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    warnings.simplefilter("ignore", PopWarning)  # that POP breaks at these bytes is what this shows
     console = Console(highlight=False)
     console.width = min(console.width, WIDTH)
     with console.status(f"Loading {arguments.model}"):

@@ -11,16 +11,19 @@ Do not look for speed in the samples: their FFNs are so small that the work arou
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+logging.disable(logging.WARNING)  # of other packages, which say a lot while they are imported
+
 import numpy as np
 from PIL import Image
 from rich.console import Console
 from tiny_vlm.scenes import Scene, render, sample_scene
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 import pop_mm
 from pop_mm.cli.generate import Clock
@@ -72,8 +75,7 @@ def main() -> None:
     else:
         scenes = draw_scenes(2)
         tasks = [(f"drawn: {describe(s)}", render(s), arguments.question or questions_about(s)) for s in scenes]
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    disable_progress_bar()
     console = Console(highlight=False)
     with console.status(f"Loading {arguments.model}"):
         model, processor = load_vision(arguments.model)

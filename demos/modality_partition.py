@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from tiny_vlm.scenes import render
 from torch import Tensor
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 import pop_mm
 from pop_mm.report import FFNReport, Report
@@ -124,8 +124,7 @@ def main() -> None:
     (scene,) = draw_scenes(1)
     picture = load_image(arguments.image) if arguments.image else render(scene)
     asked: list[str] = arguments.question or questions_about(scene)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    disable_progress_bar()
     console = Console(highlight=False)
     with console.status(f"Loading {arguments.model}"):
         model, processor = load_vision(arguments.model)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from generate_text import ask
 from rich.console import Console
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 import pop_mm
 from pop_mm.passages import load_passages
@@ -32,8 +32,7 @@ def main() -> None:
     prompt = (
         arguments.prompt or f"{load_passages()['darwin_origin_of_species'][:1500]}\n\nSum this up in two sentences."
     )
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    disable_progress_bar()
     console = Console(highlight=False)
     with console.status(f"Loading {arguments.model}"):
         model, tokenizer = load(arguments.model)
