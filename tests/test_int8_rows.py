@@ -11,7 +11,7 @@ from helpers.modes import LENGTH, MODES, generate
 from helpers.observe import prompt, same_afterwards
 from helpers.tiny_models import tiny
 from helpers.tiny_vlms import image_inputs, tiny_vlm
-from pop_mm import PopConfig
+from pop_mm import PopConfig, Thresholds
 from pop_mm.formats import format_of, stored, tensors_behind
 from pop_mm.ops.turn import is_turned
 from pop_mm.quantise import quantise
@@ -127,7 +127,7 @@ def test_the_lm_head_too():
     assert format_of(model.lm_head.weight).name == "int8"
     generate(model, prompt(), 2)
     with same_afterwards(model):
-        (expected, _), (found, _), session = both(MODES["single"][0], model, head_budget=0.8)
+        (expected, _), (found, _), session = both(MODES["single"][0], model, method=Thresholds(head_budget=0.8))
     assert by_rows(session) and any(plan.record.role == "lm_head" for plan in session.plans)
     same(found, expected, CLOSE)
 
