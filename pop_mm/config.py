@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from .checks import check_budget, check_choice, check_share, is_number
+from .checks import check_budget, check_choice, check_share, is_number, is_whole
 from .deprecated import OLD_NAMES, accepts_old_names, moved, old_values
 from .errors import ConfigError
 from .expert_policy import ExpertPolicy, check_policy
@@ -105,7 +105,7 @@ class PopConfig:
         if not isinstance(self.layer_ratios, Mapping):
             raise ConfigError(f"layer_ratios must map layer numbers to FFN ratios; got {self.layer_ratios!r}.")
         for layer, ratio in self.layer_ratios.items():
-            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            if not is_whole(layer) or layer < 0:
                 raise ConfigError(f"layer_ratios: a layer is an integer from 0; got {layer!r}.")
             check_share(f"layer_ratios[{layer}]", ratio, upper_open=True)
         object.__setattr__(self, "layer_ratios", dict(self.layer_ratios))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .checks import is_whole
 from .errors import ConfigError
 from .expert_policy import ExpertPolicy, check_policy
 from .methods import Method, Pop, Thresholds, chosen_method
@@ -126,7 +127,7 @@ def _in_json(method: str | Method) -> str:
 
 def _check_round_to(value: object) -> None:
     """``round_to`` has no effect: what a product needs to be aligned to, the library knows."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_whole(value) or value < 1:
         raise ConfigError(f"round_to must be a positive integer; got {value!r}.")
 
 

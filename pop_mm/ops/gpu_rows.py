@@ -71,8 +71,8 @@ class _Product:
         self.kernels = triton_rows
         self._first, self._second = first, second
         self.count, self._inputs, self.outputs = first.shape
-        self._wide = torch.promote_types(dtype, torch.float32)
-        self.accumulate = dtype_of(self._wide)
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.accumulate = dtype_of(self.wide)
         self._blocks = -(-self.outputs // _PRODUCTS["BLOCK_OUT"])
         pieces = -(-self._inputs // _PRODUCTS["BLOCK_IN"])
         a_part = -(-pieces // min(pieces, max(1, _PROGRAMS // self._blocks)))
@@ -84,7 +84,7 @@ class _Product:
         if chosen not in self._partial:
             shape = chosen, self.splits, 1 if self._second is None else 2, self.outputs
             with torch.inference_mode(False):
-                self._partial[chosen] = self._first.new_empty(shape, dtype=self._wide)
+                self._partial[chosen] = self._first.new_empty(shape, dtype=self.wide)
         return self._partial[chosen]
 
     def __call__(
@@ -245,7 +245,7 @@ class GPURowsFFN(_Step):
     ) -> Tensor:
         """As :meth:`.rows.RowsFFN.experts`, with everything where the weights are."""
         router = router.detach()
-        router = router if router.dtype is self.dtype else router.to(torch.promote_types(self.dtype, torch.float32))
+        router = router if router.dtype is self.dtype else router.to(self._inward.wide)
         return self._run(x, ids.contiguous(), router.contiguous(), threshold_x, threshold_h, kept)
 
     def _run(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from ...checks import is_number, is_whole
 from ...config import PopConfig
 from ...errors import ConfigError
 from ...settings import with_amount
@@ -218,7 +218,7 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def _biases(biases: Any) -> dict[str, float]:
     fits = isinstance(biases, dict) and len(biases) <= _MOST_BIASES and all(token.isdecimal() for token in biases)
-    if not fits or not all(_is_number(value) and -100 <= value <= 100 for value in biases.values()):
+    if not fits or not all(is_number(value) and -100 <= value <= 100 for value in biases.values()):
         raise _wrong("logit_bias", f"must map at most {_MOST_BIASES} token ids to numbers in [-100, 100]")
     return {token: float(value) for token, value in biases.items()}
 
@@ -259,20 +259,16 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
 
 def _whole(body: Mapping[str, Any], name: str, least: int, most: int | None) -> int:
     value = body[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+    if not is_whole(value) or value < least or (most is not None and value > most):
         raise _wrong(name, f"must be an integer from {least}{'' if most is None else f' to {most}'}; got {value!r:.40}")
     return value
 
 
 def _number(body: Mapping[str, Any], name: str, least: float, most: float) -> float:
     value = body[name]
-    if not _is_number(value) or not least <= value <= most:
+    if not is_number(value) or not least <= value <= most:
         raise _wrong(name, f"must be a number from {least:g} to {most:g}; got {value!r:.40}")
     return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _wrong(name: str, what: str) -> RequestError:
