@@ -599,8 +599,10 @@ def test_without_the_extra_qwen_format_names_the_pip_line(processor):
 
 
 @pytest.fixture
-def utils(monkeypatch):
+def utils(processor, monkeypatch):
     """A stand-in for qwen_vl_utils 0.0.14 (and torchvision) that downloads from a dict and notes what it is asked."""
+    for family in (*QWEN, "llava"):  # transformers would load a processor otherwise beside a torchvision
+        processor(family)
     calls, web = [], {}
 
     def fetch_image(part, factor):
