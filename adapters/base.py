@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from pop_mm.asking import activation_dtype
 from pop_mm.errors import AdapterError
-from pop_mm.experts import LAYOUT_FLAGS, Experts, layout_of
-from pop_mm.groups import InputGroup, linear_features
-from pop_mm.layout import FFN, PLAIN_TYPES, Projection, Role
-from pop_mm.ratio import LayerWeights
+from pop_mm.formats.asking import activation_dtype
+from pop_mm.methods.ratio import LayerWeights
+from pop_mm.weights.experts import LAYOUT_FLAGS, Experts, layout_of
+from pop_mm.weights.groups import InputGroup, linear_features
+from pop_mm.weights.layout import FFN, PLAIN_TYPES, Projection, Role
 
 from .inputs import ATTENTION, InputPaths
 

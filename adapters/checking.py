@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from pop_mm.errors import AdapterError, SessionError
-from pop_mm.experts import Experts
-from pop_mm.layout import FFN
-from pop_mm.unwrap import unwrap
+from pop_mm.session.unwrap import unwrap
+from pop_mm.weights.experts import Experts
+from pop_mm.weights.layout import FFN
 
 from .base import Adapter
 from .contract import Probed, probe_records
@@ -155,8 +155,8 @@ def check(model: nn.Module, adapter: Adapter | None = None) -> Check:
     SessionError
         The model is being pruned now.
     """
-    from pop_mm.config import PopConfig
-    from pop_mm.session import plan_ffns
+    from pop_mm.session.session import plan_ffns
+    from pop_mm.settings.config import PopConfig
 
     model = unwrap(model).model
     given = adapter is not None
@@ -216,7 +216,7 @@ def probe_foreign(model: nn.Module, adapter: Adapter, records: Sequence[FFN | Ex
 
 
 def _being_pruned(records: Sequence[FFN | Experts]) -> bool:
-    from pop_mm.attachment import _PRUNED_MODULES
+    from pop_mm.session.attachment import _PRUNED_MODULES
 
     return any(record.modules[-1] in _PRUNED_MODULES for record in records)
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pop_mm.errors import AdapterError, one_line
-from pop_mm.experts import Experts
-from pop_mm.layout import FFN
-from pop_mm.shards import is_spread
+from pop_mm.weights.experts import Experts
+from pop_mm.weights.layout import FFN
+from pop_mm.weights.shards import is_spread
 
 from .base import Adapter
 from .probe import CannotProbe, device_of, probe_experts, probe_ffn

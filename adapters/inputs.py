@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pop_mm.groups import GroupKind, InputGroup, linear_features
+from pop_mm.weights.groups import GroupKind, InputGroup, linear_features
 
 
 @dataclass(frozen=True)

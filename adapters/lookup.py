@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from pop_mm.errors import AdapterError
-from pop_mm.unwrap import unwrap
+from pop_mm.session.unwrap import unwrap
 
 from .base import Adapter
 from .registry import SHIPPED, registered_adapters, suggestion

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pop_mm.errors import AdapterError, one_line
-from pop_mm.experts import Experts
-from pop_mm.layout import FFN, Projection
 from pop_mm.patching import Patches
+from pop_mm.weights.experts import Experts
+from pop_mm.weights.layout import FFN, Projection
 
 Call = Callable[[], Any]
 

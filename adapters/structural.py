@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from pop_mm.errors import AdapterError
-from pop_mm.experts import Experts
-from pop_mm.layout import FFN
+from pop_mm.weights.experts import Experts
+from pop_mm.weights.layout import FFN
 
 from .base import Adapter, FFNPaths
 from .contract import probe_records

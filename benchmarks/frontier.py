@@ -37,8 +37,7 @@ import pop_mm
 from measure import available_cores, load_json, machine_facts, print_machine, quartiles, save_json, wide_console
 from pop_mm.evaluation import METHODS, calibrate, config_for, texts
 from pop_mm.evaluation.run import Run, Setup, grid
-from pop_mm.passages import load_passages
-from pop_mm.samples import load, resolve
+from pop_mm.samples import load, load_passages, resolve
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = (0.85, 0.75, 0.65, 0.55, 0.45)

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from pop_mm.evaluation.intervals import bootstrap
-from pop_mm.tables import markdown_table
+from pop_mm.report.tables import markdown_table
 
 # Okabe and Ito's colours, told apart with every colour vision
 STYLES = {

@@ -35,9 +35,8 @@ from transformers.utils import logging
 import pop_mm
 from measure import available_cores, load_json, save_json, wide_console
 from pop_mm.evaluation.intervals import bootstrap
-from pop_mm.passages import load_passages
-from pop_mm.samples import load
-from pop_mm.tables import markdown_table
+from pop_mm.report.tables import markdown_table
+from pop_mm.samples import load, load_passages
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demos"))
 from generate_text import PROMPTS, encode

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from measure import alternate, quartiles, wide_console
 from pop_mm.kernels.gpu import MAX_ROWS, FusedStep, GatheredStep
-from pop_mm.layout import FFN, Projection, linear
 from pop_mm.ops.select import choose
 from pop_mm.partition import Sizes, partition_sizes
+from pop_mm.weights.layout import FFN, Projection, linear
 
 GAMMA = 0.1
 LAYERS = 4

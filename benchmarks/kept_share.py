@@ -22,8 +22,7 @@ from transformers.utils import logging
 
 import pop_mm
 from measure import available_cores, load_json, save_json, wide_console
-from pop_mm.passages import load_passages
-from pop_mm.samples import load
+from pop_mm.samples import load, load_passages
 
 TOLERANCE = 0.02  # of the mean over an answer, from the budget
 MARKS = 5  # columns of the table

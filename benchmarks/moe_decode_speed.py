@@ -54,10 +54,10 @@ from measure import (
 )
 from pop_mm.adapters import Adapter, ExpertPaths
 from pop_mm.executors.run_experts import run_experts
-from pop_mm.experts import Experts, ExpertViews
 from pop_mm.kernels import Matvec, why_not
 from pop_mm.kernels import load as load_kernel
 from pop_mm.native.compiler import build
+from pop_mm.weights.experts import Experts, ExpertViews
 
 GAMMA = 0.1
 KEPT = 0.5  # K / D

@@ -28,8 +28,7 @@ import pop_mm
 from measure import Verdict, available_cores, machine_facts, print_machine, print_verdicts, wide_console
 from pop_mm import kernels
 from pop_mm.evaluation.fidelity import score_texts, step_logits
-from pop_mm.passages import load_passages
-from pop_mm.samples import load
+from pop_mm.samples import load, load_passages
 
 STANDARD_MODEL, STANDARD_PROMPT, STANDARD_RATIO = "smollm2-135m", 512, 0.4
 TARGETS = {"first": 0.08, "next": 0.04}  # of the dense prefill, with prefill="dense"

@@ -41,9 +41,8 @@ from pop_mm.evaluation import METHODS, config_for, score_texts, step_logits, tex
 from pop_mm.evaluation.intervals import bootstrap, difference
 from pop_mm.evaluation.run import Point, Run, Setup, grid
 from pop_mm.methods.fixed import FixedScorer
-from pop_mm.passages import load_passages
-from pop_mm.samples import load
-from pop_mm.scoring import ActivationScorer, WandaScorer
+from pop_mm.methods.scoring import ActivationScorer, WandaScorer
+from pop_mm.samples import load, load_passages
 
 ROOT = Path(__file__).parents[1]
 RATIOS, GAMMAS = (0.2, 0.4), (0.05, 0.1, 0.2)
@@ -152,7 +151,7 @@ def layers(parts: Parts, progress: Progress) -> None:
     """KL when a single layer is pruned, as much as at 40 % overall."""
     model, tokenizer = parts.model(parts.models["text"])
     prompt, ids = _ids(parts, tokenizer, 2)
-    ratio = pop_mm.session.plan_ffns(model, pop_mm.PopConfig(0.4))[0].ratio
+    ratio = pop_mm.session.session.plan_ffns(model, pop_mm.PopConfig(0.4))[0].ratio
     dense = step_logits(model, ids, prompt)
     count = model.config.num_hidden_layers
     found = []
@@ -230,7 +229,7 @@ class FromInputs(FixedScorer):
     def __init__(self, model: Any, prompt: Tensor, projections: Sequence[str]) -> None:
         self._scores: dict[str, Tensor] = {}
         energies: dict[str, Tensor] = {}
-        plans = pop_mm.session.plan_ffns(model, pop_mm.PopConfig(0.4))
+        plans = pop_mm.session.session.plan_ffns(model, pop_mm.PopConfig(0.4))
 
         def look(name: str) -> Callable[..., None]:
             def hook(_: Any, args: tuple[Tensor, ...]) -> None:

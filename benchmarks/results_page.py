@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pop_mm.evaluation import show
-from pop_mm.tables import markdown_table
+from pop_mm.report.tables import markdown_table
 
 HEAD = """# What pruning costs in quality
 

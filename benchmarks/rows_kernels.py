@@ -37,11 +37,11 @@ from pop_mm.kernels import Matvec
 from pop_mm.kernels import Rows as Stored
 from pop_mm.kernels import load as load_kernel
 from pop_mm.kernels.ffn import FFNStep, Scratch
-from pop_mm.layout import FFN, Projection
 from pop_mm.ops.reference import FFNWeights
 from pop_mm.ops.rows import Room, RowsFFN
 from pop_mm.ops.turn import turn
 from pop_mm.partition import Sizes
+from pop_mm.weights.layout import FFN, Projection
 
 SHARES = ((0.8, 0.6), (0.7, 0.5), (0.6, 0.4))  # of the entries of x and h
 JUDGED = (0.7, 0.5)

@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import pop_mm
 from measure import Evictor, Verdict, alternate, last_level_cache, quartiles
-from pop_mm.report import Report
+from pop_mm.report.report import Report
 
 Stack = TypeVar("Stack", bound=nn.Module)
 GAMMA = 0.1

@@ -35,7 +35,7 @@ from pop_mm.bench.prompts import Prompts
 from pop_mm.bench.source import Source
 from pop_mm.bench.timing import generate_timed
 from pop_mm.patching import Patches
-from pop_mm.quantise import WEIGHTS, quantised_copy
+from pop_mm.samples.quantise import WEIGHTS, quantised_copy
 
 DENSE, OURS, JUDGED = "dense", "dense, our kernels", "thresholds 0.65"
 SETTINGS: dict[str, dict[str, Any] | None] = {

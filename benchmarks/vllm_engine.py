@@ -59,7 +59,7 @@ def prompts(model: str) -> list[list[int]]:
     """Sixteen, of 120 to 250 tokens; those of four begin alike."""
     from transformers import AutoTokenizer
 
-    from pop_mm.passages import load_passages
+    from pop_mm.samples import load_passages
 
     tokenizer, text = AutoTokenizer.from_pretrained(model), max(load_passages().values(), key=len)
     starts = [text[300 * (i // 4) : 300 * (i // 4) + 500 + 120 * (i % 4)] for i in range(16)]
@@ -208,7 +208,7 @@ def forced_in_transformers(model: Any, settings: dict[str, Any], prompt: list[in
 
     import pop_mm
     from pop_mm import threshold_engine
-    from pop_mm.phase import Phase
+    from pop_mm.tracking.phase import Phase
 
     trace, plain = Trace(), threshold_engine.ThresholdEngine._mask
 

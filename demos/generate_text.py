@@ -29,8 +29,8 @@ from transformers.utils.logging import disable_progress_bar
 import pop_mm
 from pop_mm.cli.generate import Clock
 from pop_mm.errors import PopWarning
+from pop_mm.report.tables import answers_table
 from pop_mm.samples import load
-from pop_mm.tables import answers_table
 
 # Questions that so small a model can answer; its stories wander when it reads everything, and more when it does not.
 PROMPTS = (

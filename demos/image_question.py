@@ -27,9 +27,9 @@ from transformers.utils.logging import disable_progress_bar
 
 import pop_mm
 from pop_mm.cli.generate import Clock
-from pop_mm.plotting_answer import plot_answer
+from pop_mm.report.plotting_answer import plot_answer
+from pop_mm.report.tables import answers_table, report_summary
 from pop_mm.samples import load_vision
-from pop_mm.tables import answers_table, report_summary
 from pop_mm.vision import decode, load_image, prepare
 
 

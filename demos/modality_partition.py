@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 import pop_mm
-from pop_mm.report import FFNReport, Report
+from pop_mm.report.report import FFNReport, Report
 from pop_mm.samples import load_vision
 from pop_mm.vision import load_image, prepare
 

@@ -18,9 +18,8 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 import pop_mm
-from pop_mm.passages import load_passages
-from pop_mm.samples import load
-from pop_mm.tables import answers_table, report_table
+from pop_mm.report.tables import answers_table, report_table
+from pop_mm.samples import load, load_passages
 
 
 def main() -> None:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters import register_adapter
-    from .config import PopConfig
     from .errors import AdapterError, ConfigError, NonFiniteError, PhaseError, PopError, SessionError
-    from .expert_policy import ExpertPolicy
     from .methods import Pop, Thresholds
-    from .scoring import Scorer, register_scorer
-    from .session import Session, prune
+    from .methods.scoring import Scorer, register_scorer
+    from .session.session import Session, prune
+    from .settings.config import PopConfig
+    from .settings.expert_policy import ExpertPolicy
     from .tuning import tune
 
 __version__ = "0.2.0"
@@ -39,15 +39,15 @@ __all__ = [
     "tune",
 ]
 _HOME = {
-    "ExpertPolicy": "expert_policy",
+    "ExpertPolicy": "settings.expert_policy",
     "Pop": "methods",
-    "PopConfig": "config",
-    "Scorer": "scoring",
-    "Session": "session",
+    "PopConfig": "settings.config",
+    "Scorer": "methods.scoring",
+    "Session": "session.session",
     "Thresholds": "methods",
-    "prune": "session",
+    "prune": "session.session",
     "register_adapter": "adapters",
-    "register_scorer": "scoring",
+    "register_scorer": "methods.scoring",
     "tune": "tuning",
 }
 

@@ -74,7 +74,9 @@ def wide_terminal_and_no_network(monkeypatch):
 @pytest.fixture
 def call(capsys, wide_terminal_and_no_network, monkeypatch):
     """Run a command in this process: exit code, stdout, stderr."""
-    monkeypatch.delattr("pop_mm.session.Session.__del__")  # a session that an earlier test never attached may die here
+    monkeypatch.delattr(
+        "pop_mm.session.session.Session.__del__"
+    )  # a session that an earlier test never attached may die here
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -14,8 +14,8 @@ from pop_mm.adapters import (
     adapter_for,
     registered_adapters,
 )
-from pop_mm.experts import LAYOUT_FLAGS, Experts
-from pop_mm.ratio import LayerWeights
+from pop_mm.methods.ratio import LayerWeights
+from pop_mm.weights.experts import LAYOUT_FLAGS, Experts
 
 # model types: layers with experts, layers with a dense FFN, channels of the shared expert
 _STRUCTURES = {

@@ -21,8 +21,8 @@ from pop_mm.adapters import (
     support_table,
     unregister_adapter,
 )
-from pop_mm.experts import Experts
-from pop_mm.ratio import LayerWeights, ffn_ratios
+from pop_mm.methods.ratio import LayerWeights, ffn_ratios
+from pop_mm.weights.experts import Experts
 
 TEXT_MODELS = {"idefics2", "idefics3", "smolvlm", "emu3"}
 FLAT = {"phi4_multimodal", "chameleon"}

@@ -8,7 +8,7 @@ from helpers.modes import LENGTH, backends, config_of, generate, pruned
 from helpers.observe import differences, fingerprint, prompt, same_afterwards
 from helpers.tiny_models import tiny
 from pop_mm import AdapterError, ConfigError, NonFiniteError, PhaseError, PopConfig, PopError, SessionError, prune
-from pop_mm.scoring import Scorer
+from pop_mm.methods.scoring import Scorer
 
 SETTINGS = [
     ({"ratio": -0.1}, r"ratio must lie in \[0, 1\); got -0.1"),

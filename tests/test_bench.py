@@ -20,11 +20,11 @@ from pop_mm.bench.parts import PartClock, attention_modules, measure_parts, watc
 from pop_mm.bench.prompts import Prompts
 from pop_mm.bench.timing import decode_options, generate, generate_timed
 from pop_mm.bench.variants import STOCK_DENSE, Cell, Variant, kernels_for, running
-from pop_mm.config import PopConfig
-from pop_mm.footprint import weights_per_token
 from pop_mm.kernels import MOST_TOKENS, Matvec
 from pop_mm.kernels.ffn import FFNStep
-from pop_mm.session import plan_ffns
+from pop_mm.report.footprint import weights_per_token
+from pop_mm.session.session import plan_ffns
+from pop_mm.settings.config import PopConfig
 
 PUBLISHED = {
     "llama2-7b": 6.74e9,

@@ -16,8 +16,8 @@ from helpers.tiny_folder import WORDS, save
 from helpers.tiny_models import tiny
 from pop_mm.adapters import support_table
 from pop_mm.cli.terminal import write_json
-from pop_mm.config import PopConfig
 from pop_mm.methods import Pop
+from pop_mm.settings.config import PopConfig
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "w5 w9 w40 w7 w22"
@@ -283,7 +283,7 @@ def test_models(call, tmp_path, monkeypatch):
     assert code == 0
     assert "smollm2-135m" in out
     assert str(tmp_path) in out
-    monkeypatch.setattr("pop_mm.samples.fetch", lambda name: tmp_path / name)
+    monkeypatch.setattr("pop_mm.samples.fetching.fetch", lambda name: tmp_path / name)
     assert call("models", "fetch", "smollm2-135m") == (0, f"{tmp_path / 'smollm2-135m'}\n", "")
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 import pop_mm
 from helpers.tiny_folder import save
 from helpers.tiny_vlm_folder import save_vlm
-from pop_mm.plotting import PlotError
-from pop_mm.plotting_answer import plot_answer
+from pop_mm.report.plotting import PlotError
+from pop_mm.report.plotting_answer import plot_answer
 from pop_mm.samples import SampleError, load, load_vision
 from pop_mm.vision import decode, prepare
 

@@ -15,7 +15,7 @@ from helpers.tiny_folder import save
 from helpers.tiny_models import tiny
 from pop_mm.cli.chat import Conversation, Streamer
 from pop_mm.cli.generate import Sampling
-from pop_mm.config import PopConfig
+from pop_mm.settings.config import PopConfig
 
 pytestmark = pytest.mark.usefixtures("wide_terminal_and_no_network")
 TEMPLATE = "{% for m in messages %}{{ m['role'] == 'user' and 'w7 w8' or '' }} {{ m['content'] }} {% endfor %}w9 w10"

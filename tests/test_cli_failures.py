@@ -189,7 +189,11 @@ def test_what_cannot_be_saved_keeps_nothing_else_from_it(commands, call, monkeyp
     def fail(*_, **__):
         raise RuntimeError("no font")
 
-    for place in ("pop_mm.plotting.save", "pop_mm.plotting_answer.save", "pop_mm.plotting_thresholds.save"):
+    for place in (
+        "pop_mm.report.plotting.save",
+        "pop_mm.report.plotting_answer.save",
+        "pop_mm.report.plotting_thresholds.save",
+    ):
         monkeypatch.setattr(place, fail)
     arguments, files = commands[command]
     code, out, err = call(*arguments)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pop_mm import ConfigError, ExpertPolicy, Pop, PopConfig, Scorer, Thresholds
-from pop_mm.config import as_config
-from pop_mm.deprecated import OLD_NAMES
 from pop_mm.methods import METHODS, Random, Static, get_method
+from pop_mm.settings.config import as_config
+from pop_mm.settings.deprecated import OLD_NAMES
 
 INVALID = [
     ({"ratio": 1.0}, r"ratio must lie in \[0, 1\); got 1.0"),

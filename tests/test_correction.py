@@ -7,7 +7,7 @@ from test_thresholds import same, thresholds
 
 from helpers.modes import LENGTH, fresh, generate, with_experts
 from helpers.observe import prompt
-from pop_mm.correction import BLOCK, Correction
+from pop_mm.decoding.correction import BLOCK, Correction
 
 STEPS = 60
 MODELS = ["llama", "gpt2", "falcon", "mixtral"]
@@ -20,7 +20,7 @@ def layout(request, load):
 
 @pytest.fixture
 def short_blocks(monkeypatch):
-    monkeypatch.setattr("pop_mm.correction.BLOCK", 8)
+    monkeypatch.setattr("pop_mm.decoding.correction.BLOCK", 8)
 
 
 def long_answer(model, rows=1, **settings):
@@ -78,7 +78,7 @@ def test_an_answer_reads_what_was_asked_for(layout, short_blocks, monkeypatch):
         return sum(sum(plan.matrices.values()) for plan in session.plans)
 
     corrected = off()
-    monkeypatch.setattr("pop_mm.correction.BLOCK", 10 * STEPS)
+    monkeypatch.setattr("pop_mm.decoding.correction.BLOCK", 10 * STEPS)
     assert corrected < off()
 
 

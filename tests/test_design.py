@@ -14,9 +14,13 @@ from helpers.tiny_vlms import image_inputs, tiny_vlm
 PAGE = (Path(__file__).parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
 PACKAGE = Path(pop_mm.__file__).parent
 POP, THRESHOLDS = {"ratio": 0.4}, {"budget": 0.6}
-SESSION = [("session.py", "prune"), ("planning.py", "plan_ffns"), ("phase.py", "_before")]
-BY_BUDGET = [("session.py", "prune"), ("threshold_session.py", "plan_thresholds"), ("phase.py", "_before")]
-CHANNELS, BOUNDS = ("channel_engine.py", "partition_all"), ("threshold_engine.py", "partition_all")
+SESSION = [("session/session.py", "prune"), ("session/planning.py", "plan_ffns"), ("tracking/phase.py", "_before")]
+BY_BUDGET = [
+    ("session/session.py", "prune"),
+    ("session/threshold_session.py", "plan_thresholds"),
+    ("tracking/phase.py", "_before"),
+]
+CHANNELS, BOUNDS = ("decoding/channel_engine.py", "partition_all"), ("decoding/threshold_engine.py", "partition_all")
 EXPERTS, FFN = ("executors/experts.py", "forward"), ("executors/narrow_ffn.py", "forward")
 # what decodes -> model type, settings, and where the prompt is in each module
 WAYS = {
@@ -24,7 +28,12 @@ WAYS = {
     "POP, masked": (
         "llama",
         {**POP, "backend": "masked"},
-        [*SESSION, ("executors/masked.py", "masked"), ("channel_engine.py", "choose"), ("ops/select.py", "choose")],
+        [
+            *SESSION,
+            ("executors/masked.py", "masked"),
+            ("decoding/channel_engine.py", "choose"),
+            ("ops/select.py", "choose"),
+        ],
     ),
     "POP, an expert": ("mixtral", POP, [*SESSION, CHANNELS, EXPERTS, ("executors/narrow_experts.py", "__call__")]),
     "POP, a picture and a text": ("qwen2_vl", POP, [*SESSION, ("modality.py", "positions_of"), CHANNELS, FFN]),

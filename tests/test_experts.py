@@ -22,7 +22,7 @@ from helpers.channels import (
 from helpers.modes import EXPERT_LAYOUTS, IMPLEMENTATIONS, in_turn
 from helpers.tiny_models import MOE_MODELS, tiny
 from pop_mm.adapters import ExpertPaths
-from pop_mm.experts import Experts
+from pop_mm.weights.experts import Experts
 
 
 @pytest.fixture(params=MOE_MODELS)

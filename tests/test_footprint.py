@@ -10,9 +10,9 @@ from pop_mm import PopConfig
 from pop_mm.adapters import adapter_for
 from pop_mm.bench.limits import step_bytes
 from pop_mm.evaluation import cost_of
-from pop_mm.footprint import footprint
-from pop_mm.session import plan_ffns
-from pop_mm.tables import byte_size
+from pop_mm.report.footprint import footprint
+from pop_mm.report.tables import byte_size
+from pop_mm.session.session import plan_ffns
 
 MODELS = ("llama", "mixtral", "qwen2_moe")  # dense, experts, experts with a shared one and a dense layer
 SETTINGS = {

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pop_mm
-import pop_mm.advice
+import pop_mm.settings.advice
 from helpers.tiny_models import tiny
 from pop_mm import ConfigError, PopConfig, Scorer, register_scorer
-from pop_mm.advice import advice
 from pop_mm.errors import PopWarning
-from pop_mm.settings import Settings
+from pop_mm.settings.advice import advice
+from pop_mm.settings.keywords import Settings
 
 
 def warned(action):
@@ -97,7 +97,7 @@ def test_what_is_known(parameters, config, known):
 
 
 def test_prune_says_it_once(monkeypatch):
-    monkeypatch.setattr(pop_mm.advice, "_said", set())
+    monkeypatch.setattr(pop_mm.settings.advice, "_said", set())
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=30, vocab_size=49152, **sizes)).eval()
@@ -148,8 +148,8 @@ BAD = {
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(pop_mm.scoring._SCORERS, "_classes", dict(pop_mm.scoring._SCORERS))
-    return pop_mm.scoring
+    monkeypatch.setattr(pop_mm.methods.scoring._SCORERS, "_classes", dict(pop_mm.methods.scoring._SCORERS))
+    return pop_mm.methods.scoring
 
 
 @pytest.mark.parametrize("said", BAD)

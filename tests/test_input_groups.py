@@ -7,7 +7,7 @@ from helpers.observe import prompt
 from helpers.tiny_models import DENSE_MODELS, MOE_MODELS
 from helpers.tiny_vlms import VLM_MODELS, image_inputs, tiny_vlm
 from pop_mm.adapters import Adapter, FFNPaths, InputPaths, adapter_for
-from pop_mm.groups import linear_features
+from pop_mm.weights.groups import linear_features
 
 # model types of which some attention stays dense, and the share of its weights that is named
 PARTLY = {

@@ -14,8 +14,8 @@ from helpers.tiny_vlms import image_inputs, tiny_vlm
 from pop_mm import PopConfig, Thresholds
 from pop_mm.formats import format_of, stored, tensors_behind
 from pop_mm.ops.turn import is_turned
-from pop_mm.quantise import quantise
-from pop_mm.threshold_session import plan_thresholds
+from pop_mm.samples.quantise import quantise
+from pop_mm.session.threshold_session import plan_thresholds
 
 quantization = pytest.importorskip("torchao.quantization")
 CLOSE = 2e-5  # of logits in float32

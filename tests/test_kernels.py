@@ -13,9 +13,9 @@ from pop_mm import ConfigError, PopConfig, prune
 from pop_mm.kernels import MOST_TOKENS, Matvec, Rows
 from pop_mm.kernels.activations import ACTIVATIONS
 from pop_mm.kernels.ffn import FFNStep, Scratch
-from pop_mm.layout import FFN, Projection
 from pop_mm.ops.select import lowest, shared_scores
 from pop_mm.partition import Sizes
+from pop_mm.weights.layout import FFN, Projection
 
 DTYPES = (torch.float32, torch.bfloat16)
 

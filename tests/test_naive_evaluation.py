@@ -16,7 +16,7 @@ from helpers.observe import prompt as random_ids
 from pop_mm import PopConfig, prune
 from pop_mm.evaluation import METHODS, calibrate, config_for, first_differences, score_texts
 from pop_mm.methods.fixed import RandomScorer
-from pop_mm.session import plan_ffns
+from pop_mm.session.session import plan_ffns
 
 PROMPT, STEPS = 6, 4
 RATIO, GAMMA = 0.3, 0.2

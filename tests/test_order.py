@@ -13,10 +13,10 @@ from helpers.channels import bits, same_bits
 from helpers.modes import EXPERT_LAYOUTS, LAYOUTS, generate, pruned, threads_of_torch, without_library
 from helpers.observe import prompt
 from helpers.tiny_models import tiny
-from pop_mm.exchange import as_integers, swap_channels
 from pop_mm.executors.order import ChannelOrder, zone_swaps
 from pop_mm.formats import norms
 from pop_mm.partition import Sizes, partition
+from pop_mm.weights.exchange import as_integers, swap_channels
 
 DTYPES = (torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

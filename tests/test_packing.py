@@ -10,7 +10,7 @@ from helpers.modes import MODES, fresh, generate, pruned
 from helpers.observe import prompt, same_afterwards
 from pop_mm.executors import narrow
 from pop_mm.executors.packing import PackedDown
-from pop_mm.layout import Projection
+from pop_mm.weights.layout import Projection
 
 AFTER = 2
 

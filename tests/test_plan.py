@@ -6,7 +6,7 @@ import torch
 from helpers.tiny_models import DENSE_MODELS, tiny
 from pop_mm import AdapterError, PopConfig, SessionError, prune
 from pop_mm.adapters import adapter_for
-from pop_mm.session import plan_ffns
+from pop_mm.session.session import plan_ffns
 
 CONFIG = PopConfig(0.4, scope="ffn")
 

@@ -15,8 +15,8 @@ from pop_mm.evaluation.fidelity import compare_rows, step_logits
 from pop_mm.evaluation.run import Point, Run, Setup
 from pop_mm.evaluation.texts import Window
 from pop_mm.formats import format_of
-from pop_mm.quantise import QuantiseError, quantise, quantised_copy
 from pop_mm.samples import load
+from pop_mm.samples.quantise import QuantiseError, quantise, quantised_copy
 from pop_mm.tuning import tune
 
 pytest.importorskip("torchao")

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from helpers.tiny_models import tiny
 from pop_mm import ConfigError
 from pop_mm.adapters import adapter_for
-from pop_mm.ratio import LayerWeights, ffn_ratios
+from pop_mm.methods.ratio import LayerWeights, ffn_ratios
 
 # The paper's Table 8: public dimensions, and the FFN ratio in percent at 20 % and 40 % overall. Of experts, the
 # intermediate size is that of a shared or dense FFN, which does not count.

@@ -10,9 +10,9 @@ import torch
 import pop_mm
 from helpers.modes import config_of
 from helpers.tiny_models import tiny
-from pop_mm.footprint import Footprint
-from pop_mm.plotting import PlotError
-from pop_mm.tables import adapter_rows, adapters_markdown, byte_size, footprint_table, report_table
+from pop_mm.report.footprint import Footprint
+from pop_mm.report.plotting import PlotError
+from pop_mm.report.tables import adapter_rows, adapters_markdown, byte_size, footprint_table, report_table
 
 PROMPT = torch.arange(5, 17).unsqueeze(0)
 

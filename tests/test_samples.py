@@ -19,8 +19,7 @@ from helpers.tiny_vlm_folder import save_vlm
 from pop_mm import samples, smollm2
 from pop_mm.errors import PopError
 from pop_mm.folders import cache_folder
-from pop_mm.passages import load_passages
-from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_config, load_vision, resolve
+from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_config, load_passages, load_vision, resolve
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
@@ -373,7 +372,7 @@ def test_the_sample_that_comes_with_the_package(packaged, cache):
 def test_its_mixture_of_experts(packaged, cache):
     import torch
 
-    from pop_mm.upcycle import logit_difference
+    from pop_mm.samples.upcycle import logit_difference
 
     moe, processor = load_vision("tiny-vlm-moe")
     assert (moe.config.model_type, moe.dtype) == ("qwen3_vl_moe", torch.float32)

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-import pop_mm.exchange
+import pop_mm.weights.exchange
 from helpers.covering import covers
 from helpers.modes import BACKENDS, LAYOUTS, LENGTH, STEPS, alone, backends, fresh, generate, pruned
 from helpers.observe import differences, fingerprint, prompt, same_afterwards
@@ -216,7 +216,7 @@ def test_a_prompt_whose_cache_is_gone_leaves_its_place_to_an_older_one(model):
 
 def after_exchange(monkeypatch, number, happens):
     """From now on something happens when so many matrices have been exchanged; None: at each of them."""
-    count, own = 0, pop_mm.exchange.exchanges
+    count, own = 0, pop_mm.weights.exchange.exchanges
 
     def exchanges(*args):
         nonlocal count
@@ -226,7 +226,7 @@ def after_exchange(monkeypatch, number, happens):
             if number in (count, None):
                 happens()
 
-    monkeypatch.setattr(pop_mm.exchange, "exchanges", exchanges)
+    monkeypatch.setattr(pop_mm.weights.exchange, "exchanges", exchanges)
 
 
 def out_of_memory():

@@ -11,8 +11,8 @@ import pop_mm
 from helpers.observe import prompt
 from helpers.tiny_models import tiny
 from pop_mm.errors import PopError
-from pop_mm.shown import grouped
-from pop_mm.tables import least_width
+from pop_mm.report.shown import grouped
+from pop_mm.report.tables import least_width
 
 SETTINGS = [{"ratio": 0.4}, {"budget": 0.6}]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helpers.covering import covers
 from helpers.modes import threads_of_torch, without_library
 from pop_mm import kernels, scoring
-from pop_mm.scoring import channel_energy
+from pop_mm.methods.scoring import channel_energy
 
 
 def activations(*shape, dtype=torch.float32):

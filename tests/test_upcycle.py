@@ -14,9 +14,8 @@ from helpers.tiny_models import VOCAB, tiny
 from helpers.tiny_vlm_folder import save_vlm
 from pop_mm import upcycle as module
 from pop_mm.errors import PopError
-from pop_mm.passages import load_passages
-from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_vision
-from pop_mm.upcycle import UpcycleError, logit_difference, upcycle
+from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_passages, load_vision
+from pop_mm.samples.upcycle import UpcycleError, logit_difference, upcycle
 from pop_mm.vision import prepare
 
 PLAIN = {"mlp_bias": False, "attention_bias": False}

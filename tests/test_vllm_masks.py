@@ -22,7 +22,7 @@ from pop_mm.methods import get_method
 from pop_mm.methods.thresholds import PASS_ALL, histogram, quantile
 from pop_mm.ops.library import library
 from pop_mm.partition import partition
-from pop_mm.planning import plan_ffns
+from pop_mm.session.planning import plan_ffns
 
 WIDTH, BLOCK = 24, 4
 

@@ -11,7 +11,7 @@ from helpers.observe import Active, Wrapped, partitions, prompt, same_afterwards
 from helpers.tiny_models import tiny
 from pop_mm import ConfigError, Pop, PopConfig, prune, register_scorer
 from pop_mm.adapters import LlamaAdapter
-from pop_mm.scoring import Scorer
+from pop_mm.methods.scoring import Scorer
 
 # --- weights inside a session ---------------------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class ByNumber(Scorer):
 @backends
 @pytest.mark.parametrize("by_name", [True, False])
 def test_an_own_scorer_ranks_the_channels(model, backend, by_name, monkeypatch):
-    monkeypatch.setattr(pop_mm.scoring._SCORERS, "_classes", dict(pop_mm.scoring._SCORERS))
+    monkeypatch.setattr(pop_mm.methods.scoring._SCORERS, "_classes", dict(pop_mm.methods.scoring._SCORERS))
     if by_name:
         register_scorer(ByNumber)
         with pytest.raises(ConfigError, match="exists"):

@@ -26,7 +26,7 @@ from helpers.observe import prompt, same_afterwards
 from helpers.tiny_models import tiny
 from helpers.wrapped import FEW_WAYS, WAYS, check, check_packed, choice_of_first_layer
 from pop_mm import AdapterError, prune
-from pop_mm.asking import asking
+from pop_mm.formats.asking import asking
 
 WITHOUT_BIASES = [
     row for row in ADAPTERS if row.name not in ("LoRA with biases", "BEFT")
@@ -120,7 +120,7 @@ def test_what_a_module_tells_is_what_it_answers_and_is_not_believed_if_not(kind,
         Told = type(model.model.layers[0].mlp.down_proj.weight)
     ffn = prune(model, ratio=0.4, scope="ffn").plans[0].ffn
     with monkeypatch.context() as patch:
-        patch.setattr("pop_mm.layout.columns", None)  # it is not asked
+        patch.setattr("pop_mm.weights.layout.columns", None)  # it is not asked
         told = [ffn.down_column_norms(), ffn.input_norms()]
     name = "get_delta_weight" if kind == "LoRA" else "dequantize"
     right = getattr(Told, name)
@@ -491,7 +491,7 @@ def test_a_progress_bar_shows_once_asking_takes_long(monkeypatch):
     import io
     import time
 
-    from pop_mm.asking import with_progress
+    from pop_mm.formats.asking import with_progress
 
     class Terminal(io.StringIO):
         def isatty(self):

@@ -16,7 +16,7 @@ from helpers.observe import prompt, same_afterwards
 from helpers.tiny_models import tiny
 from pop_mm import AdapterError, prune
 from pop_mm.adapters import LlamaAdapter, MixtralAdapter, adapter_for, check
-from pop_mm.unwrap import unwrap
+from pop_mm.session.unwrap import unwrap
 
 peft = pytest.importorskip("peft")
 QV, Q = ["q_proj", "v_proj"], ["q_proj"]
@@ -464,6 +464,6 @@ def test_importing_pop_mm_loads_no_package_of_wrappers():
     import subprocess
     import sys
 
-    script = "import sys, pop_mm.unwrap as u\ntry: u.unwrap(3)\nexcept u.AdapterError: print(*sys.modules)"
+    script = "import sys, pop_mm.session.unwrap as u\ntry: u.unwrap(3)\nexcept u.AdapterError: print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"peft", "accelerate", "transformers"} & set(done.stdout.split())

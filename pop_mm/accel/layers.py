@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..asking import asked
-from ..caches import CACHE_NAMES, cache_in, cache_name
 from ..executors.base import hooks_of
 from ..executors.static import StaticSteps
+from ..formats.asking import asked
 from ..kernels import Matvec
 from ..ops.layer import attention, attention_takes, rotate
 from ..patching import Patches
-from ..phase import PhaseTracker
+from ..tracking.caches import CACHE_NAMES, cache_in, cache_name
+from ..tracking.phase import PhaseTracker
 from .attention import is_stock_sdpa
 from .few import FewTokens, Forward
 from .norms import FewTokensNorms

@@ -9,15 +9,15 @@ from typing import Any
 
 from transformers import PreTrainedModel, StoppingCriteriaList
 
-from ..advice import advice
 from ..cli.generate import Sampling, exceeded_context, is_unicode, tokenize, warm_up
-from ..config import PopConfig
 from ..errors import ConfigError, PopError
-from ..plans import plans_of
-from ..report import Report
+from ..report.report import Report
+from ..report.threshold_report import ThresholdReport
 from ..samples import load, load_config, load_vision, takes_images
-from ..session import Session, prune
-from ..threshold_report import ThresholdReport
+from ..session.plans import plans_of
+from ..session.session import Session, prune
+from ..settings.advice import advice
+from ..settings.config import PopConfig
 from ..vision import ImageSource, load_image, prepare
 from .examples import examples
 from .line import FullError, Line

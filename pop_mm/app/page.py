@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import PopConfig
 from ..errors import PopError
+from ..settings.config import PopConfig
 from ..vision import InputError
 from . import words
 from .asker import MAX_BYTES, MAX_CHARACTERS, MAX_NEW_TOKENS, Asker, AskError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..report import Report
-from ..threshold_report import ThresholdReport
+from ..report.report import Report
+from ..report.threshold_report import ThresholdReport
 
 
 @dataclass(frozen=True)

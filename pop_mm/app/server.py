@@ -15,10 +15,10 @@ from rich.console import Console
 
 from ..cli.generate import find_device, torch_dtype
 from ..cli.terminal import CommandError, quiet, spinner
-from ..config import PopConfig
-from ..plans import plans_of
-from ..quantise import check_weights
 from ..samples import resolve
+from ..samples.quantise import check_weights
+from ..session.plans import plans_of
+from ..settings.config import PopConfig
 from .asker import MAX_BYTES, Asker
 from .examples import SCENES
 from .page import build_page, css

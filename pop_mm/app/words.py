@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from ..config import PopConfig
-from ..report import Report
-from ..threshold_report import ThresholdReport
+from ..report.report import Report
+from ..report.threshold_report import ThresholdReport
+from ..settings.config import PopConfig
 from .progress import Answer, Progress, Turn
 
 _ABOUT = {

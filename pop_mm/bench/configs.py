@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..tables import byte_size
+from ..report.tables import byte_size
 from .errors import BenchError
 from .machine import free_memory
 

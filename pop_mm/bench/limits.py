@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ..adapters import adapter_for
-from ..caches import cache_of
-from ..config import PopConfig
-from ..footprint import FFN_PARTS, AsStored, footprint
-from ..plans import plans_of
+from ..report.footprint import FFN_PARTS, AsStored, footprint
+from ..session.plans import plans_of
+from ..settings.config import PopConfig
+from ..tracking.caches import cache_of
 
 
 @dataclass(frozen=True)

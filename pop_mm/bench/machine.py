@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..paragraphs import number_of
+from ..report.paragraphs import number_of
 
 
 def available_cores() -> int:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, adapter_for
-from ..experts import Experts
-from ..layout import FFN
 from ..patching import Patches
-from ..session import Session
+from ..session.session import Session
+from ..weights.experts import Experts
+from ..weights.layout import FFN
 from .timing import generate, synchronise
 
 STEP_PARTS = ("ffn", "attention", "lm_head", "selection")  # and framework, the rest

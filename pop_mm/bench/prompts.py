@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import check_tokens
-from ..passages import load_passages
+from ..samples import load_passages
 
 
 class Prompts:

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 from ..adapters import adapter_for
-from ..experts import Experts
 from ..inputs import Context, context_of
-from ..plans import plans_of
+from ..session.plans import plans_of
+from ..weights.experts import Experts
 from .errors import BenchError
 from .limits import amdahl_limit, backends_of, step_bytes
 from .machine import machine_facts

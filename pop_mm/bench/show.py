@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from ..tables import byte_size
+from ..report.tables import byte_size
 from .parts import STEP_PARTS
 
 NOTES = (
@@ -143,12 +143,12 @@ def plot(results: Mapping[str, Any], path: str | Path) -> Path:
     Raises
     ------
     PlotError
-        As :func:`pop_mm.plotting.check_path` and :func:`pop_mm.plotting.save`.
+        As :func:`pop_mm.report.plotting.check_path` and :func:`pop_mm.report.plotting.save`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from ..plotting import check_path, save
+    from ..report.plotting import check_path, save
 
     target = check_path(path)
     cells = [list(found) for _, found in groupby(results["rows"], lambda r: (r["batch"], r["prompt"], r["cache"]))]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..quantise import quantise
+from ..samples.quantise import quantise
 from .configs import config_of, materialise, skeleton
 
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config import PopConfig
 from ..kernels import MOST_TOKENS, gpu, why_not
 from ..methods import METHODS, get_method
-from ..session import prune
-from ..settings import nested
+from ..session.session import prune
+from ..settings.config import PopConfig
+from ..settings.keywords import nested
 from .errors import BenchError
 
 KERNELS = ("stock", "compiled", "triton")

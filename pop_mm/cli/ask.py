@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import PopConfig
 from ..modality import MODALITIES
-from ..quantise import check_weights
+from ..report.threshold_report import ThresholdReport
 from ..samples import load_vision, resolve
-from ..threshold_report import ThresholdReport
+from ..samples.quantise import check_weights
+from ..settings.config import PopConfig
 from ..vision import load_image, prepare
 from .generate import Sampling, check_context, check_outputs, check_words, compare, find_device, torch_dtype
 from .terminal import quiet, spinner
@@ -44,7 +44,7 @@ def run(
         both = compare(model, processor.tokenizer, inputs, inputs, config, sampling)
 
     def draw() -> Path:
-        from ..plotting_answer import plot_answer
+        from ..report.plotting_answer import plot_answer
 
         assert plot is not None
         if isinstance(both.report, ThresholdReport):

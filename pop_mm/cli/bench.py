@@ -17,7 +17,7 @@ from ..bench.configs import CONFIGS, config_of
 from ..bench.machine import machine_facts, machine_line
 from ..bench.memory import Job, measure_memory
 from ..bench.variants import kernels_for
-from ..quantise import check_weights
+from ..samples.quantise import check_weights
 from . import loudness
 from .generate import check_outputs, find_device, torch_dtype
 from .inspect import skeleton

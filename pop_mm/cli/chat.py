@@ -13,11 +13,11 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-from ..caches import cache_name, cache_of
-from ..config import PopConfig
 from ..inputs import check_tokens, context_of
-from ..quantise import check_weights
-from ..session import Session, prune
+from ..samples.quantise import check_weights
+from ..session.session import Session, prune
+from ..settings.config import PopConfig
+from ..tracking.caches import cache_name, cache_of
 from . import loudness
 from .generate import Clock, Sampling, check_words, find_device, is_unicode, load_model
 from .terminal import CommandError, quiet, warn

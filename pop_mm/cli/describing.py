@@ -62,7 +62,7 @@ def adapters(
     import json
 
     from ..adapters import support_table
-    from ..tables import adapters_markdown, adapters_table
+    from ..report.tables import adapters_markdown, adapters_table
 
     rows = support_table()
     if as_json and markdown:

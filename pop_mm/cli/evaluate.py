@@ -11,14 +11,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..config import PopConfig
 from ..evaluation import show, texts
 from ..evaluation.run import UNITS, EvaluationError, Run, Setup, grid
 from ..evaluation.texts import Window
 from ..methods import Pop
-from ..passages import load_passages
-from ..quantise import check_weights, quantised_copy
-from ..session import Session, plan_ffns
+from ..samples import load_passages
+from ..samples.quantise import check_weights, quantised_copy
+from ..session.session import Session, plan_ffns
+from ..settings.config import PopConfig
 from . import loudness
 from .generate import check_context, find_device, load_model
 from .terminal import CommandError, check_writable, path_errors, quiet, save_then, write_json, write_text

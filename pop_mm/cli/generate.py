@@ -14,15 +14,15 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import PopConfig
 from ..errors import PopError
 from ..inputs import check_tokens, context_of
-from ..quantise import check_weights
-from ..report import Report
+from ..report.report import Report
+from ..report.tables import answers_table, report_summary
+from ..report.threshold_report import ThresholdReport, threshold_summary
 from ..samples import load, resolve
-from ..session import Session, prune
-from ..tables import answers_table, report_summary
-from ..threshold_report import ThresholdReport, threshold_summary
+from ..samples.quantise import check_weights
+from ..session.session import Session, prune
+from ..settings.config import PopConfig
 from . import loudness
 from .terminal import CommandError, check_writable, path_errors, quiet, save_then, spinner, warn, write_json
 
@@ -176,7 +176,7 @@ def compare(
 def check_outputs(json_file: str | None, plot: str | None) -> None:
     """Complain about files that cannot be written, before any work is done."""
     if plot is not None:
-        from ..plotting import check_path
+        from ..report.plotting import check_path
 
         with path_errors(plot):
             check_writable(check_path(plot))

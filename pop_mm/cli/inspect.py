@@ -13,14 +13,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from ..adapters import Check, adapter_for, check, registered_adapters
-from ..config import PopConfig
 from ..errors import SampleError
-from ..footprint import AsStored, WeightBytes, footprint, itemsize
-from ..planning import FFNPlan
-from ..quantise import QuantiseError, check_weights, quantise
+from ..report.footprint import AsStored, WeightBytes, footprint, itemsize
+from ..report.tables import SCOPES, footprint_table, plan_table
 from ..samples import load_config, resolve, takes_images
-from ..session import plan_ffns
-from ..tables import SCOPES, footprint_table, plan_table
+from ..samples.quantise import QuantiseError, check_weights, quantise
+from ..session.planning import FFNPlan
+from ..session.session import plan_ffns
+from ..settings.config import PopConfig
 from .generate import load_model, torch_dtype
 from .inspect_thresholds import inspect_thresholds
 from .stored import StoredBytes, bits_of, stored_tensors

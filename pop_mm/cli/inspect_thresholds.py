@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..adapters import Adapter
-from ..config import PopConfig
-from ..footprint import WeightBytes, footprint
-from ..tables import SCOPES, footprint_table
-from ..threshold_report import ThresholdReport
-from ..threshold_session import ThresholdPlan, plan_thresholds
-from ..timings import Timings
+from ..decoding.timings import Timings
+from ..report.footprint import WeightBytes, footprint
+from ..report.tables import SCOPES, footprint_table
+from ..report.threshold_report import ThresholdReport
+from ..session.threshold_session import ThresholdPlan, plan_thresholds
+from ..settings.config import PopConfig
 
 _NOT_PROBED: dict[str, Any] = {"contract": None, "finding": None}  # attention has no channels
 

@@ -17,8 +17,8 @@ def models_list() -> None:
     from rich.console import Console
 
     from ..folders import cache_folder
+    from ..report.tables import samples_table
     from ..samples import SAMPLES
-    from ..tables import samples_table
 
     console = Console()
     console.print(samples_table(SAMPLES.values()))
@@ -63,7 +63,7 @@ def models_upcycle(
     ] = 0.0,
 ) -> None:
     """Make a Mixture-of-Experts model that computes what a dense one does."""
-    from ..upcycle import logit_difference, upcycle
+    from ..samples.upcycle import logit_difference, upcycle
     from .terminal import quiet, spinner
 
     with quiet():

@@ -24,7 +24,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..config import PopConfig
+    from ..settings.config import PopConfig
 
 _NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")  # by transformers' server
 
@@ -69,8 +69,8 @@ def run(
     """The command: load the model, answer until Ctrl-C, and restore the model."""
     from rich.console import Console
 
-    from ..quantise import check_weights
     from ..samples import resolve
+    from ..samples.quantise import check_weights
     from .generate import find_device, torch_dtype
     from .terminal import quiet, spinner, warn
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
-from ..config import DEFAULT_BUDGET, PopConfig
-from ..settings import flat, nested, with_amount
+from ..settings.config import DEFAULT_BUDGET, PopConfig
+from ..settings.keywords import flat, nested, with_amount
 
 
 def explicit(context: typer.Context, names: Mapping[str, str]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from ..adapters import Adapter
-from ..experts import Experts
-from ..footprint import itemsize
-from ..groups import InputGroup
-from ..layout import FFN, linear_weight_count
+from ..report.footprint import itemsize
+from ..weights.experts import Experts
+from ..weights.groups import InputGroup
+from ..weights.layout import FFN, linear_weight_count
 
 _BITS = ("bits", "nbits", "num_bits", "w_bit", "weight_bits")
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..evaluation import texts
-from ..quantise import check_weights, quantised_copy
+from ..samples.quantise import check_weights, quantised_copy
 from ..tuning import TuneResult, tune
 from ..tuning.run import check_target
 from .generate import check_context, find_device, load_model

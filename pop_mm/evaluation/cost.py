@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..adapters import adapter_for
-from ..config import PopConfig
-from ..footprint import Plan, Uniform, footprint
-from ..report import Report
-from ..session import plan_ffns
-from ..threshold_report import ThresholdReport
+from ..report.footprint import Plan, Uniform, footprint
+from ..report.report import Report
+from ..report.threshold_report import ThresholdReport
+from ..session.session import plan_ffns
+from ..settings.config import PopConfig
 
 _SCORE_BYTES = 4  # a candidate's weight in the score is float32
 

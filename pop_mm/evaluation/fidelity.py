@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PopConfig
-from ..session import Session
+from ..session.session import Session
+from ..settings.config import PopConfig
 
 
 @dataclass(frozen=True)

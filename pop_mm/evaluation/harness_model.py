@@ -16,13 +16,13 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..config import PopConfig
-from ..deprecated import GONE
 from ..errors import ConfigError
 from ..methods.thresholds import MIN_PROMPT_TOKENS
 from ..samples import SAMPLES, resolve
-from ..session import Session
-from ..settings import OF_EXPERTS, OF_METHODS
+from ..session.session import Session
+from ..settings.config import PopConfig
+from ..settings.deprecated import GONE
+from ..settings.keywords import OF_EXPERTS, OF_METHODS
 from .harness_tally import Counting, config_from
 
 _SETTINGS = [*(field.name for field in fields(PopConfig)), *OF_METHODS, *OF_EXPERTS, *GONE]

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..config import PopConfig
 from ..errors import ConfigError
-from ..session import Session
-from ..settings import flat, nested
+from ..session.session import Session
+from ..settings.config import PopConfig
+from ..settings.keywords import flat, nested
 
 MODES = ("decode", "prefill")
 

@@ -14,10 +14,10 @@ from lmms_eval.api.model import lmms
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from ..config import unique_keys
 from ..errors import ConfigError
 from ..samples import load_vision
-from ..session import Session
+from ..session.session import Session
+from ..settings.config import unique_keys
 from ..vision import decode, prepare_chats
 from ..vision.qwen import is_qwen
 from .harness_tally import Counting, config_from

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PopConfig
 from ..errors import ConfigError
 from ..methods import METHODS as _METHODS
 from ..methods import Method, Random, Thresholds, WandaSp, get_method
 from ..methods.fixed import Calibration
-from ..session import Session
-from ..settings import nested
+from ..session.session import Session
+from ..settings.config import PopConfig
+from ..settings.keywords import nested
 
 
 class _WithDense(Mapping[str, str]):

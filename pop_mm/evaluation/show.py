@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from .. import tables
-from ..paragraphs import number_of
+from ..report import tables
+from ..report.paragraphs import number_of
 
 HEADS = ("method", "prefill", "ratio", "gamma", "KL to dense", "minus static", "same top token", "perplexity")
 NOTE = "KL in nats a token; in brackets 95 %, paired bootstrap over texts."
@@ -165,13 +165,13 @@ def plot(results: Mapping[str, Any], path: str | Path) -> Path:
     Raises
     ------
     PlotError
-        As :func:`pop_mm.plotting.check_path` and :func:`pop_mm.plotting.save`.
+        As :func:`pop_mm.report.plotting.check_path` and :func:`pop_mm.report.plotting.save`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    from ..plotting import check_path, save
+    from ..report.plotting import check_path, save
 
     target = check_path(path)
     prefills = list(dict.fromkeys(row["prefill"] for row in results["rows"] if row["method"] not in ("dense", "full")))

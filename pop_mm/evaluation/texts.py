@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import inputs
-from ..config import unique_keys
 from ..errors import PopError, one_line
+from ..settings.config import unique_keys
 
 
 class TextError(PopError):

@@ -8,10 +8,10 @@ from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
-from ..engine import Engine
+from ..decoding.engine import Engine
 from ..errors import PhaseError
-from ..layout import FFN
-from ..phase import Forward, PhaseTracker
+from ..tracking.phase import Forward, PhaseTracker
+from ..weights.layout import FFN
 
 T = TypeVar("T")
 

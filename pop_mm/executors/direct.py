@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import View, traced
-from ..layout import FFN, Projection, linear
-from ..phase import Forward
+from ..tracking.phase import Forward
+from ..weights.layout import FFN, Projection, linear
 
 
 def down_input(ffn: FFN, rows: Tensor, width: int) -> Tensor:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import Engine
+from ..decoding.engine import Engine
+from ..decoding.state import FFNState
 from ..errors import SessionError
-from ..experts import Experts
 from ..patching import Patches
-from ..phase import Forward, PhaseTracker
-from ..state import FFNState
+from ..tracking.phase import Forward, PhaseTracker
+from ..weights.experts import Experts
 from .base import Turns, current_forward, hooks_of
 from .run_experts import run_experts
 

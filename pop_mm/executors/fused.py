@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..channel_engine import ChannelEngine
+from ..decoding.channel_engine import ChannelEngine
 from ..kernels import Matvec
 from ..kernels.ffn import FFNStep, Scratch
 from ..kernels.gpu import FusedStep, fits
-from ..phase import Forward
+from ..tracking.phase import Forward
 from .base import dense_ffn, voices
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..channel_engine import ChannelEngine
+from ..decoding.channel_engine import ChannelEngine
 from ..kernels.gpu import MAX_ROWS, GatheredStep, fits
-from ..layout import FFN, Projection
 from ..partition import Partition
 from ..patching import Patches
-from ..phase import Forward, PhaseTracker
+from ..tracking.phase import Forward, PhaseTracker
+from ..weights.layout import FFN, Projection
 from .base import current_forward, dense_ffn, hooks_on_parts
 from .direct import direct_forward_fits
 

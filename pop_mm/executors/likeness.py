@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..exchange import Matrix
+from ..weights.exchange import Matrix
 
 _LIKE = 0.7  # cosine of what was made of a weight, where few channels tell
 _FEWEST = 64  # numbers that can be alike by more than chance
@@ -59,7 +59,7 @@ def origin(
     new, stored : Tensor
         The weight, and the one that it replaced, with its channels as they stand.
     matrices : callable
-        As :class:`pop_mm.exchange.ChannelTensor` has it.
+        As :class:`pop_mm.weights.exchange.ChannelTensor` has it.
     positions : mapping
         Expert (None for a dense FFN) -> ``[D]``, the position of each original channel in ``stored``.
 

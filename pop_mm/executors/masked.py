@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..asking import asking
-from ..engine import Engine
+from ..decoding.engine import Engine
 from ..errors import SessionError
-from ..exchange import as_integers
+from ..formats.asking import asking
 from ..patching import Patches
-from ..phase import Forward, PhaseTracker
+from ..tracking.phase import Forward, PhaseTracker
+from ..weights.exchange import as_integers
 from .base import Turns, current_forward
 from .experts import MaskedExperts
 

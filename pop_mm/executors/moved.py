@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SessionError
-from ..exchange import Matrix, as_integers, swap_channels
-from ..experts import Experts
 from ..formats import tensors_behind
-from ..layout import FFN
 from ..patching import Patches
+from ..weights.exchange import Matrix, as_integers, swap_channels
+from ..weights.experts import Experts
+from ..weights.layout import FFN
 from .likeness import origin
 
 
@@ -75,7 +75,7 @@ class MovedWeights:
         self.moves = 0
 
     def exchange(self, first: Tensor, second: Tensor, expert: int | None = None) -> None:
-        """Exchange channels in the weights and their gradients (see :func:`pop_mm.exchange.swap_channels`)."""
+        """Exchange channels in the weights and their gradients (see :func:`pop_mm.weights.exchange.swap_channels`)."""
         with self.rearranging():
             self.moves += 1
             swap_channels(self._matrices(expert), first, second)

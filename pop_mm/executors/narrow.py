@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..channel_engine import ChannelEngine
+from ..decoding.channel_engine import ChannelEngine
+from ..decoding.state import PromptState
 from ..events import tells
-from ..experts import Experts
 from ..kernels import MOST_TOKENS, Matvec
 from ..kernels.ffn import Scratch
-from ..layout import FFN
 from ..patching import Patches
-from ..phase import Forward, PhaseTracker
-from ..state import PromptState
+from ..tracking.phase import Forward, PhaseTracker
+from ..weights.experts import Experts
+from ..weights.layout import FFN
 from .moved import MovedWeights, Versions, before_moves
 from .narrow_experts import NarrowExperts
 from .narrow_ffn import NarrowFFN

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..channel_engine import ChannelEngine
+from ..decoding.channel_engine import ChannelEngine
+from ..decoding.state import FFNState
 from ..events import tells
-from ..experts import ExpertViews
 from ..interrupts import uninterrupted
 from ..kernels import Matvec
 from ..ops.select import choose
-from ..phase import Forward, PhaseTracker
-from ..state import FFNState
+from ..tracking.phase import Forward, PhaseTracker
+from ..weights.experts import ExpertViews
 from .experts import MaskedExperts
 from .moved import MovedWeights
 from .order import ChannelOrder

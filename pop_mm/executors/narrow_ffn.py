@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..decoding.state import PromptState
 from ..interrupts import uninterrupted
-from ..layout import Projection, linear
 from ..partition import Partition
 from ..patching import Patches
-from ..phase import Forward
-from ..state import PromptState
+from ..tracking.phase import Forward
+from ..weights.layout import Projection, linear
 from .base import current_forward, dense_ffn, hooks_on_parts, voices
 from .direct import direct_forward, direct_forward_fits, down_input, static_linear
 from .fused import compiled_forward, triton_forward

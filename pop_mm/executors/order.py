@@ -26,7 +26,7 @@ class ChannelOrder:
     device : torch.device
         Where the weights are.
     swap : callable
-        ``swap(first, second)`` exchanges channels in the weights, as :meth:`pop_mm.layout.FFN.swap`.
+        ``swap(first, second)`` exchanges channels in the weights, as :meth:`pop_mm.weights.layout.FFN.swap`.
 
     Attributes
     ----------

@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ..exchange import as_integers
 from ..interrupts import uninterrupted
 from ..kernels import View
-from ..layout import Projection, linear
+from ..weights.exchange import as_integers
+from ..weights.layout import Projection, linear
 from .moved import MovedWeights
 
 _ROWS = 64  # moved through a copy while what is free in front of them is too small

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..decoding.state import PromptState
+from ..decoding.threshold_engine import ThresholdEngine
 from ..events import tells
-from ..experts import Experts
-from ..groups import InputGroup
 from ..kernels import MOST_TOKENS
-from ..layout import FFN
 from ..methods.thresholds import PASS_ALL
 from ..ops.rows import Room
 from ..patching import Patches
-from ..phase import Forward, PhaseTracker
-from ..state import PromptState
-from ..threshold_engine import ThresholdEngine
+from ..tracking.phase import Forward, PhaseTracker
 from ..waiting import bar_if_long
+from ..weights.experts import Experts
+from ..weights.groups import InputGroup
+from ..weights.layout import FFN
 from .masked import MaskedExecutor
 from .moved import before_moves
 from .rows_ffn import RowsHolder, is_one_call

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.activations import activation_name
-from ..layout import FFN
 from ..ops.gpu_rows import GPURowsFFN
 from ..ops.reference import FFNWeights
 from ..ops.rows import RowsFFN
+from ..weights.layout import FFN
 from .base import hooks_of, hooks_on_parts
 from .direct import direct_forward_fits
 from .rows_linears import blocks, input_major

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ..classes import same_class
-from ..experts import Experts
+from ..decoding.threshold_state import RecordState
 from ..formats import tensors_behind
-from ..groups import InputGroup
 from ..interrupts import uninterrupted
 from ..kernels.activations import ACTIVATIONS, activation_name
-from ..layout import FFN, Projection
 from ..methods.thresholds import PASS_ALL
 from ..ops import gpu_rows, library
 from ..ops.turn import Turned, turn
 from ..ops.turn import why_not as why_not_turned
-from ..threshold_state import RecordState
+from ..weights.experts import Experts
+from ..weights.groups import InputGroup
+from ..weights.layout import FFN, Projection
 
 
 def why_not(
@@ -30,7 +30,7 @@ def why_not(
     Parameters
     ----------
     plain_types : sequence of type or str
-        Classes of modules that are ``x @ W.T + b``, as :class:`pop_mm.layout.Projection` takes them.
+        Classes of modules that are ``x @ W.T + b``, as :class:`pop_mm.weights.layout.Projection` takes them.
     triton : bool
         Whether by the Triton kernels, where those run, instead of compiled ones on a CPU.
     """

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..experts import Experts, ExpertViews
 from ..kernels import Matvec
-from ..layout import linear
+from ..weights.experts import Experts, ExpertViews
+from ..weights.layout import linear
 
 
 def chosen_product(x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..formats import stored
-from ..layout import Projection
 from ..ops.dot import Dot
+from ..weights.layout import Projection
 
 Part = tuple[Tensor, Tensor, Tensor | None]  # rows of a matrix, their scales, and the biases
 

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..channel_engine import ChannelEngine
+from ..decoding.channel_engine import ChannelEngine
+from ..decoding.state import PromptState
 from ..ops.select import choose
-from ..phase import Forward
-from ..state import PromptState
+from ..tracking.phase import Forward
 
 _STEPS = 32  # kept before they are handed to the step logs
 

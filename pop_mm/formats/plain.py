@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..asking import is_wide_float
+from .asking import is_wide_float
 from .base import Stored
 
 

@@ -235,7 +235,7 @@ class Energy:
 
     @untraced
     def __call__(self, h: Tensor, counted: Tensor | None) -> Tensor:
-        """As :func:`pop_mm.scoring.channel_energy`, ``[T, D]`` to ``[D]``."""
+        """As :func:`pop_mm.methods.scoring.channel_energy`, ``[T, D]`` to ``[D]``."""
         sums = torch.zeros(h.shape[1], dtype=torch.float32, device="cpu")
         counted = None if counted is None else counted.contiguous()
         self._functions[h.dtype](

@@ -7,8 +7,8 @@ from struct import pack
 import torch
 from torch import Tensor
 
-from ..layout import FFN
 from ..partition import Sizes
+from ..weights.layout import FFN
 from . import Matvec, Rows, TakesFew
 from .activations import ACTIVATIONS, activation_name
 from .functions import untraced

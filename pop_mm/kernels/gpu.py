@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..layout import FFN, linear
 from ..partition import Sizes
+from ..weights.layout import FFN, linear
 from .activations import activation_name
 
 MAX_ROWS = 8

@@ -14,8 +14,8 @@ from typing_extensions import Self
 from ..checks import check_choice, check_share, is_whole
 from ..errors import ConfigError
 from ..partition import Sizes
-from ..registry import Registry
-from ..scoring import Scorer, get_scorer
+from .registry import Registry
+from .scoring import Scorer, get_scorer
 
 M = TypeVar("M", bound="type[Method]")
 
@@ -40,7 +40,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     about: ClassVar[str]
-    session: ClassVar[str] = "pop_mm.session:Session"
+    session: ClassVar[str] = "pop_mm.session.session:Session"
     saves_time: ClassVar[bool] = True
     prefill: Literal["dense", "partition"] = "dense"
     settings: ClassVar[tuple[str, ...]] = ()
@@ -106,7 +106,7 @@ class ChannelMethod(Method):
         before it runs all of them on R and C only, gate and up too. 0: all tokens rank, and only down is narrow. Not
         for mixtures of experts.
     scorer : str or Scorer
-        What ranks channels: ``"wanda"`` (the paper's score), ``"activation"``, or an own :class:`~pop_mm.scoring.Scorer`.
+        What ranks channels: ``"wanda"`` (the paper's score), ``"activation"``, or an own :class:`~pop_mm.methods.scoring.Scorer`.
     tp_partition : {"shard", "global"}
         On a model that is spread over processes (``tp_plan="auto"``): each chooses among its own channels, as many in each,
         and sends nothing for it (``shard``); or all choose together, as one process would, and send the candidates'

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..partition import Sizes
-from ..ratio import LayerWeights, ffn_ratios
+from .ratio import LayerWeights, ffn_ratios
 from .thresholds import hidden_share
 
 if TYPE_CHECKING:
-    from ..config import PopConfig
-    from ..experts import Experts
-    from ..layout import FFN
+    from ..settings.config import PopConfig
+    from ..weights.experts import Experts
+    from ..weights.layout import FFN
 
 _HALVINGS = 60  # of [0, 1], which ends below what floats tell apart
 

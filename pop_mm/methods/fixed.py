@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..partition import Sizes
-from ..scoring import ActivationScorer, Scorer
+from .scoring import ActivationScorer, Scorer
 from .static import Static
 
 if TYPE_CHECKING:
-    from ..experts import Experts
-    from ..layout import FFN
+    from ..weights.experts import Experts
+    from ..weights.layout import FFN
 
 
 class FixedScorer(Scorer):

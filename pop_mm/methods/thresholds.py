@@ -8,8 +8,8 @@ worth reading. For an FFN with input ``x`` and ``h = act(W_gate x) * (W_up x)``:
     decode step        x is zero where |x_i| <= t_x, h where |h_j| * ||W_down[:, j]|| <= t_h
 
 The inputs of attention projections are treated as ``x``. Nothing is fixed for the prompt but the thresholds; over a long answer
-they are corrected slowly (:mod:`pop_mm.correction`). A sequence's first token does not count: it is a sink of attention, with
-activations that no later token has.
+they are corrected slowly (:mod:`pop_mm.decoding.correction`). A sequence's first token does not count: it is a sink of attention,
+with activations that no later token has.
 
 Sources. Leaving out inputs of small magnitude is TEAL's (Liu et al., arXiv 2408.14690), which calibrates its thresholds on
 other text beforehand; CATS (2404.08763) and CHESS (2409.01366) are of its family. Weighing an entry by the norm of its
@@ -57,7 +57,7 @@ class Thresholds(Method):
 
     name = "thresholds"
     about = "entries of each matrix's input above a threshold from the prompt"
-    session = "pop_mm.threshold_session:ThresholdSession"
+    session = "pop_mm.session.threshold_session:ThresholdSession"
     settings = ("head_budget",)
     head_budget: float | None = None
 

@@ -10,8 +10,8 @@ from struct import pack
 import torch
 from torch import Tensor
 
-from ..exchange import as_integers
 from ..kernels.functions import untraced
+from ..weights.exchange import as_integers
 from .library import library
 
 Sampled = tuple[Tensor, Tensor | None]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import PopConfig
 from ..evaluation.fidelity import compare_rows, pruned_step_logits, step_logits
 from ..evaluation.intervals import Interval, bootstrap
 from ..evaluation.texts import Window
+from ..settings.config import PopConfig
 
 _AT_ONCE = 4  # texts in a forward; each has thresholds of its own
 _MOST_KEPT = 2**30  # bytes of the dense model's logits that are kept from one setting to the next

@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import PopConfig
 from ..errors import PopError
-from ..paragraphs import number_of
-from ..shown import Values
+from ..report.paragraphs import number_of
+from ..report.shown import Values
+from ..settings.config import PopConfig
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters import adapter_for
-from ..config import PopConfig
 from ..errors import ConfigError
 from ..evaluation import texts as reading
 from ..evaluation.intervals import difference
-from ..footprint import weights_per_token
-from ..passages import load_passages
-from ..threshold_session import ThresholdPlan, plan_thresholds
+from ..report.footprint import weights_per_token
+from ..samples import load_passages
+from ..session.threshold_session import ThresholdPlan, plan_thresholds
+from ..settings.config import PopConfig
 from .quality import Quality, QualityMeter
 from .result import TuneError, TunePoint, TuneResult
 from .search import first_that_holds, most_questions

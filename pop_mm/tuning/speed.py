@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ..bench.timing import generate, generate_timed
-from ..config import PopConfig
-from ..session import prune
+from ..session.session import prune
+from ..settings.config import PopConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..classes import is_a
 from ..errors import SampleError
-from ..samples import _loading, load_config, resolve
+from ..samples.fetching import _loading, load_config, resolve
 from .images import PIP_LINE, InputError
 
 

@@ -259,7 +259,7 @@ def test_sessions_that_overlap_share_what_runs_eagerly():
 
 def test_a_compiler_that_is_loaded_inside_a_session_is_refused():
     model = fresh()
-    with mock.patch("pop_mm.eager.EagerCalls.hold"), pruned(model):
+    with mock.patch("pop_mm.session.eager.EagerCalls.hold"), pruned(model):
         expected = generate(model, prompt(), 2)[1]
         with pytest.raises(SessionError, match=r"was compiled inside the session.*Call the model itself"):
             by_hand(around(model, "wrapper"))

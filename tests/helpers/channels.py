@@ -3,7 +3,7 @@
 import torch
 
 from pop_mm.adapters import adapter_for
-from pop_mm.experts import Experts
+from pop_mm.weights.experts import Experts
 
 IDS = torch.randint(1, 96, (2, 16), generator=torch.Generator().manual_seed(1))
 IN_FLOAT32 = {"beam", "nemotron_h"}  # logits (beam: also the activations of its experts), whatever the weights are

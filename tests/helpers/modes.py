@@ -12,7 +12,7 @@ from helpers.covering import covering, covers
 from helpers.observe import prompt
 from helpers.tiny_models import tiny
 from pop_mm import PopConfig, prune
-from pop_mm.settings import nested
+from pop_mm.settings.keywords import nested
 
 STEPS = 5
 LENGTH = 9

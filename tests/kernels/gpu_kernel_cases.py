@@ -10,9 +10,9 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from pop_mm.kernels.gpu import FusedStep, GatheredStep, fits
-from pop_mm.layout import FFN, Projection
 from pop_mm.ops.select import lowest
 from pop_mm.partition import Sizes, partition_sizes
+from pop_mm.weights.layout import FFN, Projection
 
 torch.set_num_threads(1)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

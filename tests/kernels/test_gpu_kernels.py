@@ -15,7 +15,7 @@ from helpers.modes import pruned
 from helpers.tiny_models import tiny
 from pop_mm import ConfigError, PopConfig
 from pop_mm.kernels import gpu
-from pop_mm.session import plan_ffns
+from pop_mm.session.session import plan_ffns
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from helpers.tiny_vlm_folder import save_vlm
-from pop_mm.upcycle import upcycle
+from pop_mm.samples.upcycle import upcycle
 
 DEMOS = Path(__file__).parents[2] / "demos"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pop_mm import Session, kernels
-from pop_mm.phase import PhaseTracker
+from pop_mm.tracking.phase import PhaseTracker
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from pop_mm.passages import load_passages
+from pop_mm.samples import load_passages
 
 
 def load(documents: str, **_: Any) -> dict[str, Dataset]:
@@ -34,5 +34,5 @@ def reading(**_: Any) -> dict[str, Dataset]:
 
 
 def passages(**_: Any) -> dict[str, Dataset]:
-    """The passages of :mod:`pop_mm.passages`."""
+    """The passages of :mod:`pop_mm.samples.passages`."""
     return {"test": Dataset.from_list([{"text": text} for text in load_passages().values()])}

@@ -10,9 +10,9 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from ...checks import is_number, is_whole
-from ...config import PopConfig
 from ...errors import ConfigError
-from ...settings import with_amount
+from ...settings.config import PopConfig
+from ...settings.keywords import with_amount
 from .errors import RequestError
 from .limits import Limits
 from .messages import check_messages

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
-from ...config import PopConfig
 from ...errors import AdapterError, ConfigError
 from ...inputs import context_of
 from ...samples import load, load_config, load_vision, takes_images
-from ...session import Session, prune
+from ...session.session import Session, prune
+from ...settings.config import PopConfig
 from .errors import RequestError
 from .line import Job
 from .metrics import Metrics

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ...methods import ChannelMethod
+from ...methods.scoring import channel_energy
 from ...methods.thresholds import BINS, PASS_ALL, kept, magnitudes, not_finite, threshold
 from ...modality import TEXT
 from ...ops.histogram import histogram
 from ...ops.select import choose
 from ...partition import Sizes, partition
-from ...scoring import channel_energy
 from .shard import Shard
 from .tokens import Prompt, Tokens
 

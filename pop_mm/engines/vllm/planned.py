@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from ...adapters import adapter_for
-from ...config import PopConfig
 from ...errors import EngineError, one_line
-from ...groups import InputGroup
-from ...layout import FFN
 from ...partition import Sizes
-from ...planning import plan_ffns
-from ...threshold_session import plan_thresholds
+from ...session.planning import plan_ffns
+from ...session.threshold_session import plan_thresholds
+from ...settings.config import PopConfig
+from ...weights.groups import InputGroup
+from ...weights.layout import FFN
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from ...config import PopConfig
 from ...errors import EngineError
+from ...settings.config import PopConfig
 from . import prefixes
 from .settings import check_engine, settings_of
 

@@ -13,8 +13,8 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from ...config import PopConfig
 from ...errors import EngineError
+from ...settings.config import PopConfig
 from .masked import MaskedEntries, MaskedInput
 from .planned import plan_inputs
 from .rows import ChosenRows, Room

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import PopConfig
 from ...errors import EngineError
+from ...settings.config import PopConfig
 from .masked import MaskedInput
 from .planned import Planned
 from .rows import ChosenRows

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...config import PopConfig
 from ...errors import ConfigError, EngineError
+from ...settings.config import PopConfig
 
 KEY = "pop_mm"
 _ONLY = {  # settings that have one value here

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...shards import Part
+from ...weights.shards import Part
 
 Collective = Callable[[Tensor], Tensor]
 

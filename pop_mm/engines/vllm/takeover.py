@@ -18,9 +18,9 @@ from vllm.distributed import (
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, RowParallelLinear, UnquantizedLinearMethod
 
-from ...config import PopConfig
 from ...errors import EngineError
 from ...formats.norms import weight_norms
+from ...settings.config import PopConfig
 from .masked import MaskedChannels, MaskedEntries, MaskedInput
 from .planned import Planned, PlannedInput
 from .shard import Shard

@@ -1,0 +1,1 @@
+"""Which part of a generation a forward belongs to: prompt or decode step, of which sequence."""

@@ -1,0 +1,1 @@
+"""How channels lie in a module's weights: layers, experts, shards."""
