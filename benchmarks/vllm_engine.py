@@ -207,7 +207,7 @@ def forced_in_transformers(model: Any, settings: dict[str, Any], prompt: list[in
     import torch
 
     import pop_mm
-    from pop_mm import threshold_engine
+    from pop_mm.decoding import threshold_engine
     from pop_mm.tracking.phase import Phase
 
     trace, plain = Trace(), threshold_engine.ThresholdEngine._mask

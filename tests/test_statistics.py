@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from helpers.covering import covers
 from helpers.modes import threads_of_torch, without_library
-from pop_mm import kernels, scoring
+from pop_mm import kernels
+from pop_mm.methods import scoring
 from pop_mm.methods.scoring import channel_energy
 
 

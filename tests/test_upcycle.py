@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from helpers.tiny_models import VOCAB, tiny
 from helpers.tiny_vlm_folder import save_vlm
-from pop_mm import upcycle as module
 from pop_mm.errors import PopError
 from pop_mm.samples import SAMPLES, Sample, SampleError, fetch, load, load_passages, load_vision
+from pop_mm.samples import upcycle as module
 from pop_mm.samples.upcycle import UpcycleError, logit_difference, upcycle
 from pop_mm.vision import prepare
 
