@@ -1,8 +1,13 @@
-"""Which class something is: by identity, also for classes that are not imported until they are used; and whose forward it has."""
+"""Which class something is: by identity, also for classes that are not imported until they are used; and whose code it runs."""
 
 from __future__ import annotations
 
 import sys
+
+
+def is_own(module: str) -> bool:
+    """Whether a module of this name is one of pop_mm's."""
+    return module.partition(".")[0] == __package__
 
 
 def same_class(kind: type, known: type | str) -> bool:

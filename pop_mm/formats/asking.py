@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..classes import is_a, same_class
+from ..classes import is_a, is_own, same_class
 from ..errors import AdapterError, one_line
 
 _ROWS = 256  # unit vectors in one call
@@ -82,7 +82,7 @@ def is_ours(thing: object) -> bool:
     """Whether a function or class was defined in this package; what wraps a function is judged by itself."""
     function = thing.func if isinstance(thing, partial) else thing
     names = getattr(function, "__globals__", {"__name__": getattr(function, "__module__", "")})
-    return str(names.get("__name__")).partition(".")[0] == __package__
+    return is_own(str(names.get("__name__")))
 
 
 def device_of(module: nn.Module) -> torch.device:

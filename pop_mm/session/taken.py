@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..classes import is_own
 from ..patching import Patches
 
 Named = Iterator[tuple[str, Any]]
@@ -55,7 +56,7 @@ def _only_looks() -> bool:
     while frame is not None and frame.f_globals.get("__name__") == nn.Module.__module__:
         frame = frame.f_back
     asker = "" if frame is None else str(frame.f_globals.get("__name__"))
-    return asker.partition(".")[0] == __package__ or asker.startswith("torch._dynamo")
+    return is_own(asker) or asker.startswith("torch._dynamo")
 
 
 __all__ = ["TakenWeights"]

@@ -13,6 +13,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..checks import is_whole
+from ..classes import is_own
 from ..errors import ConfigError
 from ..methods import Method, Pop, Thresholds, chosen_method
 from .expert_policy import ExpertPolicy, check_policy
@@ -134,10 +135,14 @@ def _check_round_to(value: object) -> None:
 def _warn(message: str) -> None:
     """Warn where the user's own code is."""
     frame, level = sys._getframe(1), 2
-    ours = ("pop_mm", "dataclasses")
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
+    while frame.f_back is not None and _passes_on(frame.f_globals.get("__name__", "")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, DeprecationWarning, stacklevel=level)
+
+
+def _passes_on(module: str) -> bool:
+    """Whether code of this module hands on what somebody else wrote."""
+    return module == "dataclasses" or is_own(module)
 
 
 __all__ = ["GONE", "OLD_NAMES", "accepts_old_names", "moved", "old_values"]
