@@ -120,6 +120,19 @@ def test_log_line_and_two_engines(llama, prompts, monkeypatch):
     assert counters("31") == [0, 0]
 
 
+def test_an_engine_without_statistics_and_steps_without_tokens(llama, prompts):
+    from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+
+    from pop_mm.engines.vllm.carried import with_counts
+    from pop_mm.engines.vllm.counts import Counts
+
+    for output in None, EMPTY_MODEL_RUNNER_OUTPUT:
+        assert with_counts(output, lambda: Counts(1, 2, 3)) is output
+    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, "pop_mm_counts")
+    with engine(llama, {"ratio": 0.3}, disable_log_stats=True) as llm:
+        assert len(answers(llm, prompts[:1], TOKENS)[0]) == TOKENS
+
+
 @pytest.mark.skipif(V2, reason="the way is the same, and slow where Triton is interpreted")
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_server_counts_what_its_workers_did_in_processes_of_their_own(llama, prompts, ranks, monkeypatch):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from .counts import Counts
@@ -22,6 +23,7 @@ _PREFIX = "pop_mm:"
 def install() -> None:
     """Let the scheduler put a step's counts, where there are any, into its statistics."""
     update = Scheduler.update_from_output
+    SchedulerStats().running_lora_adapters.clear()  # fails here, not at the first step, in a vLLM that has no such field
 
     def update_from_output(self: Scheduler, scheduler_output: Any, model_runner_output: Any) -> Any:
         found = update(self, scheduler_output, model_runner_output)
