@@ -47,7 +47,7 @@ test-packages: setup
 test-vllm: $(VENV)-vllm/.installed
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm
 	OMP_NUM_THREADS=1 VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 TORCHDYNAMO_DISABLE=1 PYTHONPATH=tests/vllm/interpreted \
-	  $(VENV)-vllm/bin/python -m pytest tests/vllm/test_vllm_tokens.py tests/vllm/test_vllm_v2.py
+	  $(VENV)-vllm/bin/python -m pytest tests/vllm/test_vllm_tokens.py tests/vllm/test_vllm_v2.py tests/vllm/test_vllm_metrics.py
 
 $(VENV)-vllm/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-vllm

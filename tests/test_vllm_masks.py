@@ -4,58 +4,22 @@ import re
 import threading
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from helpers.tiny_models import tiny
+from helpers.vllm_inputs import WIDTH, channels, entries, forward, values
 from pop_mm import PopConfig
-from pop_mm.engines.vllm.masked import MaskedChannels, MaskedEntries
 from pop_mm.engines.vllm.planned import plan_inputs
 from pop_mm.engines.vllm.rows import ChosenRows, Room
 from pop_mm.engines.vllm.running import Running
 from pop_mm.engines.vllm.settings import check_engine, settings_of
 from pop_mm.engines.vllm.shard import Shard
-from pop_mm.engines.vllm.tokens import tokens_of
 from pop_mm.errors import AdapterError, ConfigError, EngineError
-from pop_mm.methods import get_method
 from pop_mm.methods.thresholds import PASS_ALL, histogram, quantile
 from pop_mm.ops.library import library
 from pop_mm.partition import partition
 from pop_mm.session.planning import plan_ffns
-
-WIDTH, BLOCK = 24, 4
-
-
-def forward(*requests, block_size=BLOCK):
-    """Tokens of a forward of requests ``(id, scheduled, computed, prompt, blocks)``."""
-    ids, scheduled, computed, prompts, blocks = zip(*requests, strict=True)
-    table = np.zeros((len(ids), 8), dtype=np.int32)
-    for row, own in zip(table, blocks, strict=True):
-        row[: len(own)] = own
-    return tokens_of(ids, *(np.array(a, dtype=np.int32) for a in (scheduled, computed, prompts)), table, block_size)
-
-
-def channels(method="pop", ratio=0.5, shard=None, weight=None, complaints=None):
-    sizes = get_method(method).sizes(WIDTH, ratio, 0.3)
-    shard = shard or Shard(0, WIDTH, WIDTH)
-    weight = torch.ones(WIDTH) if weight is None else weight
-    found = MaskedChannels(
-        "down", shard, (complaints if complaints is not None else []).append, sizes, get_method(method), weight
-    )
-    found.reserve(8, torch.device("cpu"))
-    return found
-
-
-def entries(share=0.5, weight=None, shard=None, complaints=None):
-    shard = shard or Shard(0, WIDTH, WIDTH)
-    found = MaskedEntries("x", shard, (complaints if complaints is not None else []).append, share, weight)
-    found.reserve(8, torch.device("cpu"))
-    return found
-
-
-def values(tokens, seed=0):
-    return torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 def test_tokens_of_chunks_and_decode_steps_in_one_forward():

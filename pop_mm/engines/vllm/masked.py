@@ -38,6 +38,13 @@ class MaskedInput(ABC, Generic[Decided]):
     shard : Shard
     complain : callable
         Is told what a request's prompt has that nothing can be decided from; the request then decodes dense.
+
+    Attributes
+    ----------
+    entry_bytes : int
+        Of this rank's weights, in all modules that are given the input, that stand for one of its entries.
+    kept_entries : Tensor
+        ``[1]``, int64: how many entries decode tokens have kept so far; once, however many modules are given them.
     """
 
     block_entries: int  # of the statistics of one KV block
@@ -46,6 +53,8 @@ class MaskedInput(ABC, Generic[Decided]):
     def __init__(self, name: str, shard: Shard, complain: Complain) -> None:
         self.name = name
         self.shard = shard
+        self.entry_bytes = 0
+        self.kept_entries = torch.zeros(1, dtype=torch.int64)
         self._complain = complain
         self._statistics: Tensor | None = None
         self._decided: dict[str, tuple[int, Decided]] = {}
@@ -58,7 +67,8 @@ class MaskedInput(ABC, Generic[Decided]):
         return self.block_entries * self.statistics_dtype.itemsize
 
     def reserve(self, blocks: int, device: torch.device) -> None:
-        """Make room for the statistics of so many KV blocks."""
+        """Make room for the statistics of so many KV blocks, and count kept entries on their device."""
+        self.kept_entries = self.kept_entries.to(device)
         self._statistics = torch.zeros(blocks, self.block_entries, dtype=self.statistics_dtype, device=device)
 
     def saw(self, tokens: Tokens) -> bool:
@@ -85,14 +95,18 @@ class MaskedInput(ABC, Generic[Decided]):
         Tensor
             Like ``values``; the very same where nothing is left out.
         """
-        if self._observed is not tokens:  # modules that share an input are given it one after another
+        first = self._observed is not tokens  # modules that share an input are given it one after another
+        if first:
             self._observed = tokens
             self._observe(values, tokens)
         if not tokens.decoding:
             return values
         decided = self._of(tokens)
         own = values[tokens.rows]
-        masked = self._mask(own, decided, tokens)
+        kept = self._kept(own, decided, tokens)
+        if first:
+            self.kept_entries.add_(kept.count_nonzero())
+        masked = own.where(kept, 0)
         if len(own) == len(values):
             return masked
         values = values.clone()
@@ -146,8 +160,8 @@ class MaskedInput(ABC, Generic[Decided]):
         """Of several requests, along a first axis."""
 
     @abstractmethod
-    def _mask(self, values: Tensor, decided: Decided, tokens: Tokens) -> Tensor:
-        """Decode tokens ``[N, width]`` with zeros."""
+    def _kept(self, values: Tensor, decided: Decided, tokens: Tokens) -> Tensor:
+        """``[N, width]``, boolean: which entries of decode tokens are not left out."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +235,7 @@ class MaskedChannels(MaskedInput[Channels]):
         dense = torch.cat([none if each.dense is None else each.dense for each in decided])
         return Channels(allowed, candidates, weight, dense)
 
-    def _mask(self, values: Tensor, decided: Channels, tokens: Tokens) -> Tensor:
+    def _kept(self, values: Tensor, decided: Channels, tokens: Tokens) -> Tensor:
         row = tokens.row.to(values.device)
         active = decided.allowed[row]
         if self.sizes.candidates_dropped:
@@ -234,7 +248,7 @@ class MaskedChannels(MaskedInput[Channels]):
             active = self.shard.without(active, channels.gather(1, dropped))
         if decided.dense is not None:
             active = active | decided.dense[row].unsqueeze(1)
-        return values.where(active, 0)
+        return active
 
 
 class MaskedEntries(MaskedInput[Tensor]):
@@ -257,10 +271,18 @@ class MaskedEntries(MaskedInput[Tensor]):
         self.share = share
         self._weight = weight
 
-    def of_step(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        """Thresholds of the requests that decode, ``[R]``, and the norms; for products that read only what passes."""
+    def of_step(self, tokens: Tokens) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """For products that read only what passes.
+
+        Returns
+        -------
+        tuple
+            Thresholds of the requests that decode, ``[R]``; the norms; and where to add the number of kept entries, None if
+            another module has done so in this forward.
+        """
+        count = None if self._observed is tokens else self.kept_entries
         self._observed = tokens
-        return self._of(tokens), self._weight
+        return self._of(tokens), self._weight, count
 
     def _statistic(self, values: Tensor) -> Tensor:
         counts = torch.zeros(BINS, dtype=torch.int64, device=values.device)
@@ -278,9 +300,9 @@ class MaskedEntries(MaskedInput[Tensor]):
     def _stacked(self, decided: list[Tensor]) -> Tensor:
         return torch.cat(decided)
 
-    def _mask(self, values: Tensor, decided: Tensor, tokens: Tokens) -> Tensor:
+    def _kept(self, values: Tensor, decided: Tensor, tokens: Tokens) -> Tensor:
         limit = decided[tokens.row.to(values.device)].unsqueeze(1)
-        return values.where(kept(magnitudes(values, self._weight), limit), 0)
+        return kept(magnitudes(values, self._weight), limit)
 
 
 __all__ = ["MaskedChannels", "MaskedEntries", "MaskedInput"]

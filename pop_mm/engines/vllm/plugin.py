@@ -12,7 +12,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from ...errors import EngineError
 from ...settings.config import PopConfig
-from . import prefixes
+from . import carried, prefixes
 from .settings import check_engine, settings_of
 
 _installed = False
@@ -44,6 +44,7 @@ def install() -> None:
 
     WorkerWrapperBase.init_device = checked
     prefixes.install()
+    carried.install()
     _installed = True
 
 

@@ -42,8 +42,8 @@ class ChosenRows:
 
     def __call__(self, x: Tensor, bias: Tensor | None, tokens: Tokens) -> Tensor:
         """The product with the kept entries of ``x``, ``[..., in]`` of one token."""
-        limit, norms = self._masked.of_step(tokens)
-        (out,) = self._rows(x, limit, norms)
+        limit, norms, count = self._masked.of_step(tokens)
+        (out,) = self._rows(x, limit, norms, count)
         out = out.view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
 

@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from ...errors import EngineError
 from ...settings.config import PopConfig
+from .carried import with_counts
 from .masked import MaskedEntries, MaskedInput
 from .planned import plan_inputs
 from .rows import ChosenRows, Room
@@ -96,6 +97,10 @@ class MaskedRunner:
             return product(x, bias)
 
         return apply
+
+    def sample_tokens(self, *arguments: Any, **settings: Any) -> Any:
+        """As vLLM, which asks for it after each forward; its answer brings along what decode steps kept."""
+        return with_counts(super().sample_tokens(*arguments, **settings), self.pop_mm.counts)  # type: ignore[misc]
 
     def memory_for_cache(self, memory: int) -> int:
         """Bytes of the KV cache, if it and its statistics take ``memory`` bytes together."""

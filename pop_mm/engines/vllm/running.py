@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import EngineError
 from ...settings.config import PopConfig
+from .counts import Counting, Counts
 from .masked import MaskedInput
 from .planned import Planned
 from .rows import ChosenRows
@@ -41,6 +42,8 @@ class Running:
         self.tokens: Tokens | None = None
         self._warn = warn
         self._proven = False
+        self._decoded = 0  # tokens
+        self._counting = Counting()
         self._rows_bytes = 0
         self._why_no_rows: str | None = None
 
@@ -76,7 +79,10 @@ class Running:
             tokens = self.tokens
         finally:
             self.tokens = None
-        if tokens is not None and not self._proven:
+        if tokens is None:
+            return
+        self._decoded += len(tokens.row)
+        if not self._proven:
             missed = [masked.name for masked in self.inputs if not masked.saw(tokens)]
             if missed:
                 raise EngineError(
@@ -95,6 +101,10 @@ class Running:
     def block_bytes(self) -> int:
         """Bytes of all statistics of one KV block."""
         return sum(masked.block_bytes for masked in self.inputs)
+
+    def counts(self) -> Counts | None:
+        """What decode steps kept since the last answer, as :meth:`.Counting.since_last`."""
+        return self._counting.since_last(self.inputs, self._decoded)
 
     def forget(self, request: str) -> None:
         """A request has ended."""

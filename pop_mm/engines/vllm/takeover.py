@@ -145,6 +145,7 @@ def take_over(
     masked = []
     for each, own in found:
         state = _masked(each, own[-1], config, norms, complain)
+        state.entry_bytes = sum(module.output_size_per_partition * module.params_dtype.itemsize for module in own)
         for module in own:
             module.quant_method = Masking(module.quant_method, product_of(state, module))
         masked.append(state)
