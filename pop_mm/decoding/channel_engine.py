@@ -18,10 +18,10 @@ from ..events import tells
 from ..ops.select import Choose, choose, step_chooser
 from ..partition import Partition, partition
 from ..tracking.phase import Forward, Phase
+from ..tracking.step import Step
 from ..weights.shards import of_chosen
 from .state import FFNState, PromptState
 from .statistics import ChannelStatistics, in_original_order
-from .step import Step
 
 
 class ChannelEngine(ChannelStatistics):

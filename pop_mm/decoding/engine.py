@@ -20,9 +20,9 @@ from ..methods import ChannelMethod
 from ..modality import added, weighted_sum
 from ..settings.config import PopConfig
 from ..tracking.phase import Forward
+from ..tracking.step import Step
 from ..weights.shards import Shard
 from .state import PromptState
-from .step import Step
 
 
 class Engine(ABC):

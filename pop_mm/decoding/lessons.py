@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..errors import PhaseError
-from .step import Step
+from ..tracking.step import Step
 
 if TYPE_CHECKING:
     from .state import FFNState

@@ -21,9 +21,9 @@ from ..modality import weighted_sum
 from ..partition import Partition, Sizes
 from ..tracking.caches import known_length
 from ..tracking.phase import Forward
+from ..tracking.step import Step
 from .history import Chunk, History
 from .lessons import Lessons
-from .step import Step
 from .steplog import StepLog
 
 

@@ -16,11 +16,11 @@ from ..modality import MODALITIES
 from ..partition import Sizes
 from ..settings.config import PopConfig
 from ..tracking.phase import Forward
+from ..tracking.step import Step
 from ..weights.experts import Experts
 from ..weights.layout import FFN
 from .engine import Engine, where
 from .state import FFNState, PromptState
-from .step import Step
 
 _BLOCK = 1 << 22  # activations that are squared at once
 

@@ -21,12 +21,12 @@ from ..modality import added
 from ..ops.histogram import BINS
 from ..settings.config import PopConfig
 from ..tracking.phase import Forward, Phase
+from ..tracking.step import Step
 from ..weights.experts import Experts
 from ..weights.groups import InputGroup
 from .correction import Correction
 from .engine import Engine
 from .state import PromptState
-from .step import Step
 from .threshold_state import InputState, Record, RecordState, ThresholdState
 
 _SPREAD = "spread"  # in the place of a kind: inputs of which each process has a part

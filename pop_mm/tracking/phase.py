@@ -27,7 +27,7 @@ from .generations import Generations, Prepared, refuse_continuous_batching
 from .row_adapters import remove_row_adapters
 
 if TYPE_CHECKING:
-    from ..decoding.step import Step
+    from .step import Step
 
 
 class Phase(Enum):

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..tracking.phase import Forward, Phase
+from .phase import Forward, Phase
 
 _BY_TOKEN = frozenset(("unit", "column", "number", "valid", "modality", "expert", "weight"))
 
