@@ -22,6 +22,7 @@ from ..errors import SessionError
 from ..patching import Patches
 from ..tracking.phase import Forward, PhaseTracker
 from ..weights.experts import Experts
+from ..weights.layout import linear
 from .base import Turns, current_forward, hooks_of
 from .run_experts import run_experts
 
@@ -155,6 +156,10 @@ class MaskedExperts:
         state: FFNState = forward.state.ffns[self._index]
         return state
 
+    def _product(self, hidden: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        """What multiplies inputs of experts with their weights, expert by expert."""
+        return linear
+
     def _reference(self, forward: Forward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The implementation that was selected before, with the engine's say on the down projections' inputs."""
         before = _SELECTED[id(self._module.config)].before
@@ -168,9 +173,10 @@ class MaskedExperts:
             step = self._engine.step(forward, h.device).routed(ids, weights, order, self._record.count)
             return self._engine.apply(self._index, forward, step, h, self._positions)
 
-        if before in (None, "eager"):
-            size = self._record.held
-            return run_experts(self._record, hidden, ids, weights, lambda e: self._record.views(e, size), between)
+        product = self._product(hidden)
+        if before in (None, "eager") or product is not linear:
+            views = partial(self._record.views, width=self._record.held)
+            return run_experts(self._record, hidden, ids, weights, views, between, product=product)
         if before == "batched_mm":
             order = None
         else:  # the others run sorted by expert; what runs as one kernel cannot be looked into, so it is replaced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import View
 from ..ops.gpu_rows import GPURowsFFN
+from ..ops.input_major import helps, product
 from ..ops.reference import FFNWeights
 from ..ops.rows import RowsFFN, RowsLinear
 from .experts import MaskedExperts
@@ -48,6 +50,10 @@ class RowsExperts(MaskedExperts):
         up = inward if gate is None else _part(inward, record.size, 2 * record.size)
         weights = FFNWeights(gate, up, down, self._name, self._norms)
         self._whole = GPURowsFFN(weights) if self._room is None else RowsFFN(weights, self._room)
+
+    def _product(self, hidden: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        turned = self._whole is not None or self._inward is not None
+        return product if turned and helps(hidden, self._record.down) else super()._product(hidden)
 
     @torch.compiler.disable
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

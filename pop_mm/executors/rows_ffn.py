@@ -14,7 +14,7 @@ from ..ops.rows import RowsFFN
 from ..weights.layout import FFN
 from .base import hooks_of, hooks_on_parts
 from .direct import direct_forward_fits
-from .rows_linears import blocks, input_major
+from .rows_linears import blocks, input_major_views
 from .rows_record import RowsRecord
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class RowsHolder:
         if not wanted:
             return
         projections = self._ffn.projections
-        whole, factors, dtype = input_major([p.module for p in projections])
+        whole, factors, dtype = input_major_views([p.module for p in projections])
         pairs = zip(whole, projections, strict=True)
         views = [part for view, p in pairs for part in blocks(view, p.blocks)]
         scales = None

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..formats import stored
 from ..kernels import View
+from ..methods.thresholds import PASS_ALL
+from ..ops import input_major
 from ..ops.gpu_rows import GPURowsLinear
-from ..ops.rows import RowsLinear
+from ..ops.rows import Room, RowsLinear
 from .rows_record import RowsRecord, is_transposed
 
 if TYPE_CHECKING:
     from .rows import RowsExecutor
+
+_FEW = 4  # tokens that are faster one by one, by the kernel of one
 
 
 class RowsLinears:
@@ -55,17 +59,23 @@ class RowsLinears:
         self._x: Tensor | None = None
         self._version = 0
         self._parts: list[Tensor | None] = [None] * len(modules)
+        self._wholes: list[_Whole] = []  # of each module, where torch's own product would be slow
         mine.makers.append(self._make)
 
     def _make(self, wanted: bool) -> None:
         self.kernel = self._x = None
+        self._wholes = []
         if wanted:
-            views, scales, dtype = input_major(self.modules)
+            views, scales, dtype = input_major_views(self.modules)
             executor = self._executor
             if executor.triton:
                 self.kernel = GPURowsLinear(views, dtype, scales)
-            else:
-                self.kernel = RowsLinear(views, executor.room, dtype, scales)
+                return
+            self.kernel = RowsLinear(views, executor.room, dtype, scales)
+            if input_major.is_slow(dtype):
+                factors = [None] * len(views) if scales is None else scales
+                pairs = zip(views, factors, strict=True)
+                self._wholes = [_Whole(view, scale, executor.room, dtype) for view, scale in pairs]
 
     def alone(self) -> bool:
         """Whether nobody else looks at what the modules are given: then a step need not mask it."""
@@ -73,16 +83,21 @@ class RowsLinears:
 
     def _forward_of(self, number: int) -> Callable[[Tensor], Tensor]:
         module, tracker, executor = self.modules[number], self._executor.tracker, self._executor
-        own_forward = type(module).forward
+        own_forward, parameters = type(module).forward, cast("dict[str, Tensor]", module._parameters)
         which = "x" if self._norms is None else "h"
+
+        def whole(input: Tensor) -> Tensor:
+            if self._wholes and input_major.helps(input, parameters["weight"]):
+                return self._wholes[number](input)
+            return own_forward(module, input)
 
         def forward(input: Tensor) -> Tensor:  # nn.Linear's name for it
             current = tracker.current
             if current is None or not current.fast or not self.alone():
-                return own_forward(module, input)
+                return whole(input)
             kernel = self.kernel
             if kernel is None or not kernel.takes(input):
-                return own_forward(module, executor.engine.mask(self._index, which, current, input))
+                return whole(executor.engine.mask(self._index, which, current, input))
             part = self._parts[number]
             if input is not self._x or part is None or self._version != _version(input):
                 part = self._compute(kernel, input)[number]
@@ -120,11 +135,27 @@ class RowsLinears:
         return kernel(x, self.bound, self._norms, kept)
 
 
+class _Whole:
+    """A linear module with all rows of its turned weight."""
+
+    def __init__(self, view: View, scale: Tensor | None, room: Room, dtype: torch.dtype) -> None:
+        self._view, self._scale = view, scale
+        self._one = RowsLinear([view], room, dtype, None if scale is None else [scale])
+        self._bound = torch.full((1,), PASS_ALL, device="cpu")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() > _FEW * self._one.columns:
+            return input_major.product(x, *self._view, self._scale)
+        rows = x.reshape(-1, self._one.columns)
+        out = torch.stack([self._one(row, self._bound)[0] for row in rows])
+        return out.view(*x.shape[:-1], -1)
+
+
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def input_major(modules: Sequence[nn.Module]) -> tuple[list[View], list[Tensor] | None, torch.dtype]:
+def input_major_views(modules: Sequence[nn.Module]) -> tuple[list[View], list[Tensor] | None, torch.dtype]:
     """Weights as they are stored, ``[in, out]``, with biases; what scales their outputs, ``[out]``, if it is; and the dtype."""
     views, scales = [], []
     for module in modules:
@@ -152,4 +183,4 @@ def detached(view: View) -> View:
     return weight.detach(), None if bias is None else bias.detach()
 
 
-__all__ = ["RowsLinears", "blocks", "detached", "input_major"]
+__all__ = ["RowsLinears", "blocks", "detached", "input_major_views"]

@@ -39,6 +39,7 @@ def run_experts(
     between: Callable[[Tensor | None, Tensor], Tensor],
     alone: bool = False,
     matvec: Matvec | None = None,
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear,
 ) -> Tensor:
     """Expert by expert, as the classes' own forwards do it, on any width.
 
@@ -55,6 +56,8 @@ def run_experts(
         There is one token, and all its experts are on this device: nothing has to be sorted.
     matvec : Matvec, optional
         The compiled kernel, for one token alone.
+    product : callable
+        As :func:`~pop_mm.weights.layout.linear`.
 
     Returns
     -------
@@ -83,7 +86,7 @@ def run_experts(
     else:
         gate_up = torch.cat(
             [
-                torch.cat([linear(x, *view) for view in expert.inputs], -1)
+                torch.cat([product(x, *view) for view in expert.inputs], -1)
                 for x, expert in zip(inputs, used, strict=True)
             ]
         )
@@ -91,7 +94,7 @@ def run_experts(
     if compiled is not None:
         out = compiled([outward for _, outward in packed], h)
     else:
-        out = torch.cat([linear(part, *expert.down) for part, expert in zip(h.split(counts), used, strict=True)])
+        out = torch.cat([product(part, *expert.down) for part, expert in zip(h.split(counts), used, strict=True)])
     if getattr(module, "has_post_expert_norm", False):
         out = module.post_expert_norm(out)
     if order is None:
