@@ -28,6 +28,11 @@ def test_products_are_rounded_once(dtype, stored, monkeypatch):
     torch.testing.assert_close(found, exact.to(dtype), rtol=1e-2 if dtype is torch.bfloat16 else 1e-3, atol=1e-3)
 
 
+def test_a_torch_without_onednn_is_slow(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert [input_major.is_slow.__wrapped__(dtype) for dtype in (*HALVES, torch.float32)] == [True, True, False]
+
+
 def test_gradients_and_other_dtypes_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(input_major, "is_slow", lambda dtype: dtype is torch.bfloat16)
     weight = nn.Parameter(torch.randn(4, 4).bfloat16())

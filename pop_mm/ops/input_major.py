@@ -19,8 +19,10 @@ _ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldn
 @cache
 def is_slow(dtype: torch.dtype) -> bool:
     """Whether torch's own products of this dtype are slow on this CPU where weights are input-major."""
-    name = _ASKED.get(dtype)
-    return name is not None and not getattr(torch.ops.mkldnn, name)()
+    if dtype not in _ASKED:
+        return False
+    supported = getattr(torch.ops.mkldnn, _ASKED[dtype], None)  # None: a torch without oneDNN
+    return supported is None or not supported()
 
 
 def helps(x: Tensor, weight: Tensor) -> bool:
