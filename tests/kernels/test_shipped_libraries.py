@@ -85,10 +85,11 @@ def best():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_those_of_a_compiled_library(folder, dtype):
-    x, weight = torch.randn(1, 331).to(dtype), torch.randn(97, 331).to(dtype)
+    make = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 331, generator=make).to(dtype) for rows in (1, 97))
     shipped = ctypes.CDLL(str(ship(kernels.sources(dtype), best())))
     found, expected = (Matvec({dtype: made})([Rows([weight])], x) for made in (shipped, compiled(dtype)))
-    assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected)  # compiled for another processor, so sums may be rounded in another order
 
 
 def compiled(dtype):
