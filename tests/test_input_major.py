@@ -77,6 +77,21 @@ def test_prompts_and_batches_on_turned_weights(model, dtype, slow, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("change", [lambda x: torch.cat((x, x), -1), lambda x: x.half()], ids=["width", "dtype"])
+def test_inputs_that_do_not_fit_a_turned_weight_are_refused_as_outside(rows, change, monkeypatch):
+    monkeypatch.setattr(input_major, "is_slow", lambda _: True)
+    model, ids = tiny("llama", torch.bfloat16), prompt(rows, 4)
+    module = model.model.layers[0].mlp.up_proj
+    with thresholds(model):
+        generate(model, prompt(1, LENGTH), 3)
+        assert is_turned(module.weight)
+        module.register_forward_pre_hook(lambda _, args: (change(args[0]),))
+        with pytest.raises(RuntimeError, match=r"shapes|dtype"):
+            model(ids, use_cache=False)
+
+
+@torch.no_grad()
 def test_torch_multiplies_no_turned_half(monkeypatch):
     monkeypatch.setattr(input_major, "is_slow", lambda _: True)
     own = torch.nn.functional.linear

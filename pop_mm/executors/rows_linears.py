@@ -87,7 +87,7 @@ class RowsLinears:
         which = "x" if self._norms is None else "h"
 
         def whole(input: Tensor) -> Tensor:
-            if self._wholes and input_major.helps(input, parameters["weight"]):
+            if self._wholes and self._wholes[number].takes(input, parameters["weight"]):
                 return self._wholes[number](input)
             return own_forward(module, input)
 
@@ -142,6 +142,9 @@ class _Whole:
         self._view, self._scale = view, scale
         self._one = RowsLinear([view], room, dtype, None if scale is None else [scale])
         self._bound = torch.full((1,), PASS_ALL, device="cpu")
+
+    def takes(self, x: Tensor, weight: Tensor) -> bool:
+        return x.shape[-1] == self._one.columns and input_major.helps(x, weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.numel() > _FEW * self._one.columns:

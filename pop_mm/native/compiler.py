@@ -15,7 +15,7 @@ from pathlib import Path
 from ..folders import cache_folder
 from .sources import FLAGS, Sources
 
-NATIVE = ("-march=native",)
+NATIVE = ("-march=native", "-mtune=generic")  # tuned as shipped libraries are, whose sums are rounded alike then
 
 
 def load(sources: Sources) -> ctypes.CDLL | str:

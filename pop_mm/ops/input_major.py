@@ -26,9 +26,13 @@ def is_slow(dtype: torch.dtype) -> bool:
 
 
 def helps(x: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`product` is faster than torch's own: on such a CPU, where no gradient is wanted and nothing is compiled."""
+    """Whether :func:`product` is faster than torch's own: on such a CPU, where no gradient is wanted and nothing is compiled.
+
+    What does not fit a weight is left to torch, which says so.
+    """
     return (
         x.is_cpu
+        and x.dtype is weight.dtype
         and is_slow(x.dtype)
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
@@ -54,13 +58,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor
         ``[..., out]``, of the dtype of ``x``.
     """
     inputs, outputs = weight.shape
-    rows = x.reshape(-1, inputs).float()
+    rows = x.reshape(-1, x.shape[-1]).float()
     out = torch.zeros(len(rows), outputs, dtype=torch.float32, device=x.device)
     size = max(1, min(inputs, _BLOCK // max(1, outputs)))
     block = torch.empty(size, outputs, dtype=torch.float32, device=x.device)
-    for start in range(0, inputs, size):
-        part = weight[start : start + size]
-        out.addmm_(rows[:, start : start + size], block[: len(part)].copy_(part))
+    for some, part in zip(rows.split(size, 1), weight.split(size), strict=True):
+        out.addmm_(some, block[: len(part)].copy_(part))
     if scale is not None:
         out *= scale
     if bias is not None:

@@ -85,11 +85,10 @@ def best():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_those_of_a_compiled_library(folder, dtype):
-    make = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 331, generator=make).to(dtype) for rows in (1, 97))
+    x, weight = torch.randn(1, 331).to(dtype), torch.randn(97, 331).to(dtype)
     shipped = ctypes.CDLL(str(ship(kernels.sources(dtype), best())))
     found, expected = (Matvec({dtype: made})([Rows([weight])], x) for made in (shipped, compiled(dtype)))
-    torch.testing.assert_close(found, expected)  # compiled for another processor, so sums may be rounded in another order
+    assert torch.equal(found, expected)
 
 
 def compiled(dtype):
