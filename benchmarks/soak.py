@@ -38,8 +38,8 @@ from transformers import logging as transformers_logging
 
 import pop_mm
 from measure import Verdict, available_cores, machine_facts, print_machine, print_verdicts, wide_console
-from pop_mm.bench.memory import hand_back
 from pop_mm.decoding.state import PromptState
+from pop_mm.ops.turn import hand_back
 from pop_mm.samples import load
 
 ABANDONED_EVERY = 50

@@ -1,5 +1,9 @@
 """Weights stored input-major and back, and histograms of magnitudes: the same bits, the same counts."""
 
+import ctypes
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -186,3 +190,35 @@ def test_histograms_do_not_depend_on_threads(dtype):
     above = magnitudes[:, None] >= edges[[100 * 16, 126 * 16, 127 * 16 + 3]]
     counts = torch.tensor(found[0])
     assert above.sum(0).tolist() == [int(counts[b:].sum()) for b in (100 * 16, 126 * 16, 127 * 16 + 3)]
+
+
+_MEMORY = """
+import ctypes, pathlib, torch, pop_mm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+def resident():
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+shape = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=4)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=128, **shape)).eval()
+ids = torch.randint(0, 128, (1, 16))
+model.generate(ids, max_new_tokens=3, do_sample=False)
+ctypes.CDLL(None).malloc_trim(0)
+before = resident()
+with pop_mm.prune(model, budget=0.5) as session:
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert session.moving_seconds > 0, session.report
+    inside = resident()
+print(inside - before, resident() - before, sum(parameter.nbytes for parameter in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc keeps what was freed, and can give it back"
+)
+def test_weights_that_moved_leave_no_memory_behind():
+    done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True)
+    inside, left, weights = map(int, done.stdout.split())
+    assert inside < 0.15 * weights
+    assert left < 0.15 * weights

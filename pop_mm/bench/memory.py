@@ -8,7 +8,6 @@ converted weights it is nothing or hundreds of megabytes, by chance.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import resource
 import statistics
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..ops.turn import hand_back
 from .errors import BenchError
 from .source import Source
 from .variants import Cell, Setup, Variant
@@ -80,12 +80,6 @@ def _child(task: dict[str, Any]) -> dict[str, int | None]:
     return {"whole": whole, "after_load": _peak() if can_reset else None}
 
 
-def hand_back() -> None:
-    """Give the system the memory that glibc holds but nobody uses; elsewhere nothing happens."""
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
-
-
 def _reset_peak() -> bool:
     """Set the process's peak resident size to its present size, where the system can."""
     try:
@@ -104,4 +98,4 @@ def _peak() -> int:
 if __name__ == "__main__":
     print(json.dumps(_child(json.loads(sys.argv[1]))))
 
-__all__ = ["Job", "hand_back", "measure_memory"]
+__all__ = ["Job", "measure_memory"]

@@ -20,6 +20,7 @@ from ..events import tells
 from ..kernels import MOST_TOKENS
 from ..methods.thresholds import PASS_ALL
 from ..ops.rows import Room
+from ..ops.turn import hand_back
 from ..patching import Patches
 from ..tracking.phase import Forward, PhaseTracker
 from ..waiting import bar_if_long
@@ -150,6 +151,8 @@ class RowsExecutor:
                 except BaseException as error:  # Ctrl-C, or no memory: the other weights go back all the same
                     failed.append(error)
                 advance(size)
+        if weights:
+            hand_back()
         self._patches.undo()
         if failed:
             raise failed[0]
@@ -213,6 +216,7 @@ class RowsExecutor:
                         self._on_move(mine.turned)
                     advance(mine.whole_bytes)
         finally:
+            hand_back()
             self.seconds += time.perf_counter() - started
 
     def flush(self) -> None:
