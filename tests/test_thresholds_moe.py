@@ -55,7 +55,8 @@ def test_every_type_is_masked_and_restored(load, model_type):
     with same_afterwards(model), thresholds(model, 0.8) as session:  # Mamba and convolutions stay dense
         found = generate(model, ids, steps=3)
     assert not torch.allclose(found[1][1:], dense[1][1:])
-    assert torch.equal(found[1][0], dense[1][0])  # the prefill is dense
+    # the prefill is dense; the compiled library may round its norms otherwise
+    torch.testing.assert_close(found[1][0], dense[1][0], rtol=0, atol=2e-5)
     for inputs in session.report.inputs:
         assert inputs.kept is not None and 0 < inputs.kept < 1
         assert abs(inputs.prompt_share["text"] - inputs.share) < 0.02

@@ -85,7 +85,8 @@ def test_every_type_is_masked_and_restored(model_type):
         found = generate(model, inputs)
     changed = differences(before, fingerprint(model))
     assert [key for key in changed if "rope_deltas" not in key] == []  # which generate itself sets
-    assert torch.equal(found[1][0], dense[1][0])
+    # the prefill is dense; the compiled library may round its norms otherwise
+    torch.testing.assert_close(found[1][0], dense[1][0], rtol=0, atol=2e-5)
     assert not torch.allclose(found[1][1:], dense[1][1:])
     tower = session._adapter.find_tower(model)[0]
     assert all(plan.record.name.startswith(tower) for plan in session.plans)
