@@ -13,7 +13,6 @@
 
 #define AT_ONCE 8                          /* rows that are read at once */
 #define BLOCK (32768 / (int64_t)sizeof(S)) /* sums that stay in the first cache while they are */
-#define SHORT 4096                         /* bytes of a short row */
 #define PIECE 512                          /* channels or outputs that are finished at once */
 #define LINE 64                            /* bytes */
 
@@ -56,11 +55,10 @@ typedef struct {
     int64_t rows, slot;
 } Job;
 
-/* sums[o] += value[t] * r[t][o], t = 0, 1 ...; whole steps as widen_step() orders them. What comes next is asked for on the way:
- * of short rows (the experts') into the first cache; of others into the second one, since the first has fewer requests under
- * way at once, and needs its room for the sums. */
+/* sums[o] += value[t] * r[t][o], t = 0, 1 ...; whole steps as widen_step() orders them. What comes next is asked for on the way,
+ * into the second cache: the first one has fewer requests under way at once, and needs its room for the sums. */
 static inline __attribute__((always_inline)) void add_some(
-    const W *const *r, const W *const *next, const S *value, const int count, const int near, int64_t n, S *restrict sums) {
+    const W *const *r, const W *const *next, const S *value, const int count, int64_t n, S *restrict sums) {
     int64_t o = 0;
     for (; o + STEP <= n; o += STEP) {
         Sums a[VECTORS];
@@ -73,7 +71,7 @@ static inline __attribute__((always_inline)) void add_some(
         _Pragma("GCC unroll 4") for (int i = 0; i < VECTORS; i++) store_sums(sums + o + i * WIDTH, a[i]);
         _Pragma("GCC unroll 16") for (int t = 0; next && t < count; t++)
             for (int64_t line = 0; line < STEP * (int64_t)sizeof(W); line += LINE)
-                __builtin_prefetch((const char *)(next[t] + o) + line, 0, near ? 3 : 2);
+                __builtin_prefetch((const char *)(next[t] + o) + line, 0, 2);
     }
     for (; o < n; o++) {
         S v = sums[o];
@@ -102,10 +100,9 @@ static void add_rows(const Job *job, int64_t from, int64_t to, S *restrict sums)
                 r[t] = job->weight + job->row[j + t] * job->stride + first;
                 next[t] = job->weight + job->row[later] * job->stride + first;
             }
-            if (some == AT_ONCE && n * sizeof(W) <= SHORT) add_some(r, next, job->value + j, AT_ONCE, 1, n, sums + first);
-            else if (some == AT_ONCE) add_some(r, next, job->value + j, AT_ONCE, 0, n, sums + first);
-            else if (some == 4) add_some(r, 0, job->value + j, 4, 0, n, sums + first);
-            else add_some(r, 0, job->value + j, 1, 0, n, sums + first);
+            if (some == AT_ONCE) add_some(r, next, job->value + j, AT_ONCE, n, sums + first);
+            else if (some == 4) add_some(r, 0, job->value + j, 4, n, sums + first);
+            else add_some(r, 0, job->value + j, 1, n, sums + first);
         }
     }
 }
