@@ -57,6 +57,8 @@ def test_every_type_is_masked_and_restored(load, model_type):
     assert not torch.allclose(found[1][1:], dense[1][1:])
     # the prefill is dense; the compiled library may round its norms otherwise
     torch.testing.assert_close(found[1][0], dense[1][0], rtol=0, atol=2e-5)
+    with thresholds(model, 0.8, backend="masked"):
+        assert torch.equal(generate(model, ids, steps=1)[1][0], dense[1][0])
     for inputs in session.report.inputs:
         assert inputs.kept is not None and 0 < inputs.kept < 1
         assert abs(inputs.prompt_share["text"] - inputs.share) < 0.02

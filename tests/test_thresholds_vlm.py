@@ -87,6 +87,8 @@ def test_every_type_is_masked_and_restored(model_type):
     assert [key for key in changed if "rope_deltas" not in key] == []  # which generate itself sets
     # the prefill is dense; the compiled library may round its norms otherwise
     torch.testing.assert_close(found[1][0], dense[1][0], rtol=0, atol=2e-5)
+    with prune(model, budget=0.8, backend="masked"):
+        assert torch.equal(generate(model, inputs, steps=1)[1][0], dense[1][0])
     assert not torch.allclose(found[1][1:], dense[1][1:])
     tower = session._adapter.find_tower(model)[0]
     assert all(plan.record.name.startswith(tower) for plan in session.plans)
